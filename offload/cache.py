@@ -1,0 +1,445 @@
+"""What does transformers see of the KV cache? A `Cache` whose full-attention layers live on two tiers.
+
+`OffloadCache` takes the layers of the stock cache that transformers builds for a model and replaces those that
+keep every token. Sliding, linear, convolution and other layers of bounded size stay stock layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from offload.attention import forget_pending, hand_over
+from offload.errors import CacheError, InputError
+from offload.scheduler.layout import Layout
+
+
+class Store(Protocol):
+    """What holds the tokens of a layer; `LayerStore` but while a model is being examined."""
+
+    length: int
+    busy: bool
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+
+    def expect(self, key: Tensor, value: Tensor) -> None:
+        """Raises CacheError unless these could be the next keys and values."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        visible: Tensor | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Attends to all tokens and takes the new ones in; [B, Q, H_q, D_v]."""
+
+    def crop(self, length: int) -> None:
+        """Forgets the tokens from `length` on."""
+
+    def select(self, rows: Tensor) -> None:
+        """Makes sequence i the former sequence rows[i]."""
+
+
+class OffloadLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One full-attention layer: hands keys to `offload.attention`, keeps them in a `LayerStore`.
+
+    `update` returns only the new keys and values; all earlier ones are in the store, which attends itself.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, start: Callable[[int, int], None], module: Any = None) -> None:
+        """A layer without tokens.
+
+        Args:
+            start: Called as start(batch, tokens) at the first update of the cache; sets `store`.
+            module: The attention module that this layer serves; None: the first one that asks.
+        """
+        CacheLayerMixin.__init__(self)
+        self.store: Store | None = None
+        self._module = module
+        self.closed: str | None = None
+        self._start = start
+        self._awaited = 0  # tokens between update and attend
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes the stores of the whole cache, sized for this batch."""
+        self._start(key_states.shape[0], key_states.shape[2])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Announces new tokens.
+
+        Args:
+            key_states: [B, H_kv, Q, D].
+            value_states: [B, H_kv, Q, D_v].
+            *args: Ignored, as by stock layers.
+            **kwargs: Likewise.
+
+        Returns:
+            The new keys, with the handle that attention looks for, and the new values.
+
+        Raises:
+            CacheError: The cache was closed, or holds another batch or another model's heads.
+            LostHandleError: The last layer's attention never came.
+        """
+        if self.closed is not None:
+            raise CacheError(
+                "This cache cannot be used", asked="update", there=self.closed, change=None
+            )
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None
+        self.store.expect(key_states, value_states)
+        self._awaited = key_states.shape[2]
+        return hand_over(key_states, self), value_states
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        visible: Tensor | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Attends and takes the announced tokens in; see `LayerStore.attend`.
+
+        Raises:
+            CacheError: The attention module is not the one that this layer was made for.
+        """
+        assert self.store is not None
+        self._awaited = 0
+        if self._module is None:
+            self._module = module
+        elif self._module is not module:
+            raise CacheError(
+                "The cache is used with another model",
+                asked=type(module).__name__,
+                there=f"the cache of another {type(self._module).__name__}",
+                change="Use the cache with the runtime that made it.",
+            )
+        return self.store.attend(
+            query, key, value,
+            scale=scale, visible=visible, softcap=softcap, sink_logits=sink_logits,
+        )  # fmt: skip
+
+    def settle(self) -> None:
+        """Forgets announced tokens whose attention will not come (an exception came instead)."""
+        self._awaited = 0
+        if self.store is not None:
+            self.store.busy = False
+
+    def get_seq_length(self) -> int:
+        """Tokens of every sequence, announced ones included."""
+        return 0 if self.store is None else self.store.length + self._awaited
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a mask for the next `query_length` tokens covers, and its offset."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: unbounded, until memory ends."""
+        return -1
+
+    def reset(self) -> None:
+        """Forgets all tokens. (The stock layers' `reset` keeps their length and is wrong afterwards.)"""
+        self.settle()
+        if self.store is not None:
+            self.store.crop(0)
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Forgets the newest tokens.
+
+        Args:
+            tokens_to_remove: 0, or minus the number of tokens (assisted decoding passes 0-dim tensors).
+        """
+        remove = int(tokens_to_remove)  # a copy: the caller's tensor may be changed in place later
+        if remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens, got {remove}")
+        if remove and self.store is not None:
+            self.store.crop(max(0, self.store.length + remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes sequence i the former sequence beam_idx[i]. Host pages are shared, not copied."""
+        if self.store is not None:
+            self.store.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence. Host pages are shared, not copied."""
+        if self.store is not None:
+            self.store.select(torch.arange(self.store.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some sequences; `indices` is integer or boolean."""
+        if self.store is not None:
+            rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+            self.store.select(rows)
+
+
+class HybridOffloadLayer(LinearAttentionLayer, OffloadLayer):  # type: ignore[misc]
+    """A layer with linear-attention states and full attention in one (Falcon-H1, Zamba 2)."""
+
+    is_compileable = False
+
+    def __init__(
+        self, start: Callable[[int, int], None], module: Any = None, **kwargs: Any
+    ) -> None:
+        OffloadLayer.__init__(self, start, module)
+        LinearAttentionLayer.__init__(self, **kwargs)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Keys and values come as two positional arguments, linear states by keyword (as in the stock class)."""
+        if args:
+            OffloadLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        """Forgets all tokens and states."""
+        LinearAttentionLayer.reset(self)
+        OffloadLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders states and tokens."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        OffloadLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats states and tokens of every sequence."""
+        rows = torch.arange(0 if self.store is None else self.store.batch)
+        LinearAttentionLayer.reorder_cache(self, rows.repeat_interleave(repeats))
+        OffloadLayer.batch_repeat_interleave(self, repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the states and tokens of some sequences."""
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        LinearAttentionLayer.reorder_cache(self, rows)
+        OffloadLayer.batch_select_indices(self, indices)
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Crops states (where they were recorded) and tokens."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        OffloadLayer.crop(self, tokens_to_remove)
+
+
+def stock_layers(config: Any) -> list[Any]:
+    """The layers that transformers' own cache has for a model.
+
+    Args:
+        config: The model's config, or that of its text part.
+
+    Returns:
+        One layer object per cache layer.
+    """
+    return list(DynamicCache(config=config).layers)
+
+
+def keeps_every_token(layer: Any, max_positions: int | None) -> bool:
+    """Whether a stock layer holds all tokens, so that ours takes its place.
+
+    Args:
+        layer: A stock layer.
+        max_positions: The model's context length. A sliding window as long as this never slides.
+    """
+    if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+        return True
+    window = getattr(layer, "sliding_window", None)
+    never_slides = window is not None and max_positions is not None and window >= max_positions
+    return type(layer) is DynamicSlidingWindowLayer and never_slides
+
+
+def _has_attention(layer: Any) -> bool:
+    return isinstance(layer, (HybridOffloadLayer, LinearAttentionAndFullAttentionLayer))
+
+
+class OffloadCache(Cache):  # type: ignore[misc]
+    """A transformers cache over two tiers. Made by `Runtime.new_cache()`.
+
+    One forward pass at a time. It works wherever transformers takes `past_key_values` for the model it was
+    made for: `generate`, beams, assisted decoding, several turns.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        offloaded: Sequence[int],
+        build: Callable[[int, int], Sequence[Store]],
+        on_close: Callable[[], None],
+        modules: Sequence[Any] | None = None,
+    ) -> None:
+        """Takes the place of a stock cache.
+
+        Args:
+            layers: The stock layers.
+            offloaded: Indices of those to replace.
+            build: Called as build(batch, tokens) at the first update; makes one store per replaced layer.
+            on_close: Called once, when the cache's memory is given back.
+            modules: The attention module of each replaced layer; None where they are not known yet.
+        """
+        self._build = build
+        self._on_close = on_close
+        self._closed: str | None = None
+        self.layout: Layout | None = None  # set by `build`
+        self.token_ids: Tensor | None = None  # [B, length] on the CPU, where the runtime knows them
+        mine: list[Any] = list(layers)
+        for index, module in zip(offloaded, modules or [None] * len(offloaded), strict=True):
+            stock = layers[index]
+            if isinstance(stock, LinearAttentionLayer):
+                states = getattr(stock, "number_of_states", None)
+                known = {} if states is None else {"number_of_states": states}
+                mine[index] = HybridOffloadLayer(self._start, module, **known)
+            else:
+                mine[index] = OffloadLayer(self._start, module)
+        self._offloaded = [mine[index] for index in offloaded]
+        super().__init__(layers=mine)
+
+    def start(self, batch: int, tokens: int) -> None:
+        """Takes the memory for a batch, unless that was done already.
+
+        Args:
+            batch: Sequences.
+            tokens: Tokens that come first.
+
+        Raises:
+            BudgetError: It does not fit.
+        """
+        if self.layout is None:
+            self._start(batch, tokens)
+
+    def _start(self, batch: int, tokens: int) -> None:
+        stores = self._build(batch, tokens)
+        for layer, store in zip(self._offloaded, stores, strict=True):
+            layer.store = store
+            layer.is_initialized = True
+
+    @property
+    def modules(self) -> list[Any]:
+        """The attention module of each offloaded layer, as far as they are known."""
+        return [layer._module for layer in self._offloaded]
+
+    @property
+    def stores(self) -> list[Store]:
+        """The stores of the offloaded layers; empty before the first update."""
+        return [layer.store for layer in self._offloaded if layer.store is not None]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have only linear-attention states. (The stock property knows stock classes only.)"""
+        return [
+            isinstance(layer, LinearAttentionLayer) and not _has_attention(layer)
+            for layer in self.layers
+        ]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence, in stock linear layers too, which know only how to reorder."""
+        for layer in self.layers:
+            if hasattr(layer, "batch_repeat_interleave"):
+                layer.batch_repeat_interleave(repeats)
+            else:
+                state = next(t for t in layer.conv_states.values() if t is not None)
+                layer.reorder_cache(torch.arange(state.shape[0]).repeat_interleave(repeats))
+
+    def can_go_back(self) -> bool:
+        """Whether `crop` can forget tokens: not where a recurrent state or a full sliding window is kept."""
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer) and not (
+                layer.record_past and layer.is_croppable
+            ):
+                return False
+            window = getattr(layer, "sliding_window", None)
+            slid = window is not None and layer.get_seq_length() >= window
+            if slid and not getattr(layer, "record_past", False):
+                return False
+        return True
+
+    def settle(self) -> None:
+        """Makes the cache usable after an exception in the middle of a forward pass.
+
+        Layers before the exception hold the step's tokens, layers behind it do not: all go back to the
+        shortest. Where a layer cannot go back, the cache is closed instead.
+        """
+        forget_pending()
+        for layer in self._offloaded:
+            layer.settle()
+        attending = [layer for layer in self.layers if hasattr(layer, "get_seq_length")]
+        lengths = [layer.get_seq_length() for layer in attending]
+        stateful = any(isinstance(layer, LinearAttentionLayer) for layer in self.layers)
+        if len(set(lengths)) <= 1 and not stateful:
+            return
+        if not self.can_go_back():
+            self.close(
+                "an exception left it in the middle of a step, and its states cannot go back"
+            )
+            return
+        for layer, length in zip(attending, lengths, strict=True):
+            layer.crop(min(lengths) - length)
+
+    def close(self, reason: str = "it was closed") -> None:
+        """Gives the memory of both tiers back. The cache cannot be used afterwards."""
+        if self._closed is not None:
+            return
+        self._closed = reason
+        for layer in self._offloaded:
+            layer.closed = reason
+            layer.store = None
+        self._on_close()
+
+    def require_open(self) -> None:
+        """Raises CacheError if the cache was closed."""
+        if self._closed is not None:
+            raise CacheError(
+                "This cache cannot be used",
+                asked="tokens",
+                there=self._closed,
+                change="Make a new one: runtime.new_cache().",
+            )
+
+    def __del__(self) -> None:
+        if getattr(self, "_closed", "never built") is None:
+            self.close("it was deleted")
+
+
+def require_ours(cache: Any) -> OffloadCache:
+    """The cache that a user passed as past_key_values, if it is one of ours.
+
+    Raises:
+        InputError: It is a stock cache.
+        CacheError: It was closed.
+    """
+    if not isinstance(cache, OffloadCache):
+        raise InputError(
+            "past_key_values is not an offload cache",
+            asked=type(cache).__name__,
+            there="OffloadCache",
+            change="Pass runtime.new_cache(), or leave it out; for a stock cache call model.generate.",
+        )
+    cache.require_open()
+    return cache

@@ -1,0 +1,162 @@
+"""The command line: `offload demo`, `offload config`, `offload version`.
+
+| file | command |
+|---|---|
+| `demo` | `offload demo`: a real model, a long document, a small device budget |
+| `config` | `offload config show`, `check` and `init` |
+
+A command parses, calls one function of the library, and renders what comes back. stdout carries the
+result and nothing else. `main` alone turns errors into a line on stderr and an exit code: 0 done,
+1 failed, 2 bad usage or configuration, 3 does not fit, 130 interrupted.
+
+Help is answered without torch, transformers or pydantic: what is heavy is imported by the function
+that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from offload.cli import config, demo
+from offload.errors import BudgetError, ConfigError, InputError, OffloadError
+
+FAILED, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    name="offload",
+    help="Run Hugging Face models on contexts whose KV cache does not fit on the GPU.",
+    epilog="Example: offload demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(
+    short_help="Answer a question about a long text.",
+    epilog='Example: offload demo --question "What is this text about?"',
+)(demo.demo)
+app.add_typer(config.app, name="config")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from offload import __version__
+
+        print(f"offload {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, and debug logs.")
+    ] = False,
+) -> None:
+    """Declares the options of every command; `main` has already acted on --debug."""
+
+
+@app.command(epilog="Example: offload version --json")
+def version(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print the versions that a bug report needs."""
+    versions = _versions()
+    if as_json:
+        print(json.dumps({"schema_version": 1, "command": "version", "versions": versions}))
+        return
+    for name, installed in versions.items():
+        print(f"{name} {installed or 'not installed'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: As on the command line, without the program. None: those of this process.
+
+    Returns:
+        The exit code.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Taken out here, so that it may stand before or after the command.
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    _log_to_stderr(logging.DEBUG if debug else logging.WARNING)
+    try:
+        app(given, prog_name="offload")
+    except SystemExit as leaving:  # how Typer ends, also in success
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OffloadError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        if "--json" in given:
+            print(json.dumps({"schema_version": 1, "error": _as_object(error)}))
+        return _exit_code(error)
+    except Exception as error:  # noqa: BLE001 (the last stop: a user gets a line, not a traceback)
+        if debug:
+            traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        if not debug:
+            print("This was not foreseen. Add --debug to see where it comes from.", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def _exit_code(error: OffloadError) -> int:
+    if isinstance(error, BudgetError):
+        return DOES_NOT_FIT
+    return BAD_INPUT if isinstance(error, (ConfigError, InputError)) else FAILED
+
+
+def _as_object(error: OffloadError) -> dict[str, Any]:
+    """The error as JSON takes it: its class, its message, and its attributes."""
+    fields = {
+        name: value if isinstance(value, (int, float, str, type(None))) else str(value)
+        for name, value in vars(error).items()
+        if name != "problems" and not name.startswith("_")
+    }
+    found: dict[str, Any] = {"code": type(error).__name__, "message": str(error), **fields}
+    if isinstance(error, ConfigError):
+        found["problems"] = [_as_object(problem) for problem in error.problems]
+    return found
+
+
+def _log_to_stderr(level: int) -> None:
+    log = logging.getLogger("offload")
+    log.setLevel(level)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    # One handler, on the stderr of now: `main` may run more than once in a process.
+    log.handlers = [h for h in log.handlers if type(h) is not logging.StreamHandler] + [handler]
+
+
+def _versions() -> dict[str, str | None]:
+    """Read from the installed metadata: importing torch to ask for its version takes seconds."""
+    import importlib.metadata
+    import platform
+
+    from offload import __version__
+
+    found: dict[str, str | None] = {"offload": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "triton", "numpy", "numba", "faiss-cpu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,96 @@
+"""`offload config`: what is in effect, whether a file is right, and a file to start from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offload.errors import InputError
+
+app = typer.Typer(
+    help="Show, check and write the configuration file.",
+    epilog="Example: offload config init && offload config check offload.toml",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command(epilog="Example: offload config show --config offload.toml")
+def show(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="The TOML file. Without it, the defaults are shown."),
+    ] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Print every value and where it comes from.
+
+    As TOML, which can be saved as a file.
+    """
+    from offload.config import OffloadConfig
+
+    effective = OffloadConfig.build(config)
+    if not as_json:
+        print(effective.to_toml(origin=str(config or "file")), end="")
+        return
+    settings = [
+        {**s._asdict(), "origin": "file" if s.is_set else "default"} for s in effective.settings()
+    ]
+    inputs = {"config": None if config is None else str(config)}
+    print(_object("config show", inputs=inputs, settings=settings))
+
+
+@app.command(epilog="Example: offload config check offload.toml")
+def check(
+    file: Annotated[Path, typer.Argument(help="The TOML file.")],
+    as_json: _AsJson = False,
+) -> None:
+    """Say whether a file can be used.
+
+    If not, everything that is wrong with it is listed, and the exit code is 2.
+    """
+    from offload.config import OffloadConfig
+
+    OffloadConfig.from_toml(file)
+    print(
+        _object("config check", inputs={"file": str(file)}, ok=True) if as_json else f"{file}: ok"
+    )
+
+
+@app.command(epilog="Example: offload config init offload.toml")
+def init(
+    file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("offload.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a file to start from.
+
+    Every key is in it, commented out, with what it does, its unit and its default.
+    """
+    from offload.config import OffloadConfig
+
+    try:
+        with file.open("w" if force else "x", encoding="utf-8") as out:
+            out.write(OffloadConfig.template())
+    except FileExistsError:
+        raise InputError(
+            f"{file} is already there",
+            asked=str(file),
+            change="Give another name, or --force to replace it.",
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be written: {error.strerror}",
+            asked=str(file),
+            change="Give a path in a folder that exists and can be written.",
+        ) from error
+    print(f"wrote {file}", file=sys.stderr)
+
+
+def _object(command: str, **fields: object) -> str:
+    return json.dumps({"schema_version": 1, "command": command, **fields}, indent=2)

@@ -1,0 +1,618 @@
+"""What a user can set: one frozen value, read from TOML, from keyword arguments, or from both.
+
+This is the configuration as it was *asked*: `auto` stays `auto` here. What it comes to on a machine
+and for a model is a value of its own, made elsewhere; nothing writes back into a config.
+
+Every key has its description, its default and its unit here and nowhere else: `offload config init`
+and the reference are written from them. Mistakes are `ConfigError`s, never pydantic's own, and all
+mistakes of a file or a call are reported together.
+
+Importing this module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from offload.errors import ConfigError
+from offload.units import Size, parse_tokens
+
+SMALLEST_PAGE: Final = 16  # one tile of the tensor cores: no kernel reads fewer tokens at a time
+_LEAST_SINKS: Final = 64  # tokens; the first few carry the attention sink, the rest is rounding
+
+
+def _auto_or_tokens(value: Any) -> Any:
+    return "auto" if isinstance(value, str) and value.strip().lower() == "auto" else _tokens(value)
+
+
+def _tokens(value: Any) -> int:
+    return parse_tokens(value)
+
+
+def _tokens_or_none(value: Any) -> int:
+    return parse_tokens(value, at_least=0)
+
+
+def _definite(value: Any) -> Size:
+    size = Size.parse(value)
+    if size.is_auto:
+        raise ConfigError(
+            "'auto' has no meaning here", asked="auto", change='Write bytes ("1GiB") or a share.'
+        )
+    return size
+
+
+def _auto_or_bytes(value: Any) -> Size:
+    size = Size.parse(value)
+    if size.percent is not None:
+        raise ConfigError(
+            f"'{size}' is a share of nothing",
+            asked=str(size),
+            change='Write bytes ("256MiB") or "auto".',
+        )
+    return size
+
+
+_AsText = PlainSerializer(str, return_type=str)
+_Budget = Annotated[InstanceOf[Size], BeforeValidator(Size.parse), _AsText]
+_DefiniteSize = Annotated[InstanceOf[Size], BeforeValidator(_definite), _AsText]
+_BufferSize = Annotated[InstanceOf[Size], BeforeValidator(_auto_or_bytes), _AsText]
+_Tokens = Annotated[int, BeforeValidator(_tokens)]
+_TokensOrNone = Annotated[int, BeforeValidator(_tokens_or_none)]
+_AutoOrTokens = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_tokens)]
+
+
+def _unit(unit: str) -> dict[str, Any]:
+    return {"unit": unit}
+
+
+class _Table(BaseModel):
+    """A TOML table: frozen, and a stranger among its keys is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _one_error(_problems(error, type(self))) from None
+
+
+class MemoryConfig(_Table):
+    """How much memory may be used, and how much stays free for others."""
+
+    gpu: _Budget = Field(
+        default=Size(),
+        description="Device memory for weights, KV cache and workspace together. auto: what is "
+        "free, and what the model already holds, minus the reserve.",
+        json_schema_extra=_unit("bytes, % of the device's memory, or auto"),
+    )
+    cpu: _Budget = Field(
+        default=Size(),
+        description="Host memory for the offloaded KV. auto: as much as the context needs, at "
+        "most what is available minus the reserve.",
+        json_schema_extra=_unit("bytes, % of the host's memory, or auto"),
+    )
+    pinned: _Budget = Field(
+        default=Size(),
+        description="How much of the host memory may be pinned. WSL2 and some containers pin "
+        "little; the rest is then pageable and copied through pinned buffers. auto: all of it, "
+        "as far as the system lets us.",
+        json_schema_extra=_unit("bytes, % of the host's memory, or auto"),
+    )
+    reserve: _DefiniteSize = Field(
+        default=Size(bytes=1024**3),
+        description="What auto leaves free for other programs, on the device and on the host.",
+        json_schema_extra=_unit("bytes or % of the memory in question"),
+    )
+
+
+class CacheConfig(_Table):
+    """How the KV cache of a layer is cut into sinks, window and pages."""
+
+    page: _Tokens = Field(
+        default=64,
+        description="Tokens that leave the device window together. A power of two, at least "
+        f"{SMALLEST_PAGE}.",
+        json_schema_extra=_unit("tokens"),
+    )
+    sinks: _TokensOrNone = Field(
+        default_factory=lambda data: _default_sinks(data.get("page", 64)),
+        description="First tokens of the context, which stay on the device. A multiple of page, "
+        "or 0. Default: 64 rounded up to whole pages.",
+        json_schema_extra=_unit("tokens"),
+    )
+    window: _AutoOrTokens = Field(
+        default="auto",
+        description="Most recent tokens, which stay on the device. A multiple of page. auto: as "
+        "many as the device budget holds.",
+        json_schema_extra=_unit("tokens, or auto"),
+    )
+
+    @field_validator("page")
+    @classmethod
+    def _page_is_a_power_of_two(cls, page: int) -> int:
+        if page >= SMALLEST_PAGE and page & (page - 1) == 0:
+            return page
+        below = max(SMALLEST_PAGE, 1 << (page.bit_length() - 1))
+        above = max(SMALLEST_PAGE, 1 << page.bit_length())
+        raise ConfigError(
+            f"a page of {page:,} tokens is not a power of two of at least {SMALLEST_PAGE}",
+            asked=page,
+            change=_write(below, above),
+        )
+
+    @field_validator("sinks", "window")
+    @classmethod
+    def _page_divides(cls, tokens: int | str, info: ValidationInfo) -> int | str:
+        page = info.data.get("page")  # missing if it was wrong itself
+        if page is None or isinstance(tokens, str) or tokens % page == 0:
+            return tokens
+        below = tokens // page * page
+        least = page if info.field_name == "window" else 0
+        raise ConfigError(
+            f"page size {page:,} does not divide the {info.field_name} of {tokens:,} tokens",
+            asked=tokens,
+            there=page,
+            change=_write(max(below, least), below + page),
+        )
+
+
+class RetrievalConfig(_Table):
+    """How offloaded tokens are found again. No keys yet: exact mode reads all of them."""
+
+
+class ReplicaConfig(_Table):
+    """The low-bit copy of offloaded KV on the device. No keys yet: exact mode needs none."""
+
+
+class SchedulerConfig(_Table):
+    """How the placement of tokens is decided. No keys yet: exact mode has one placement."""
+
+
+class PrefillConfig(_Table):
+    """How a prompt is read."""
+
+    chunk: _AutoOrTokens = Field(
+        default="auto",
+        description="Tokens of the prompt that are computed together. auto: 4,096, and fewer "
+        "where the device budget asks for it.",
+        json_schema_extra=_unit("tokens, or auto"),
+    )
+
+
+class DecodeConfig(_Table):
+    """How a token is made."""
+
+    staging: _BufferSize = Field(
+        default=Size(),
+        description="Size of one of the two device buffers through which host pages stream. "
+        "auto: chosen from the device budget.",
+        json_schema_extra=_unit("bytes, or auto"),
+    )
+
+
+class TraceConfig(_Table):
+    """What is shown while it runs."""
+
+    progress: bool = Field(
+        default=True,
+        strict=True,
+        description="Whether a progress bar is drawn on stderr during a long prefill. Never drawn "
+        "where stderr is not a terminal.",
+        json_schema_extra=_unit("true or false"),
+    )
+    progress_from: _TokensOrNone = Field(
+        default=8192,
+        description="Prompts of at least so many tokens get a progress bar.",
+        json_schema_extra=_unit("tokens"),
+    )
+
+
+class Setting(NamedTuple):
+    """One key of a configuration, with all that there is to say about it.
+
+    Attributes:
+        key: Where it is in the file, `memory.gpu`.
+        value: What is in effect, as TOML takes it: a str, an int or a bool.
+        default: What would be in effect without it.
+        is_set: Whether it was given, even if as the default.
+        unit: What it is counted in.
+        description: What it does.
+    """
+
+    key: str
+    value: str | int | bool
+    default: str | int | bool
+    is_set: bool
+    unit: str
+    description: str
+
+
+class OffloadConfig(_Table):
+    """The whole configuration of one attached model.
+
+    `OffloadConfig()` is the default. `build` makes one from whatever a user has; the constructor
+    takes the sections by name, as their classes or as dicts. Both raise `ConfigError`.
+    """
+
+    mode: Literal["exact"] = Field(
+        default="exact",
+        description="What is promised of the tokens. exact: those of the stock cache.",
+        json_schema_extra=_unit('"exact"'),
+    )
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
+    replica: ReplicaConfig = Field(default_factory=ReplicaConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    prefill: PrefillConfig = Field(default_factory=PrefillConfig)
+    decode: DecodeConfig = Field(default_factory=DecodeConfig)
+    trace: TraceConfig = Field(default_factory=TraceConfig)
+
+    # The keyword arguments of `offload.attach`, and the key that each one sets.
+    SHORT_NAMES: ClassVar[Mapping[str, str]] = {
+        "gpu_memory": "memory.gpu",
+        "cpu_memory": "memory.cpu",
+        "pinned_memory": "memory.pinned",
+        "reserve": "memory.reserve",
+        "page": "cache.page",
+        "sinks": "cache.sinks",
+        "window": "cache.window",
+        "chunk": "prefill.chunk",
+        "staging": "decode.staging",
+        "progress": "trace.progress",
+        "progress_from": "trace.progress_from",
+    }
+
+    @classmethod
+    def build(
+        cls,
+        config: OffloadConfig | str | Path | Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> OffloadConfig:
+        """Makes a configuration from whatever the user has, with some of its keys replaced.
+
+        Args:
+            config: A configuration, a TOML file, TOML text, or tables as nested dicts. None: all
+                defaults.
+            **overrides: Keys to replace: `mode`, the names in `SHORT_NAMES` (`gpu_memory="20GiB"`),
+                or sections as dicts (`memory={"gpu": "20GiB"}`).
+
+        Raises:
+            ConfigError: Naming every key that is unknown or unusable, in the file and in the call.
+        """
+        if isinstance(config, OffloadConfig) and not overrides:
+            return config
+        data, file = _tables(config)
+        given, problems = _nest(overrides)
+        spelled = {key: name for name, key in cls.SHORT_NAMES.items() if name in overrides}
+        for section, value in given.items():
+            below = data.get(section)
+            if isinstance(below, dict) and isinstance(value, dict):
+                value = below | value
+            data[section] = value
+        return cls._checked(data, problems, file=file, given=given, spelled=spelled)
+
+    @classmethod
+    def from_toml(cls, path_or_text: str | Path) -> OffloadConfig:
+        """Reads a TOML file, or TOML text.
+
+        Args:
+            path_or_text: A Path is a file. A str is a file if it ends in `.toml` or if a file of
+                that name exists; otherwise it is the text itself.
+
+        Raises:
+            ConfigError: The file cannot be read, is not TOML, or has keys that are unknown or
+                unusable: all of them are named.
+        """
+        return cls.build(path_or_text)
+
+    def to_toml(self, *, origin: str | None = None) -> str:
+        """Every key with the value in effect, as TOML that `from_toml` reads back as an equal.
+
+        Args:
+            origin: What the keys that were set come from. Given, each line says in a comment
+                whether it has its value from there or by default.
+        """
+
+        def entry(setting: Setting) -> list[str]:
+            line = _assignment(setting.key, setting.value)
+            if origin is not None:
+                line = f"{line:<24}  # {origin if setting.is_set else 'default'}"
+            return [line]
+
+        return _toml(self.settings(), entry)
+
+    @classmethod
+    def template(cls) -> str:
+        """A TOML file with every key commented out, and what it does, its unit and its default."""
+
+        def entry(setting: Setting) -> list[str]:
+            what = _comment(f"{setting.description} [{setting.unit}]")
+            return ["", *what, f"# {_assignment(setting.key, setting.default)}"]
+
+        head = "Configuration of offload. Every key is here with its default: uncomment to change."
+        return "\n".join([*_comment(head), "", _toml(cls().settings(), entry)])
+
+    def settings(self) -> list[Setting]:
+        """Every key, in the order of the file."""
+        return list(_settings(self))
+
+    @classmethod
+    def _checked(
+        cls,
+        data: Mapping[str, Any],
+        problems: Iterable[ConfigError],
+        *,
+        file: str | None,
+        given: Mapping[str, Any],
+        spelled: Mapping[str, str],
+    ) -> OffloadConfig:
+        """The configuration, or all problems in one error, each under the name the user wrote.
+
+        Args:
+            data: The tables, overrides included.
+            problems: What is already known to be wrong.
+            file: Where the tables come from, for the messages.
+            given: What came from overrides, as tables.
+            spelled: For a key that came from an override: the name of that override.
+        """
+        found = list(problems)
+        config = None
+        try:
+            config = cls(**data)
+        except ConfigError as error:
+            for problem in error.problems or (error,):
+                key = problem.key or ""
+                section, _, name = key.partition(".")
+                table = given.get(section)
+                overridden = name in table if isinstance(table, Mapping) else section in given
+                place = "" if overridden or file is None else f"{file}: "
+                found.append(problem.under(place + spelled.get(key, key)))
+        if config is None or found:
+            raise _one_error(found)
+        return config
+
+
+def _default_sinks(page: int) -> int:
+    return -(-_LEAST_SINKS // page) * page
+
+
+def _write(below: int, above: int) -> str:
+    return f"Write {below}." if below == above else f"Write {below} or {above}."
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """What to write instead of an unknown name."""
+    known = list(known)
+    if not known:
+        return "This section has no keys yet: leave it out."
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(known)}."
+
+
+def _tables(config: object) -> tuple[dict[str, Any], str | None]:
+    """The tables that were given, and the name of the file that they come from."""
+    if config is None:
+        return {}, None
+    if isinstance(config, OffloadConfig):
+        return _explicit(config), None
+    if isinstance(config, Mapping):
+        return {str(name): _plain(value) for name, value in config.items()}, None
+    if isinstance(config, Path) or (isinstance(config, str) and _is_file_name(config)):
+        return _load(Path(config).expanduser()), str(config)
+    if isinstance(config, str):
+        try:
+            return tomllib.loads(config), None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(
+                f"The configuration is not TOML: {error}",
+                asked=_abridged(config),
+                change="Give the name of a file, which ends in .toml, or lines like "
+                'memory.gpu = "20GiB".',
+            ) from None
+    raise ConfigError(
+        f"A configuration cannot be read from a {type(config).__name__}",
+        asked=type(config).__name__,
+        change="Give an OffloadConfig, a path, TOML text or a dict.",
+    )
+
+
+def _is_file_name(text: str) -> bool:
+    return "\n" not in text and "\0" not in text and (text.endswith(".toml") or _exists(text))
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_file()
+    except (OSError, RuntimeError):  # too long for a file name; a home that is not there
+        return False
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            "No such file",
+            key=str(path),
+            asked=str(path),
+            change="Write one with: offload config init.",
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"The file cannot be read: {error.strerror}",
+            key=str(path),
+            asked=str(path),
+            change="Give the path of a TOML file.",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"This is not TOML: {error}",
+            key=str(path),
+            asked=str(path),
+            change='Write tables and keys, for example [memory], then gpu = "20GiB".',
+        ) from None
+
+
+def _abridged(text: str, length: int = 40) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[:length]}..."
+
+
+def _explicit(table: _Table) -> dict[str, Any]:
+    """What was set in it, without the defaults."""
+    return {name: _plain(getattr(table, name)) for name in table.model_fields_set}
+
+
+def _plain(value: Any) -> Any:
+    """A section as a dict of its own, whichever way it was given; any other value as it is."""
+    if isinstance(value, _Table):
+        return _explicit(value)
+    return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _nest(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigError]]:
+    """Overrides as tables, and one problem for each name that is unknown or given twice."""
+    tables = {n: _plain(v) for n, v in overrides.items() if n in OffloadConfig.model_fields}
+    problems: list[ConfigError] = []
+    for name, value in overrides.items():
+        if name in OffloadConfig.model_fields:
+            continue
+        if name not in OffloadConfig.SHORT_NAMES:
+            known = [*OffloadConfig.SHORT_NAMES, *OffloadConfig.model_fields]
+            problems.append(
+                ConfigError("unknown setting", key=name, asked=name, change=_nearest(name, known))
+            )
+            continue
+        section, _, key = OffloadConfig.SHORT_NAMES[name].partition(".")
+        table = tables.setdefault(section, {})
+        if not isinstance(table, dict):
+            continue  # wrong itself, and reported as such
+        if key in table:
+            problems.append(
+                ConfigError(
+                    f"given a second time as {section}.{key}",
+                    key=name,
+                    asked=value,
+                    there=table[key],
+                    change="Leave one of the two out.",
+                )
+            )
+            continue
+        table[key] = value
+    return tables, problems
+
+
+def _problems(error: ValidationError, table: type[_Table]) -> list[ConfigError]:
+    """What pydantic found, in our words, one error for each key."""
+    found: list[ConfigError] = []
+    for detail in error.errors(include_url=False):
+        key = ".".join(str(part) for part in detail["loc"][:2])
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            nested = cause.problems or (cause,)
+            found += [p.under(f"{key}.{p.key}" if p.key else key) for p in nested]
+        elif detail["type"] != "default_factory_not_called":  # page is wrong, and reported
+            found.append(_translated(detail, key, table))
+    return found
+
+
+def _translated(detail: ErrorDetails, key: str, table: type[_Table]) -> ConfigError:
+    asked = detail["input"]
+    kind = detail["type"]
+    name = str(detail["loc"][-1])
+    if kind == "extra_forbidden":
+        known = list(table.model_fields)
+        section = isinstance(asked, Mapping) and table is OffloadConfig
+        what = "unknown section" if section else "unknown key"
+        return ConfigError(what, key=key, asked=name, change=_nearest(name, known))
+    if kind == "literal_error":
+        expected = str(detail.get("ctx", {}).get("expected", "")).replace("'", '"')
+        return ConfigError(
+            f"{asked!r} is not one of its values", key=key, asked=asked, change=f"Write {expected}."
+        )
+    if kind == "bool_type":
+        return ConfigError(
+            f"{asked!r} is not a switch", key=key, asked=asked, change="Write true or false."
+        )
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return ConfigError(
+            f"{asked!r} is not a table",
+            key=key,
+            asked=asked,
+            change=f"Write [{key}] on a line of its own, and its keys below.",
+        )
+    return ConfigError(f"{detail['msg'].lower()}: {asked!r}", key=key, asked=asked)
+
+
+def _one_error(problems: list[ConfigError]) -> ConfigError:
+    """One problem is the error itself; several are listed under one."""
+    if len(problems) == 1:
+        return problems[0]
+    return ConfigError(f"{len(problems)} settings cannot be used", problems=problems)
+
+
+def _settings(table: _Table, prefix: str = "") -> Iterator[Setting]:
+    values, defaults = table.model_dump(), type(table)().model_dump()
+    for name, field in type(table).model_fields.items():
+        value = getattr(table, name)
+        if isinstance(value, _Table):
+            yield from _settings(value, f"{prefix}{name}.")
+            continue
+        yield Setting(
+            key=f"{prefix}{name}",
+            value=values[name],
+            default=defaults[name],
+            is_set=name in table.model_fields_set,
+            unit=_unit_of(field),
+            description=field.description or "",
+        )
+
+
+def _unit_of(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    return str(extra["unit"]) if isinstance(extra, dict) else ""
+
+
+def _assignment(key: str, value: str | int | bool) -> str:
+    # A JSON string, number or boolean is also a TOML one.
+    return f"{key.rpartition('.')[2]} = {json.dumps(value)}"
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text, 96)]
+
+
+def _toml(settings: Iterable[Setting], entry: Callable[[Setting], list[str]]) -> str:
+    """The keys under the headers of their sections; `entry` writes the lines of one key."""
+    lines: list[str] = []
+    open_section = ""
+    for setting in settings:
+        section = setting.key.rpartition(".")[0]
+        if section != open_section:
+            lines += ["", f"[{section}]"]
+            open_section = section
+        lines += entry(setting)
+    return "\n".join(lines).strip("\n") + "\n"

@@ -1,0 +1,121 @@
+"""How much memory does this machine have, and how much of it is free? Read at the moment of asking.
+
+Device memory is counted by the driver. Host memory is what psutil calls available, or what the control group
+of a container leaves, whichever is less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostMemory:
+    """Bytes of host memory.
+
+    Attributes:
+        total: Of the machine, or of the container if that is less.
+        available: Without swapping.
+        limited_by: "cgroup" or "machine".
+    """
+
+    total: int
+    available: int
+    limited_by: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceMemory:
+    """Bytes of device memory.
+
+    Attributes:
+        total: Of the card (of the host, for a CPU device).
+        free: As the driver counts it.
+        allocated: In live tensors of this process.
+        overhead: Neither free nor torch's: driver contexts, other processes. 0 for a CPU.
+    """
+
+    total: int
+    free: int
+    allocated: int
+    overhead: int
+
+
+def host_memory(cgroup: Path = _CGROUP) -> HostMemory:
+    """Host memory of the machine or container.
+
+    Args:
+        cgroup: Where control groups are mounted.
+    """
+    machine = psutil.virtual_memory()
+    limits = [HostMemory(total=machine.total, available=machine.available, limited_by="machine")]
+    for folder in _own_groups(cgroup):
+        limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
+        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes")
+        if limit is None or used is None or limit >= machine.total:
+            continue
+        # File cache counts as used in a group, but gives way.
+        used -= min(used, _inactive_file(folder / "memory.stat"))
+        limits.append(HostMemory(total=limit, available=max(0, limit - used), limited_by="cgroup"))
+    return min(limits, key=lambda memory: memory.available)
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """Memory of a device; of the host for a CPU device."""
+    if device.type != "cuda":
+        host = host_memory()
+        return DeviceMemory(total=host.total, free=host.available, allocated=0, overhead=0)
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    return DeviceMemory(
+        total=total,
+        free=free,
+        allocated=torch.cuda.memory_allocated(device),
+        overhead=max(0, total - free - reserved),
+    )
+
+
+def _own_groups(cgroup: Path) -> list[Path]:
+    """The folders of this process's control groups: its own, its parents', and the mount's root."""
+    folders = [cgroup, cgroup / "memory"]
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        controllers, path = line.split(":", 2)[1:]
+        if controllers not in ("", "memory"):
+            continue
+        folder = (cgroup / "memory" if controllers else cgroup) / path.lstrip("/")
+        while folder != cgroup and cgroup in folder.parents:
+            folders.append(folder)
+            folder = folder.parent
+    return list(dict.fromkeys(folders))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # "max" means no limit
+
+
+def _inactive_file(path: Path) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    names = ("inactive_file", "total_inactive_file")
+    return next((int(line.split()[1]) for line in lines if line.split()[0] in names), 0)

@@ -1,0 +1,358 @@
+"""What is this model made of, as far as its KV cache goes? Found by asking it, once, at attach.
+
+A short forward pass with recording layers tells the KV heads, head sizes, dtype and device of every layer of
+any architecture, and proves that what the cache returns reaches our attention function untouched. Models in
+which it does not, or in which the cached keys are not what attention reads, are refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.attention import NAME, forget_pending, register
+from offload.cache import OffloadCache, keeps_every_token, stock_layers
+from offload.errors import InputError, OffloadError, UnsupportedModelError
+from offload.kernels.attend import attend
+from offload.tiers.store import RowShape
+
+_LATENT = "its cache holds compressed (latent) keys that are expanded before attention"
+_INDEXED = "a trained indexer chooses the keys that each query sees"
+_SHARED = "layers attend to the keys of other layers"
+_NO_KEYS = "it keeps a recurrent state and no keys"
+_OWN_ATTENTION = (
+    "its attention is not replaceable (it does not ask transformers' AttentionInterface)"
+)
+_OWN_CACHE = "it needs cache layers of its own"
+_CHANGED = "it changes keys or values between cache and attention"
+_POSITION_BIAS = "its attention adds a learned position bias"
+
+
+def _because(reason: str, *model_types: str) -> dict[str, str]:
+    return dict.fromkeys(model_types, reason)
+
+
+# model_type -> why its tokens would come out wrong, or why there is nothing to offload. Names as in transformers
+# 5.17 to 5.23; a composite model is looked up by its text part too. What is not listed is still examined.
+REFUSED: dict[str, str] = {
+    **_because(
+        _LATENT,
+        "deepseek_v2", "deepseek_v3", "axk1", "bailing_hybrid", "glm4_moe_lite", "kimi_linear", "kimi_k25",
+        "longcat_flash", "minicpm3", "mistral4", "mistral_large4", "mistral_large4_text", "youtu",
+    ),
+    **_because(
+        _INDEXED,
+        "axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4", "glm5_next_text", "dots3_note_text",
+        "qwen4_exp_text", "minimax_m3_vl_text", "step3p5",
+    ),
+    **_because(_OWN_CACHE, "deepseek_v4", "minimax", "unlimited_ocr_text", "hrm_text", "zaya"),
+    **_because(_CHANGED, "diffllama", "doge", "jetmoe", "idefics", "moonshine", "moonshine_streaming"),
+    **_because(
+        _SHARED,
+        "mllama_text_model", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text",
+        "gemma4_assistant", "gemma4_unified_assistant", "diffusion_gemma_text",
+    ),
+    **_because(_POSITION_BIAS, "inkling_text", "inkling2_text"),
+    **_because(
+        _NO_KEYS, "mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma",
+    ),
+    **_because(
+        _OWN_ATTENTION,
+        "bloom", "falcon", "gptj", "codegen", "gpt_neo", "gpt_neox_japanese", "mpt", "xglm", "openai-gpt",
+        "xlnet", "cpmant", "imagegpt", "reformer", "trocr", "big_bird", "rembert", "roformer",
+        "megatron-bert", "git", "semantic", "coarse_acoustics",
+    ),
+}  # fmt: skip
+
+# Cache layers that are understood: ours take the place of the first two, the others stay as they are.
+_KNOWN_LAYERS = frozenset(
+    {
+        "full_attention", "hybrid", "sliding_attention", "chunked_attention", "linear_attention", "conv",
+        "moe", "mlp", "dummy", "mamba", "attention",
+    }
+)  # fmt: skip
+
+# Families whose forward of several tokens ignores the recurrent state in the cache (stock transformers 5.17 to
+# 5.23 too): a prompt in chunks would come out wrong, so it is fed whole, and to a warm cache token by token.
+FED_WHOLE: dict[str, str] = {
+    "jamba": "its Mamba-1 scan starts from zero in every forward pass of several tokens",
+    "zamba": "its Mamba-1 scan starts from zero in every forward pass of several tokens",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """What the runtime knows of a model.
+
+    Attributes:
+        model_type: config.model_type.
+        offloaded: Indices of the cache layers that keep every token.
+        rows: The shape of each of those.
+        modules: The attention module of each of those.
+        device: Where their keys are computed.
+        max_positions: The context length that the model was made for, if it says so.
+        weights: Device bytes of parameters and buffers.
+        workspace: Device bytes of a forward pass that do not depend on the number of tokens.
+        workspace_per_token: Further device bytes per token.
+        keeps_logits: Whether forward takes logits_to_keep.
+        fed_whole: Why a prompt must not be cut into chunks, or None.
+    """
+
+    model_type: str
+    offloaded: tuple[int, ...]
+    rows: tuple[RowShape, ...]
+    modules: tuple[Any, ...]
+    device: torch.device
+    max_positions: int | None
+    weights: int
+    workspace: int
+    workspace_per_token: int
+    keeps_logits: bool
+    fed_whole: str | None = None
+
+    @property
+    def token_bytes(self) -> tuple[int, ...]:
+        """KV bytes of one token of one sequence, for each offloaded layer."""
+        return tuple(row.token_bytes for row in self.rows)
+
+
+class _RecordingStore:
+    """Stands in for a layer's store while the model is examined: keeps all keys, notes their shape."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.busy = False
+        self.shape: RowShape | None = None
+        self.device: torch.device | None = None
+        self.query_heads = 0
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return 1
+
+    def expect(self, key: Tensor, value: Tensor) -> None:
+        """Notes the shape."""
+        self.shape = RowShape(
+            kv_heads=key.shape[1],
+            key_dim=key.shape[3],
+            value_dim=value.shape[3],
+            dtype=key.dtype,
+        )
+        self.device = key.device
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, visible: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """Attends to the new tokens alone; the examination feeds all tokens at once."""
+        self.length += key.shape[2]
+        self.query_heads = query.shape[1]
+        part = attend(query, key, value, causal=True, mask=None, **kwargs)
+        return part.out.transpose(1, 2).contiguous()
+
+    def crop(self, length: int) -> None:
+        """Never asked for."""
+
+    def select(self, rows: Tensor) -> None:
+        """Never asked for."""
+
+
+def refuse_unsupported(model: Any) -> None:
+    """Raises unless the model is a decoder in evaluation mode whose kind is not refused.
+
+    Raises:
+        UnsupportedModelError: An encoder-decoder, a refused kind, or a model that generates without a cache.
+        InputError: Not a transformers model, already attached, or in training mode.
+    """
+    if not hasattr(model, "generate") or not hasattr(model, "config"):
+        raise InputError(
+            "attach needs a transformers model that can generate",
+            asked=type(model).__name__,
+            there=None,
+            change="Load one with AutoModelForCausalLM.from_pretrained(...).",
+        )
+    config = model.config
+    types = [str(getattr(config, "model_type", "unknown"))]
+    types.append(str(getattr(text_config(model), "model_type", "unknown")))
+    if getattr(config, "is_encoder_decoder", False):
+        _raise_if("it is an encoder-decoder; only decoders are supported", types[0])
+    for name in types:
+        _raise_if(REFUSED.get(name), name)
+    text = text_config(model)
+    if getattr(text, "kv_lora_rank", None):
+        _raise_if(_LATENT, types[1])
+    if getattr(text, "num_kv_shared_layers", None):
+        _raise_if(_SHARED, types[1])
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    if strange:
+        _raise_if(f"its layers of type {', '.join(strange)} are not understood", types[1])
+    if model.training:
+        raise InputError(
+            "The model is in training mode",
+            asked="attach",
+            there="dropout and gradients, which generation must not have",
+            change="Call model.eval() first.",
+        )
+
+
+def _raise_if(reason: str | None, model_type: str) -> None:
+    if reason is not None:
+        raise UnsupportedModelError(
+            "This model cannot be attached",
+            model_type=model_type,
+            reason=reason,
+            change="Use the stock cache.",
+        )
+
+
+def text_config(model: Any) -> Any:
+    """The config of the part that generates text."""
+    return model.config.get_text_config(decoder=True)
+
+
+@contextmanager
+def our_attention(model: Any) -> Iterator[None]:
+    """Gives the model our attention; takes it back if the block raises.
+
+    What `set_attn_implementation` changes is remembered per config object by `restore_attention`.
+    """
+    register()
+    before = attention_names(model)
+    try:
+        model.set_attn_implementation(NAME)
+        # For a model that cannot change its attention this does nothing and says nothing.
+        text = text_config(model)
+        if text._attn_implementation != NAME:
+            _raise_if(_OWN_ATTENTION, str(getattr(text, "model_type", "unknown")))
+        yield
+    except BaseException:
+        restore_attention(model, before)
+        raise
+
+
+def attention_names(model: Any) -> list[tuple[Any, str | None]]:
+    """The attention implementation of every config object in the model."""
+    configs: list[Any] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            configs.append(config)
+    unique = {id(config): config for config in configs}
+    return [(config, config._attn_implementation) for config in unique.values()]
+
+
+def restore_attention(model: Any, before: list[tuple[Any, str | None]]) -> None:
+    """Gives every config object the implementation that `attention_names` saw."""
+    for config, name in before:
+        config._attn_implementation = name
+
+
+def examine(model: Any) -> ModelShape:
+    """Runs two short forward passes and reads off the shape. The model must have our attention already.
+
+    Raises:
+        UnsupportedModelError: Keys do not reach attention as the cache returned them, or the layers are on
+            several devices.
+    """
+    config = text_config(model)
+    model_type = str(getattr(config, "model_type", "unknown"))
+    max_positions = getattr(config, "max_position_embeddings", None)
+    try:
+        layers = stock_layers(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            "This model cannot be attached",
+            model_type=model_type,
+            reason=f"transformers' own cache cannot be built for it ({error})",
+            change="Use model.generate without offload.",
+        ) from error
+    offloaded = tuple(
+        index for index, layer in enumerate(layers) if keeps_every_token(layer, max_positions)
+    )
+    keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+    device = next(
+        (p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu")
+    )
+
+    def run(n_tokens: int) -> tuple[list[_RecordingStore], list[Any], int]:
+        recorders = [_RecordingStore() for _ in offloaded]
+        cache = OffloadCache(
+            stock_layers(config), offloaded, lambda batch, tokens: recorders, lambda: None
+        )
+        ids = torch.zeros((1, n_tokens), dtype=torch.long, device=device)
+        keep = {"logits_to_keep": 1} if keeps_logits else {}
+        on_card = device.type == "cuda"
+        if on_card:
+            torch.cuda.reset_peak_memory_stats(device)
+        base = torch.cuda.memory_allocated(device) if on_card else 0
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+        peak = torch.cuda.max_memory_allocated(device) - base if on_card else 0
+        return recorders, cache.modules, peak
+
+    try:
+        run(16)  # lazily allocated workspaces (cuBLAS, bitsandbytes) are not the pass's own
+        _, _, small_peak = run(16)
+        recorders, modules, large_peak = run(272)
+    except OffloadError as error:
+        raise UnsupportedModelError(
+            "This model cannot be attached",
+            model_type=model_type,
+            reason=str(error),
+            change="Use the stock cache.",
+        ) from error
+    finally:
+        forget_pending()
+    silent = [index for index, store in zip(offloaded, recorders, strict=True) if store.length == 0]
+    _raise_if(f"its layers {silent} never updated the cache" if silent else None, model_type)
+    devices = {store.device for store in recorders}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        _raise_if(f"its layers are on several devices ({names}); load it on one GPU", model_type)
+    rows = tuple(store.shape for store in recorders if store.shape is not None)
+    per_token = max(0, large_peak - small_peak) // 256
+    fixed = max(0, small_peak - 16 * per_token)
+    if device.type != "cuda":
+        per_token, fixed = _estimated_workspace(config, rows), 0
+    # Attention in parts holds the float32 sum and one part beside the output: not seen by the passes above.
+    widest = max(
+        (store.query_heads * (store.shape.value_dim if store.shape else 0) for store in recorders),
+        default=0,
+    )
+    return ModelShape(
+        model_type=model_type,
+        offloaded=offloaded,
+        rows=rows,
+        modules=tuple(modules),
+        device=next(iter(devices), device) or device,
+        max_positions=max_positions,
+        weights=weight_bytes(model, device),
+        workspace=fixed,
+        workspace_per_token=per_token + widest * 8 + max((r.token_bytes for r in rows), default=0),
+        keeps_logits=keeps_logits,
+        fed_whole=FED_WHOLE.get(model_type),
+    )
+
+
+def _estimated_workspace(config: Any, rows: tuple[RowShape, ...]) -> int:
+    """Bytes of activations per token where no allocator can be asked: residuals and the MLP at its widest."""
+    hidden = getattr(config, "hidden_size", 0) or 0
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    itemsize = rows[0].dtype.itemsize if rows else 4
+    return int(itemsize * max(4 * hidden + 3 * inner, 14 * hidden))
+
+
+def weight_bytes(model: Any, device: torch.device) -> int:
+    """Bytes of parameters and buffers on a device, each storage counted once."""
+    seen: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == device.type:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())

@@ -1,0 +1,87 @@
+"""What did a run cost, and where is every byte? The answer of `Runtime.report()`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from offload.units import gib
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """Bytes per tier, tokens per tier, time, and every fallback, of the last `generate`.
+
+    Attributes:
+        mode: The mode that ran.
+        model_type: Of the model.
+        device: Where the model runs.
+        bytes: Bytes by purpose: weights, window (sinks and tail too), staging, eviction, host_pinned,
+            host_pageable.
+        tokens_on_device: Tokens per sequence in the device window.
+        tokens_on_host: Tokens per sequence in host pages.
+        budget: Device bytes allowed, weights included.
+        planned: Device bytes of the layout, by purpose, workspace and overhead included.
+        chunk: Prompt tokens computed together.
+        prompt_tokens: Of the last prompt, per sequence.
+        reused_tokens: Of these, in the cache already.
+        new_tokens: Generated per sequence.
+        prefill_s: Seconds of the prefill.
+        decode_s: Seconds from the end of the prefill to the last token.
+        h2d_bytes: KV bytes copied to the device since the runtime was attached.
+        d2h_bytes: KV bytes copied to the host.
+        bounced_bytes: Of h2d_bytes, through a bounce buffer because pages are not pinned.
+        decode_h2d_bytes: KV bytes copied to the device during the last decode.
+        notes: Fallbacks and adaptations, a sentence each.
+    """
+
+    mode: str
+    model_type: str
+    device: str
+    bytes: dict[str, int]
+    tokens_on_device: int
+    tokens_on_host: int
+    budget: int
+    planned: dict[str, int]
+    chunk: int
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    prefill_s: float
+    decode_s: float
+    h2d_bytes: int
+    d2h_bytes: int
+    bounced_bytes: int
+    decode_h2d_bytes: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ms_per_token(self) -> float:
+        """Milliseconds per generated token; 0 before the first."""
+        return 1000 * self.decode_s / self.new_tokens if self.new_tokens else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and ms_per_token as plain values."""
+        return asdict(self) | {"ms_per_token": self.ms_per_token}
+
+    def __str__(self) -> str:
+        device = {k: v for k, v in self.bytes.items() if not k.startswith("host_") and v}
+        host = {
+            k.removeprefix("host_"): v for k, v in self.bytes.items() if k.startswith("host_") and v
+        }
+        lines = [
+            f"{self.model_type} on {self.device}, mode {self.mode}",
+            f"  device  {gib(sum(device.values())):>10}  of {gib(self.budget)} allowed  ({_list(device)})",
+            f"  host    {gib(sum(host.values())):>10}  ({_list(host) if host else 'nothing offloaded'})",
+            f"  tokens  {self.tokens_on_device + self.tokens_on_host:>10,}  "
+            f"{self.tokens_on_device:,} on the device, {self.tokens_on_host:,} on the host",
+            f"  prefill {self.prefill_s:>9.2f} s  {self.prompt_tokens - self.reused_tokens:,} tokens"
+            f" in chunks of {self.chunk:,}, {self.reused_tokens:,} reused",
+            f"  decode  {self.decode_s:>9.2f} s  {self.new_tokens:,} tokens,"
+            f" {self.ms_per_token:.1f} ms each, {gib(self.decode_h2d_bytes)} from the host",
+        ]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def _list(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {gib(size)}" for name, size in sizes.items())

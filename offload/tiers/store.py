@@ -1,0 +1,502 @@
+"""How does one layer hold its keys and values over two tiers? Sinks and window on the device, the rest on the host.
+
+The sequence, oldest token first:
+
+    | sinks          | host pages ...      | window                    | tail          |
+    | whole blocks,  | whole blocks, left  | whole blocks, the newest  | fewer than P  |
+    | never leave    | the window in order | that fit the device       | tokens        |
+
+A block is P tokens of every sequence; in memory a token of a KV head is one row, its K and V side by side
+(what a zero-copy read of one token wants). New tokens enter the tail; a full block moves on to the window, and
+when that is full its oldest block is copied to a host page. Softmax does not care for the order of keys, so
+window blocks lie in whichever slot was free.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offload.errors import CacheError
+from offload.kernels.attend import attend
+from offload.kernels.merge import RunningMerge
+from offload.tiers.pages import PageTable, Run
+from offload.tiers.pinned import HostRegion, commit_regions
+from offload.tiers.transfer import HostReader, HostWriter
+
+_PIECE_TOKENS = (
+    4096  # tokens packed into rows at a time; the usual prefill chunk, so that one piece is all
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowShape:
+    """The rows of one layer.
+
+    Attributes:
+        kv_heads: KV heads, H_kv.
+        key_dim: Head size of the keys, D.
+        value_dim: Head size of the values, D_v.
+        dtype: Of keys and values.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        """Values of one row: D + D_v."""
+        return self.key_dim + self.value_dim
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one sequence."""
+        return self.kv_heads * self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreLimits:
+    """How a layer's tokens are divided between the tiers.
+
+    Attributes:
+        page: Tokens of a block, P.
+        sink_blocks: Blocks that stay on the device for ever.
+        window_blocks: Further blocks that the device holds.
+        host_tokens: Tokens per sequence for which host memory is committed at once; more is committed
+            when it is needed.
+    """
+
+    page: int
+    sink_blocks: int
+    window_blocks: int
+    host_tokens: int
+
+    @property
+    def device_blocks(self) -> int:
+        """Blocks on the device, the tail not counted."""
+        return self.sink_blocks + self.window_blocks
+
+
+class LayerStore:
+    """One layer's keys and values.
+
+    Attributes:
+        shape: Of the rows.
+        limits: Of the tiers.
+        length: Tokens of every sequence.
+        busy: Between `attend`'s start and the end of its eviction.
+        written: The event behind the last copy to a host page.
+    """
+
+    def __init__(
+        self,
+        shape: RowShape,
+        limits: StoreLimits,
+        *,
+        batch: int,
+        region: HostRegion,
+        reader: HostReader,
+        writer: HostWriter,
+    ) -> None:
+        """Allocates the device part and commits the host part.
+
+        Args:
+            shape: Of the rows.
+            limits: Of the tiers.
+            batch: Sequences.
+            region: Host memory for the pages; owned by the caller.
+            reader: Brings pages back.
+            writer: Takes blocks away.
+        """
+        self.shape = shape
+        self.limits = limits
+        self.length = 0
+        self.busy = False
+        self.written: torch.cuda.Event | None = None
+        self.page_bytes = limits.page * shape.token_bytes
+        self._region = region
+        self._reader = reader
+        self._writer = writer
+        device = region.device
+        row = (shape.kv_heads, shape.width)
+        self._window = torch.empty(
+            (batch, limits.device_blocks, limits.page, *row), dtype=shape.dtype, device=device
+        )
+        self._tail = torch.empty((batch, limits.page, *row), dtype=shape.dtype, device=device)
+        self._tail_length = 0
+        self._sinks = 0  # blocks in slots [0, sinks)
+        self._slots: deque[int] = (
+            deque()
+        )  # window blocks, oldest first; with the sinks a dense prefix
+        pages = batch * -(-limits.host_tokens // limits.page)
+        self._table = PageTable(batch, pages)
+        commit_regions([(region, pages * self.page_bytes)])
+
+    # What a reader asks (offload.tiers.transfer.Pages).
+
+    @property
+    def version(self) -> int:
+        """Grows when a column may mean other pages."""
+        return self._table.version
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return int(self._window.shape[0])
+
+    @property
+    def columns(self) -> int:
+        """Host pages of every sequence."""
+        return self._table.columns
+
+    @property
+    def shared_columns(self) -> int:
+        """Leading columns that all sequences share."""
+        return self._table.shared_columns
+
+    def runs(self, row: int, start: int, stop: int) -> list[Run]:
+        """Contiguous pages of one sequence, none across a border of pinned memory."""
+        edges = [edge // self.page_bytes for edge in self._region.edges]
+        return self._table.runs(row, start, stop, edges)
+
+    def host_view(self, run: Run) -> Tensor:
+        """The bytes of a run, uint8."""
+        return self._region.view(run.page * self.page_bytes, run.count * self.page_bytes)
+
+    def is_pinned(self, run: Run) -> bool:
+        """Whether the run's memory is pinned."""
+        return (run.page + run.count) * self.page_bytes <= self._region.pinned
+
+    # Sizes.
+
+    @property
+    def host_tokens(self) -> int:
+        """Tokens of every sequence that are on the host."""
+        return self.columns * self.limits.page
+
+    @property
+    def device_tokens(self) -> int:
+        """Tokens of every sequence that are on the device."""
+        return self.length - self.host_tokens
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes allocated on the device for sinks, window and tail."""
+        return (self._window.numel() + self._tail.numel()) * self._window.element_size()
+
+    # One step.
+
+    def expect(self, key: Tensor, value: Tensor) -> None:
+        """Raises CacheError unless these could be the next keys and values.
+
+        Args:
+            key: [B, H_kv, Q, D].
+            value: [B, H_kv, Q, D_v].
+        """
+        shape = self.shape
+        there = (self.batch, shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype)
+        asked = (key.shape[0], key.shape[1], key.shape[3], value.shape[3], key.dtype)
+        if asked != there:
+            raise CacheError(
+                "The cache holds other sequences or another model's heads "
+                "(batch, KV heads, head sizes, dtype)",
+                asked=asked,
+                there=there,
+                change="Make a new cache for this batch: runtime.new_cache().",
+            )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        visible: Tensor | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attends with new tokens to all tokens so far and to themselves, then takes them in.
+
+        Args:
+            query: [B, H_q, Q, D] of the new tokens.
+            key: [B, H_kv, Q, D] likewise.
+            value: [B, H_kv, Q, D_v].
+            scale: Factor on the dot products.
+            visible: Boolean [B, length + Q], False where a key is padding; None without padding.
+            softcap: As in `offload.kernels.attend`.
+            sink_logits: [H_q], likewise.
+
+        Returns:
+            [B, Q, H_q, D_v], contiguous, in the dtype of `query`.
+        """
+        self.busy = True
+        n_new = query.shape[2]
+        merge = RunningMerge()
+        page, past = self.limits.page, self.length
+        tail_start = past - self._tail_length
+
+        def mask(start: int, stop: int) -> Tensor | None:
+            return None if visible is None else visible[:, None, None, start:stop]
+
+        # The new tokens come first and carry the sink logits; host pages come last: their copies need time.
+        if n_new == 1:
+            rows = self._tail[:, self._tail_length]
+            rows[..., : self.shape.key_dim].copy_(key[:, :, 0])
+            rows[..., self.shape.key_dim :].copy_(value[:, :, 0])
+            tail = self._split(self._tail[:, : self._tail_length + 1])
+            merge.add(
+                attend(
+                    query,
+                    *tail,
+                    scale=scale,
+                    mask=mask(tail_start, past + 1),
+                    softcap=softcap,
+                    sink_logits=sink_logits,
+                )  # fmt: skip
+            )
+        else:
+            merge.add(
+                attend(
+                    query,
+                    key,
+                    value,
+                    scale=scale,
+                    causal=True,
+                    mask=mask(past, past + n_new),
+                    softcap=softcap,
+                    sink_logits=sink_logits,
+                )  # fmt: skip
+            )
+            if self._tail_length:
+                tail = self._split(self._tail[:, : self._tail_length])
+                merge.add(
+                    attend(query, *tail, scale=scale, mask=mask(tail_start, past), softcap=softcap)
+                )
+        n_blocks = self._sinks + len(self._slots)
+        if n_blocks:
+            window = self._split(self._window[:, :n_blocks].flatten(1, 2))
+            merge.add(
+                attend(
+                    query, *window, scale=scale, mask=self._window_mask(visible), softcap=softcap
+                )
+            )
+        first_host = self._sinks * page
+        for chunk, staged in self._reader.read(self):
+            rows = staged.view(self.shape.dtype).view(
+                chunk.rows, -1, self.shape.kv_heads, self.shape.width
+            )
+            keys, values = self._split(rows.expand(self.batch, -1, -1, -1))
+            chunk_mask = mask(first_host + chunk.start * page, first_host + chunk.stop * page)
+            merge.add(attend(query, keys, values, scale=scale, mask=chunk_mask, softcap=softcap))
+        out = merge.result(query.dtype).out.transpose(1, 2).contiguous()
+        self._take_in(key, value)
+        self.busy = False
+        self._reader.prefetch()
+        return out
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [B, N, H_kv, D + D_v] as keys [B, H_kv, N, D] and values [B, H_kv, N, D_v], without a copy."""
+        heads_first = rows.transpose(1, 2)
+        return heads_first[..., : self.shape.key_dim], heads_first[..., self.shape.key_dim :]
+
+    def _window_mask(self, visible: Tensor | None) -> Tensor | None:
+        """[B, 1, 1, blocks * P] of the window's keys, in the order of their slots."""
+        if visible is None:
+            return None
+        page = self.limits.page
+        start = {slot: slot * page for slot in range(self._sinks)}
+        first = self.length - self._tail_length - len(self._slots) * page
+        start |= {slot: first + age * page for age, slot in enumerate(self._slots)}
+        starts = torch.tensor([start[slot] for slot in range(len(start))], device=visible.device)
+        positions = (starts[:, None] + torch.arange(page, device=visible.device)).flatten()
+        return visible[:, None, None].index_select(-1, positions)
+
+    # Taking in and evicting.
+
+    def _take_in(self, key: Tensor, value: Tensor) -> None:
+        """Appends the new tokens and moves full blocks on."""
+        n_new, page = key.shape[2], self.limits.page
+        self.length += n_new
+        if n_new == 1:
+            self._tail_length += 1  # attend has written the row already
+            if self._tail_length == page:
+                self._advance(self._tail.unsqueeze(1))
+                self._tail_length = 0
+            return
+        total = self._tail_length + n_new
+        if total < page:
+            self._write_rows(self._tail, self._tail_length, key, value)
+            self._tail_length = total
+            return
+        # Blocks are formed in pieces, so that a prompt of any length (a stock `generate` feeds it whole)
+        # needs a bounded copy.
+        per_piece = max(1, _PIECE_TOKENS // page)
+        taken = 0
+        while self._tail_length + n_new - taken >= page:
+            blocks = min(per_piece, (self._tail_length + n_new - taken) // page)
+            n_tokens = blocks * page - self._tail_length
+            rows = self._tail.new_empty((self.batch, blocks * page, *self._tail.shape[2:]))
+            rows[:, : self._tail_length] = self._tail[:, : self._tail_length]
+            piece = slice(taken, taken + n_tokens)
+            self._write_rows(rows, self._tail_length, key[:, :, piece], value[:, :, piece])
+            self._tail_length = 0
+            self._advance(rows.unflatten(1, (blocks, page)))
+            taken += n_tokens
+        self._write_rows(self._tail, 0, key[:, :, taken:], value[:, :, taken:])
+        self._tail_length = n_new - taken
+
+    def _write_rows(self, rows: Tensor, at: int, key: Tensor, value: Tensor) -> None:
+        target = rows[:, at : at + key.shape[2]].transpose(1, 2)
+        target[..., : self.shape.key_dim].copy_(key)
+        target[..., self.shape.key_dim :].copy_(value)
+
+    def _advance(self, blocks: Tensor) -> None:
+        """Moves full blocks [B, n, P, H_kv, W] to sinks, window and host, oldest first."""
+        new_sinks = min(self.limits.sink_blocks - self._sinks, blocks.shape[1])
+        if new_sinks:  # then there is neither window nor host page yet
+            self._window[:, self._sinks : self._sinks + new_sinks] = blocks[:, :new_sinks]
+            self._sinks += new_sinks
+            blocks = blocks[:, new_sinks:]
+        n_new = blocks.shape[1]
+        overflow = max(0, len(self._slots) + n_new - self.limits.window_blocks)
+        from_window = min(overflow, len(self._slots))
+        freed = [self._slots.popleft() for _ in range(from_window)]
+        if overflow:
+            self._evict(freed, blocks[:, : overflow - from_window])
+        kept = blocks[:, overflow - from_window :]
+        if kept.shape[1]:
+            top = self._sinks + len(self._slots) + len(freed)
+            slots = freed + list(range(top, top + kept.shape[1] - len(freed)))
+            index = torch.tensor(slots, device=self._window.device)
+            self._window.index_copy_(1, index, kept)
+            self._slots.extend(slots)
+
+    def _evict(self, slots: list[int], blocks: Tensor) -> None:
+        """Copies window slots, then further blocks, to new host pages."""
+        count = len(slots) + blocks.shape[1]
+        self._make_room(count)
+        first = self._table.columns
+        self._table.append(count)
+        per_piece = max(1, self._writer.buffer_bytes // (self.batch * self.page_bytes))
+        index = torch.tensor(slots, dtype=torch.long, device=self._window.device)
+        for at in range(0, count, per_piece):
+            n = min(per_piece, count - at)
+
+            def pack(buffer: Tensor, at: int = at, n: int = n) -> None:
+                target = buffer.view(self.shape.dtype).view(self.batch, n, *self._window.shape[2:])
+                old = min(max(0, len(slots) - at), n)
+                if old:
+                    target[:, :old] = self._window.index_select(1, index[at : at + old])
+                if old < n:
+                    new = at + old - len(slots)
+                    target[:, old:] = blocks[:, new : new + n - old]
+
+            targets = []
+            for row in range(self.batch):
+                for run in self.runs(row, first + at, first + at + n):
+                    offset = (row * n + run.column - first - at) * self.page_bytes
+                    targets.append((offset, self.host_view(run)))
+            self.written = self._writer.write(self.batch * n * self.page_bytes, pack, targets)
+
+    def _make_room(self, columns: int) -> None:
+        missing = self._table.missing(columns)
+        if missing:
+            # An eighth more than needed: growing a little at every block would pin in small pieces.
+            pages = self._table.capacity + max(missing, self._table.capacity // 8)
+            pages = min(
+                pages, max(self._table.capacity + missing, self._region.reserve // self.page_bytes)
+            )
+            commit_regions([(self._region, pages * self.page_bytes)])
+            self._table.grow(pages)
+
+    # Changes of the sequences.
+
+    def crop(self, length: int) -> None:
+        """Forgets the tokens from `length` on.
+
+        Args:
+            length: Tokens to keep, at most `self.length`.
+        """
+        if length >= self.length:
+            return
+        page = self.limits.page
+        tail_start = self.length - self._tail_length
+        if length >= tail_start:
+            self._tail_length = length - tail_start
+            self.length = length
+            return
+        # The newest block that stays in part becomes the tail; newer ones go.
+        while tail_start > length:
+            tail_start -= page
+            block = self._pop_newest()
+        self._tail_length = length - tail_start
+        self.length = length
+        if self._tail_length:
+            self._tail.copy_(block)
+
+    def _pop_newest(self) -> Tensor:
+        """Takes the newest whole block away; returns it as [B, P, H_kv, W], valid until the next change."""
+        if self._slots:
+            slot = self._slots.pop()
+            block = self._window[:, slot].clone()
+            last = self._sinks + len(self._slots)
+            if slot != last:  # keep the slots a dense prefix: the last block moves into the hole
+                self._window[:, slot] = self._window[:, last]
+                self._slots[self._slots.index(last)] = slot
+            return block
+        if self.columns:
+            block = self._read_column(self.columns - 1)
+            self._table.truncate(self.columns - 1)
+            return block
+        if self._sinks:
+            self._sinks -= 1
+            return self._window[:, self._sinks].clone()
+        raise CacheError("The layer holds no block", asked=1, there=0, change=None)
+
+    def _read_column(self, column: int) -> Tensor:
+        if self.written is not None:
+            self.written.synchronize()
+        rows = [self.host_view(self.runs(row, column, column + 1)[0]) for row in range(self.batch)]
+        block = torch.stack(rows).to(self._window.device)
+        return block.view(self.shape.dtype).view(self.batch, *self._window.shape[2:])
+
+    def select(self, rows: Tensor) -> None:
+        """Makes sequence i the former sequence rows[i] (beams, repeats, a subset).
+
+        Host pages are shared, not copied; the device part is copied.
+
+        Args:
+            rows: Integer [new batch].
+        """
+        index = rows.to("cpu", torch.long).numpy()
+        if index.size == self.batch and bool((index == np.arange(self.batch)).all()):
+            return
+        self._table.select(index)
+        on_device = rows.to(self._window.device, torch.long)
+        used = self._sinks + len(self._slots)
+        if index.size == self.batch:
+            # Block by block, so that a large window needs no second copy of itself.
+            for block in range(used):
+                self._window[:, block] = self._window[:, block].index_select(0, on_device)
+            self._tail.copy_(self._tail.index_select(0, on_device))
+        else:
+            self._window = self._window.index_select(0, on_device)
+            self._tail = self._tail.index_select(0, on_device)
+
+    def check(self) -> None:
+        """Raises CacheError unless every token is in exactly one place."""
+        self._table.check()
+        blocks = self._sinks + len(self._slots)
+        held = (blocks + self.columns) * self.limits.page + self._tail_length
+        dense = sorted(self._slots) == list(range(self._sinks, blocks))
+        if held != self.length or not dense or not 0 <= self._tail_length < self.limits.page:
+            raise CacheError(
+                "The store is inconsistent", asked=self.length, there=held, change=None
+            )

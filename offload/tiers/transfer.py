@@ -1,0 +1,343 @@
+"""How do KV pages cross PCIe? Streams, staging buffers and events of both directions.
+
+Ordering, stream by stream. The *compute* stream is the caller's current stream; *in* carries host-to-device
+copies, *out* device-to-host copies.
+
+- A staging buffer is written on *in* after *in* waited for `freed`, which compute recorded behind the last
+  attention that read the buffer; compute reads it after waiting for `ready`, recorded on *in* behind the copy.
+- An eviction buffer is packed on compute after compute waited for `drained`, recorded on *out* behind the
+  copies that read it; *out* copies after waiting for `packed`.
+- A page is read on *in* after *in* waited for the `written` event of its store, recorded on *out* behind the
+  copy that wrote it.
+- A page that became free (crop, reorder) may be written again at once: its last attention on compute waited
+  for the copy that read it, and *out* waits for compute (`packed`). A prefetch that is still under way may
+  read half a page; its staged chunk carries the table's old version and is never used.
+
+On a CPU the same code runs in program order without streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offload.tiers.pages import Run
+from offload.tiers.pinned import HostRegion, PinBudget, commit_regions
+
+BOUNCE_BYTES = (
+    16 * 2**20
+)  # a pinned bounce buffer; two per reader, only where pages could not be pinned
+
+
+@dataclass(slots=True)
+class TransferCounters:
+    """What crossed between the tiers since the runtime was attached. Bytes are KV bytes.
+
+    Attributes:
+        h2d_bytes: Host to device.
+        d2h_bytes: Device to host.
+        bounced_bytes: The part of h2d_bytes that went through a bounce buffer (pages that are not pinned).
+        discarded_bytes: The part of h2d_bytes that was prefetched and then not needed.
+    """
+
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+    bounced_bytes: int = 0
+    discarded_bytes: int = 0
+
+
+class Pages(Protocol):
+    """What a reader needs to know of a layer's host pages."""
+
+    page_bytes: int
+    busy: bool  # between this step's update and its eviction: pages may still be added
+    written: torch.cuda.Event | None
+
+    @property
+    def version(self) -> int:
+        """Grows when a column may mean other pages."""
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+
+    @property
+    def columns(self) -> int:
+        """Pages of every sequence."""
+
+    @property
+    def shared_columns(self) -> int:
+        """Leading columns that all sequences share."""
+
+    def runs(self, row: int, start: int, stop: int) -> list[Run]:
+        """Contiguous pages of one sequence."""
+
+    def host_view(self, run: Run) -> Tensor:
+        """The bytes of a run, uint8."""
+
+    def is_pinned(self, run: Run) -> bool:
+        """Whether the run's memory is pinned."""
+
+
+@dataclass(slots=True, frozen=True)
+class Chunk:
+    """Columns [start, stop) of a layer, as staged: once if all sequences share them, else per sequence."""
+
+    pages: Pages
+    version: int
+    start: int
+    stop: int
+    rows: int
+
+
+class Streams:
+    """The two copy streams of a device, or nothing on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on = device.type == "cuda"
+        self.host_to_device = torch.cuda.Stream(device) if self.on else None
+        self.device_to_host = torch.cuda.Stream(device) if self.on else None
+
+    def event(self) -> torch.cuda.Event | None:
+        """A new event, or None on a CPU."""
+        return torch.cuda.Event() if self.on else None
+
+    def use(self, stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[object]:
+        """Makes a copy stream current."""
+        return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
+
+    def record(
+        self, event: torch.cuda.Event | None, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        """Records an event on a copy stream, or on the compute stream."""
+        if event is not None:
+            event.record(stream or torch.cuda.current_stream(self.device))
+
+    def wait(self, event: torch.cuda.Event | None, stream: torch.cuda.Stream | None = None) -> None:
+        """Lets a copy stream, or the compute stream, wait for an event."""
+        if event is not None:
+            (stream or torch.cuda.current_stream(self.device)).wait_event(event)
+
+    def synchronize(self) -> None:
+        """Waits on the CPU until all copies are done."""
+        if self.host_to_device is not None and self.device_to_host is not None:
+            self.host_to_device.synchronize()
+            self.device_to_host.synchronize()
+
+
+class HostReader:
+    """Streams the host pages of the layers, in the order of the model, through two device buffers.
+
+    While a chunk is attended to, the next one is copied: of the same layer, or of the next layer, and after
+    the last layer of the first one again, so that PCIe does not rest between steps. Each byte crosses once a
+    step; columns that all sequences share cross once for all of them.
+    """
+
+    def __init__(self, streams: Streams, buffer_bytes: int, counters: TransferCounters) -> None:
+        """Allocates the two buffers.
+
+        Args:
+            streams: Of the device.
+            buffer_bytes: Of one buffer; must hold at least one page of every sequence.
+            counters: Counted into.
+        """
+        self.buffer_bytes = buffer_bytes
+        self.order: list[Pages] = []
+        self._streams = streams
+        self._counters = counters
+        self._buffers = [
+            torch.empty(buffer_bytes, dtype=torch.uint8, device=streams.device) for _ in range(2)
+        ]
+        self._ready = [streams.event(), streams.event()]
+        self._freed = [streams.event(), streams.event()]
+        self._staged: deque[tuple[Chunk, int]] = deque()
+        self._last: Chunk | None = None  # the chunk issued last: what follows it is prefetched
+        self._free = deque([0, 1])
+        self._bounce: _Bounce | None = None
+
+    def plan(self, pages: Pages) -> list[Chunk]:
+        """The chunks of a layer's pages, in order. Every chunk fits into one buffer."""
+        chunks: list[Chunk] = []
+        shared = pages.shared_columns
+        for rows, begin, end in ((1, 0, shared), (pages.batch, shared, pages.columns)):
+            step = max(1, self.buffer_bytes // (rows * pages.page_bytes))
+            chunks += [
+                Chunk(pages, pages.version, at, min(at + step, end), rows)
+                for at in range(begin, end, step)
+            ]
+        return chunks
+
+    def read(self, pages: Pages) -> Iterator[tuple[Chunk, Tensor]]:
+        """Yields a layer's chunks as device bytes; valid until the next one is asked for.
+
+        Args:
+            pages: The layer's. They must not change while being read.
+
+        Yields:
+            The chunk and uint8 [rows * columns * page_bytes], the pages of a sequence side by side.
+        """
+        for chunk in self.plan(pages):
+            if not self._staged or self._staged[0][0] != chunk:
+                self._discard()
+                self._issue(chunk)
+            entry = self._staged[0]
+            slot = entry[1]
+            self._top_up()
+            self._streams.wait(self._ready[slot])
+            nbytes = chunk.rows * (chunk.stop - chunk.start) * pages.page_bytes
+            try:
+                yield chunk, self._buffers[slot][:nbytes]
+            finally:
+                # Also when the reader's caller raised: the buffer must not stay taken.
+                self._streams.record(self._freed[slot])
+                if self._staged and self._staged[0] is entry:
+                    self._staged.popleft()
+                    self._free.append(slot)
+            self._top_up()
+
+    def prefetch(self) -> None:
+        """Starts copying what comes next; call when a layer's pages have stopped changing for this step."""
+        self._top_up()
+
+    def reset(self, order: list[Pages]) -> None:
+        """Forgets what is staged and takes the layers of another cache, in the order of the model."""
+        self._discard()
+        self.order = order
+        self._last = None
+
+    def _discard(self) -> None:
+        for chunk, slot in self._staged:
+            self._counters.discarded_bytes += (
+                chunk.rows * (chunk.stop - chunk.start) * chunk.pages.page_bytes
+            )
+            self._free.append(slot)
+        self._staged.clear()
+
+    def _top_up(self) -> None:
+        while self._free and self._last is not None:
+            following = self._after(self._last)
+            if following is None:
+                return
+            self._issue(following)
+
+    def _after(self, chunk: Chunk) -> Chunk | None:
+        """The chunk that is read after this one, if that is known already."""
+        same = self.plan(chunk.pages)
+        for candidate in same:
+            if candidate.start >= chunk.stop:
+                return candidate
+        if chunk.pages not in self.order:
+            return None
+        at = self.order.index(chunk.pages)
+        for pages in self.order[at + 1 :] + self.order[: at + 1]:
+            if pages.busy:
+                return None  # its pages are still changing in this step
+            if pages.columns:
+                return self.plan(pages)[0]
+        return None
+
+    def _issue(self, chunk: Chunk) -> None:
+        slot = self._free.popleft()
+        pages, stream = chunk.pages, self._streams.host_to_device
+        self._streams.wait(self._freed[slot], stream)
+        self._streams.wait(pages.written, stream)
+        columns = chunk.stop - chunk.start
+        buffer = self._buffers[slot]
+        with self._streams.use(stream):
+            for row in range(chunk.rows):
+                for run in pages.runs(row, chunk.start, chunk.stop):
+                    at = (row * columns + run.column - chunk.start) * pages.page_bytes
+                    source = pages.host_view(run)
+                    target = buffer[at : at + source.numel()]
+                    self._counters.h2d_bytes += source.numel()
+                    if pages.is_pinned(run):
+                        target.copy_(source, non_blocking=True)
+                    else:
+                        self._counters.bounced_bytes += source.numel()
+                        self._bounced().copy(target, source)
+        self._streams.record(self._ready[slot], stream)
+        self._staged.append((chunk, slot))
+        self._last = chunk
+
+    def _bounced(self) -> _Bounce:
+        if self._bounce is None:
+            self._bounce = _Bounce(self._streams)
+        return self._bounce
+
+
+class _Bounce:
+    """Two pinned buffers through which ordinary memory reaches the device: one fills while one is copied."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        # Outside the user's pin budget on purpose: without these 32 MiB the copies would be synchronous.
+        self._region = HostRegion(BOUNCE_BYTES, 2 * BOUNCE_BYTES, streams.device, PinBudget())
+        commit_regions([(self._region, 2 * BOUNCE_BYTES)])
+        self._done = [streams.event(), streams.event()]
+        self._next = 0
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copies pageable bytes to the device on the current (*in*) stream."""
+        for at in range(0, source.numel(), BOUNCE_BYTES):
+            slot, self._next = self._next, 1 - self._next
+            done = self._done[slot]
+            if done is not None:
+                done.synchronize()  # the CPU refills the buffer: its last copy must be over
+            piece = source[at : at + BOUNCE_BYTES]
+            buffer = self._region.view(slot * BOUNCE_BYTES, piece.numel())
+            buffer.copy_(piece)
+            target[at : at + piece.numel()].copy_(buffer, non_blocking=True)
+            self._streams.record(done, self._streams.host_to_device)
+
+
+class HostWriter:
+    """Copies evicted blocks to their host pages through two device buffers, on a stream of its own."""
+
+    def __init__(self, streams: Streams, buffer_bytes: int, counters: TransferCounters) -> None:
+        """Allocates the two buffers, each of `buffer_bytes`."""
+        self.buffer_bytes = buffer_bytes
+        self._streams = streams
+        self._counters = counters
+        self._buffers = [
+            torch.empty(buffer_bytes, dtype=torch.uint8, device=streams.device) for _ in range(2)
+        ]
+        self._drained = [streams.event(), streams.event()]
+        self._next = 0
+
+    def write(
+        self, nbytes: int, pack: Callable[[Tensor], None], targets: list[tuple[int, Tensor]]
+    ) -> torch.cuda.Event | None:
+        """Packs blocks into a buffer on the compute stream and copies them to the host behind it.
+
+        Args:
+            nbytes: Bytes that `pack` fills; at most `buffer_bytes`.
+            pack: Called once with uint8 [nbytes] on the device.
+            targets: (offset in the buffer, host bytes) of each contiguous piece.
+
+        Returns:
+            Recorded behind the copies: whoever reads the pages waits for it.
+        """
+        assert nbytes <= self.buffer_bytes
+        slot, self._next = self._next, 1 - self._next
+        stream = self._streams.device_to_host
+        self._streams.wait(self._drained[slot])
+        buffer = self._buffers[slot][:nbytes]
+        pack(buffer)
+        packed = self._streams.event()
+        self._streams.record(packed)
+        self._streams.wait(packed, stream)
+        with self._streams.use(stream):
+            for at, target in targets:
+                target.copy_(buffer[at : at + target.numel()], non_blocking=True)
+        self._counters.d2h_bytes += nbytes
+        self._streams.record(self._drained[slot], stream)
+        written = self._streams.event()
+        self._streams.record(written, stream)
+        return written

@@ -1,0 +1,257 @@
+"""Where does every byte of a run go, and how many tokens stay on the device? One function prices a layout.
+
+The planner and the runtime both call `lay_out`; there is no second implementation that could drift. All plain
+numbers: bytes are ints, tokens are ints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from offload.errors import BudgetError
+
+# Two staging buffers hide the copies behind attention once a copy outlasts the launches of a layer. On an
+# H100 (PCIe 5) 16 MiB copies already run at the full 53 GB/s; 128 MiB (2.5 ms) outlast an eager layer (1-2 ms).
+STAGING_BYTES = 128 * 2**20
+SMALLEST_CHUNK = 128  # tokens; below this a prefill is bound by reading the weights
+AUTO_CHUNK = 4096
+# `auto` keeps at least this many blocks in the window; fewer and nearly every token is evicted as it comes.
+LEAST_WINDOW_BLOCKS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What a run asks for.
+
+    Attributes:
+        batch: Sequences that are decoded.
+        copies: How many of them continue one prompt (beams, returned sequences).
+        prompt: Tokens per sequence of that prompt; the copies share its host pages.
+        tokens: Tokens per sequence at the end (prompt and answer), or None if unknown.
+        page: Tokens of a block.
+        sinks: Tokens that never leave the device.
+        window: Further tokens on the device, or None for as many as fit.
+        chunk: Prompt tokens computed together, or None for 4,096, less where the budget asks.
+        staging: Bytes of one staging buffer, or None for a size from the budget.
+        token_bytes: Bytes of one token of one sequence, for each offloaded layer.
+        weights: Device bytes held already (weights, buffers, other tensors).
+        overhead: Device bytes that are nobody's tensors: driver context, allocator slack.
+        workspace: Device bytes of activations that do not depend on the chunk.
+        workspace_per_token: Further device bytes per token of the chunk and sequence.
+        other_kv: Device bytes of the layers that are not offloaded.
+    """
+
+    batch: int
+    copies: int = 1
+    prompt: int = 0
+    tokens: int | None
+    page: int
+    sinks: int
+    window: int | None
+    chunk: int | None
+    staging: int | None
+    token_bytes: tuple[int, ...]
+    weights: int
+    overhead: int
+    workspace: int
+    workspace_per_token: int
+    other_kv: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a demand is met.
+
+    Attributes:
+        chunk: Prompt tokens computed together.
+        sink_blocks: Blocks that never leave the device.
+        window_blocks: Further blocks on the device.
+        host_tokens: Tokens per sequence that will be on the host, where the length is known.
+        staging_bytes: Of one of the two staging buffers.
+        eviction_bytes: Of one of the two eviction buffers.
+        device: Device bytes by purpose.
+        host: Host bytes by purpose.
+    """
+
+    chunk: int
+    sink_blocks: int
+    window_blocks: int
+    host_tokens: int
+    staging_bytes: int
+    eviction_bytes: int
+    device: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def device_bytes(self) -> int:
+        """All device bytes."""
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """All host bytes."""
+        return sum(self.host.values())
+
+
+def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
+    """Divides a run between the tiers so that both budgets hold.
+
+    Everything stays on the device if it fits. Otherwise the window takes what weights, workspace and buffers
+    leave; the chunk (where it is free) shrinks until a window of at least four blocks fits.
+
+    Args:
+        demand: What is asked.
+        device_budget: Bytes, weights included.
+        host_budget: Bytes for pages.
+
+    Returns:
+        The layout.
+
+    Raises:
+        BudgetError: It does not fit; says how much the smallest layout needs.
+    """
+    chunks = [demand.chunk] if demand.chunk is not None else _chunks(demand)
+    errors = []
+    for chunk in chunks:
+        try:
+            layout = _device_layout(replace(demand, chunk=chunk), device_budget)
+        except BudgetError as error:
+            errors.append(error)
+            continue
+        host_bytes = layout.host_bytes
+        if host_bytes > host_budget:
+            raise BudgetError(
+                f"The KV cache of {demand.batch} x {demand.tokens:,} tokens in host memory",
+                requested=host_bytes,
+                available=host_budget,
+                setting="memory.cpu",
+                change="Shorten the prompt, lower max_new_tokens or raise memory.cpu.",
+            )
+        return layout
+    raise min(errors, key=lambda error: error.requested)
+
+
+def budget_for(demand: Demand, *, device_tokens: int) -> int:
+    """The smallest device budget under which a window of that many tokens fits beside everything else.
+
+    Args:
+        demand: What is asked; a chunk that is not given counts as 4,096 or the whole prompt.
+        device_tokens: Tokens on the device, sinks included.
+
+    Returns:
+        Bytes, weights included.
+    """
+    chunk = demand.chunk or _chunks(demand)[0]
+    blocks = max(1, (device_tokens - demand.sinks) // demand.page)
+    asked = replace(demand, chunk=chunk, window=blocks * demand.page)
+    return _price(asked, _staging(asked, None), blocks, chunk).device_bytes
+
+
+def _chunks(demand: Demand) -> list[int]:
+    """The chunks that `auto` tries, largest first."""
+    longest = AUTO_CHUNK
+    if demand.tokens is not None:
+        longest = max(SMALLEST_CHUNK, min(AUTO_CHUNK, demand.tokens))
+    chunks = [longest]
+    while chunks[-1] // 2 >= SMALLEST_CHUNK:
+        chunks.append(chunks[-1] // 2)
+    return chunks
+
+
+def _device_layout(demand: Demand, budget: int) -> Layout:
+    assert demand.chunk is not None
+    sink_blocks = demand.sinks // demand.page
+    if demand.tokens is not None and demand.window is None:
+        # Does everything fit? Then the buffers are never used and hold one page.
+        blocks = max(1, -(-demand.tokens // demand.page) - sink_blocks)
+        whole = _price(demand, _page_bytes(demand), blocks, demand.chunk)
+        if whole.device_bytes <= budget:
+            return whole
+    staging = _staging(demand, budget)
+    if demand.window is not None:
+        blocks = demand.window // demand.page
+        asked = _price(demand, staging, blocks, demand.chunk)
+        if asked.device_bytes > budget:
+            raise BudgetError(
+                f"Weights, workspace and a window of {demand.window:,} tokens on the device",
+                requested=asked.device_bytes,
+                available=budget,
+                setting="memory.gpu",
+                change="Raise memory.gpu, or lower cache.window, prefill.chunk or decode.staging.",
+            )
+        return asked
+    least = _price(demand, staging, LEAST_WINDOW_BLOCKS, demand.chunk)
+    if least.device_bytes > budget:
+        raise BudgetError(
+            "Weights, workspace and the smallest window on the device",
+            requested=least.device_bytes,
+            available=budget,
+            setting="memory.gpu",
+            change="Raise memory.gpu, lower prefill.chunk, or load the model with fewer bits.",
+        )
+    per_block = demand.batch * demand.page * sum(demand.token_bytes)
+    blocks = LEAST_WINDOW_BLOCKS + (budget - least.device_bytes) // max(1, per_block)
+    if demand.tokens is not None:  # a window longer than the run is never filled
+        blocks = min(blocks, max(1, -(-demand.tokens // demand.page) - sink_blocks))
+    return _price(demand, staging, blocks, demand.chunk)
+
+
+def _page_bytes(demand: Demand) -> int:
+    """Bytes of one block of the widest layer, all sequences."""
+    return demand.batch * demand.page * max(demand.token_bytes, default=0)
+
+
+def _staging(demand: Demand, budget: int | None) -> int:
+    """Bytes of one staging buffer: at least one page, at most what a layer ever streams."""
+    page_bytes = _page_bytes(demand)
+    if demand.staging is not None:
+        if demand.staging < page_bytes:
+            raise BudgetError(
+                "One page of every sequence in a staging buffer",
+                requested=page_bytes,
+                available=demand.staging,
+                setting="decode.staging",
+            )
+        return demand.staging
+    limit = STAGING_BYTES
+    if demand.tokens is not None:
+        limit = min(limit, demand.batch * demand.tokens * max(demand.token_bytes, default=0))
+    if budget is not None:  # a sixteenth of what the weights leave, each
+        limit = min(limit, max(0, budget - demand.weights - demand.overhead) // 16)
+    return max(1, limit // max(1, page_bytes)) * page_bytes
+
+
+def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layout:
+    """The bytes of a layout, by purpose."""
+    sink_blocks = demand.sinks // demand.page
+    per_token = demand.batch * sum(demand.token_bytes)
+    on_device = (sink_blocks + window_blocks) * demand.page
+    host_tokens = 0
+    if demand.tokens is not None:
+        host_tokens = max(0, demand.tokens - on_device)
+        host_tokens = -(-host_tokens // demand.page) * demand.page
+    evicted = min(chunk // demand.page + 1, max(1, -(-host_tokens // demand.page)))
+    if demand.tokens is None:
+        evicted = chunk // demand.page + 1
+    eviction = evicted * _page_bytes(demand)
+    shared = min(host_tokens, demand.prompt) // demand.page * demand.page
+    pages = host_tokens * demand.batch - shared * (demand.batch - demand.batch // demand.copies)
+    return Layout(
+        chunk=chunk,
+        sink_blocks=sink_blocks,
+        window_blocks=window_blocks,
+        host_tokens=host_tokens,
+        staging_bytes=staging,
+        eviction_bytes=eviction,
+        device={
+            "weights": demand.weights,
+            "sinks and window": on_device * per_token,
+            "tail": demand.page * per_token,
+            "staging": 2 * staging,
+            "eviction": 2 * eviction,
+            "other KV": demand.other_kv,
+            "workspace": demand.workspace + demand.batch * chunk * demand.workspace_per_token,
+            "overhead": demand.overhead,
+        },
+        host={"pages": pages * sum(demand.token_bytes)},
+    )

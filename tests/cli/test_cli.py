@@ -1,0 +1,237 @@
+"""What a command prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import offload
+from offload import cli
+from offload.config import OffloadConfig
+from offload.errors import BudgetError, CacheError, InputError, OffloadError
+
+
+@pytest.fixture(autouse=True)
+def _plain_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERMINAL_WIDTH", "100")
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "offload", *arguments]
+    return subprocess.run(command, text=True, capture_output=True, check=False, env=os.environ)
+
+
+def raise_from_version(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail() -> dict[str, str | None]:
+        raise error
+
+    monkeypatch.setattr(cli, "_versions", fail)
+
+
+def test_version_is_printed_to_stdout() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"offload {offload.__version__}\n",
+        "",
+    )
+
+
+def test_version_names_what_offload_stands_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["version"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[:4] == ["offload", "python", "torch", "transformers"]
+    assert cli.main(["version", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["schema_version"], printed["command"]) == (1, "version")
+    assert list(printed["versions"]) == names
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["demo"],
+        ["version"],
+        ["config"],
+        ["config", "show"],
+        ["config", "check"],
+        ["config", "init"],
+    ],
+    ids=" ".join,
+)
+def test_every_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command, "--help"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"Usage: {' '.join(['offload', *command])} ")
+    assert f"Example: {' '.join(['offload', *command])}" in " ".join(printed.out.split())
+    assert printed.err == ""
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--help"])
+    commands = capsys.readouterr().out.partition("Commands:\n")[2].split("\n\n")[0]
+    assert [line.split()[0] for line in commands.splitlines() if line[2] != " "] == [
+        "demo",
+        "version",
+        "config",
+    ]
+
+
+def test_a_misspelt_command_is_bad_usage_and_is_answered_with_the_nearest() -> None:
+    done = run("confg")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Did you mean 'config'?" in done.stderr
+
+
+def test_config_show_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "show"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == OffloadConfig().to_toml(origin="file")
+    assert printed.err == ""
+
+
+def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my.toml").write_text('[memory]\ngpu = "24gb"\n[cache]\nwindow = "4K"\n')
+    assert cli.main(["config", "show", "--config", "my.toml"]) == 0
+    assert capsys.readouterr().out == (
+        'mode = "exact"            # default\n'
+        "\n"
+        "[memory]\n"
+        'gpu = "24GB"              # my.toml\n'
+        'cpu = "auto"              # default\n'
+        'pinned = "auto"           # default\n'
+        'reserve = "1GiB"          # default\n'
+        "\n"
+        "[cache]\n"
+        "page = 64                 # default\n"
+        "sinks = 64                # default\n"
+        "window = 4096             # my.toml\n"
+        "\n"
+        "[prefill]\n"
+        'chunk = "auto"            # default\n'
+        "\n"
+        "[decode]\n"
+        'staging = "auto"          # default\n'
+        "\n"
+        "[trace]\n"
+        "progress = true           # default\n"
+        "progress_from = 8192      # default\n"
+    )
+
+
+def test_config_show_as_json_has_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my.toml").write_text('memory.gpu = "24GB"\n')
+    assert cli.main(["config", "show", "--config", "my.toml", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["schema_version"], printed["command"]) == (1, "config show")
+    assert printed["inputs"] == {"config": "my.toml"}
+    by_key = {setting.pop("key"): setting for setting in printed["settings"]}
+    assert list(by_key) == [setting.key for setting in OffloadConfig().settings()]
+    gpu = by_key["memory.gpu"]
+    assert (gpu["value"], gpu["default"], gpu["origin"]) == ("24GB", "auto", "file")
+    assert by_key["cache.page"]["origin"] == "default"
+
+
+def test_config_check_accepts_a_good_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my.toml").write_text('[memory]\ngpu = "20GiB"\n')
+    assert cli.main(["config", "check", "my.toml"]) == 0
+    assert capsys.readouterr() == ("my.toml: ok\n", "")
+    assert cli.main(["config", "check", "my.toml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+def test_config_check_lists_everything_that_is_wrong() -> None:
+    Path("my.toml").write_text('[memory]\ngpu = "24 gigs"\n[retreival]\n[cache]\nwindow = 100\n')
+    done = run("config", "check", "my.toml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: 3 settings cannot be used.\n"
+        "  my.toml: memory.gpu: 'gigs' in '24 gigs' is not a unit of memory. Write \"24GiB\" "
+        '(1 GiB = 1024^3 bytes) or "24GB" (1 GB = 1000^3).\n'
+        "  my.toml: cache.window: page size 64 does not divide the window of 100 tokens. "
+        "Write 64 or 128.\n"
+        "  my.toml: retreival: unknown section. Did you mean 'retrieval'?\n"
+    )
+
+
+def test_an_error_with_json_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my.toml").write_text("[cache]\nwindow = 100\npgae = 3\n")
+    assert cli.main(["config", "check", "my.toml", "--json"]) == 2
+    printed = capsys.readouterr()
+    error = json.loads(printed.out)["error"]
+    assert error["code"] == "ConfigError"
+    assert [(p["key"], p["asked"], p["there"]) for p in error["problems"]] == [
+        ("my.toml: cache.window", 100, 64),
+        ("my.toml: cache.pgae", "pgae", None),
+    ]
+    assert printed.err.startswith("error: 2 settings cannot be used.")
+
+
+def test_config_init_writes_a_file_that_means_the_defaults() -> None:
+    done = run("config", "init")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "wrote offload.toml\n")
+    assert Path("offload.toml").read_text() == OffloadConfig.template()
+    assert cli.main(["config", "check", "offload.toml"]) == 0
+
+
+def test_config_init_replaces_a_file_only_when_forced(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my.toml").write_text("mine")
+    assert cli.main(["config", "init", "my.toml"]) == 2
+    assert capsys.readouterr().err == (
+        "error: my.toml is already there. Give another name, or --force to replace it.\n"
+    )
+    assert Path("my.toml").read_text() == "mine"
+    assert cli.main(["config", "init", "my.toml", "--force"]) == 0
+    assert Path("my.toml").read_text() == OffloadConfig.template()
+    assert cli.main(["config", "init", "no/such/folder.toml"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (BudgetError("The pool", requested=2, available=1, setting="memory.cpu"), 3),
+        (InputError("The document is empty"), 2),
+        (CacheError("The cache is closed"), 1),
+        (OffloadError("It failed"), 1),
+        (RuntimeError("a bug"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_exit_codes(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raise_from_version(monkeypatch, error)
+    assert cli.main(["version"]) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "version"], ["version", "--debug"]])
+def test_a_traceback_is_shown_only_with_debug(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raise_from_version(monkeypatch, CacheError("The cache is closed"))
+    assert cli.main(arguments) == 1
+    assert "Traceback (most recent call last):" in capsys.readouterr().err
+
+
+def test_warnings_of_the_library_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    cli.main(["--version"])
+    import logging
+
+    logging.getLogger("offload.cache").warning("pinned less than asked")
+    assert capsys.readouterr().err == "WARNING: pinned less than asked\n"

@@ -1,0 +1,29 @@
+"""What every test run needs before the first test module is imported."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Two pytest-xdist workers on two cores: more threads each would only wait for one another. Before
+# torch, FAISS and Numba are imported, since each reads these once.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for _name in ("OMP", "MKL", "OPENBLAS", "NUMBA"):
+        os.environ.setdefault(f"{_name}_NUM_THREADS", "1")
+
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+
+# Before the kernels are imported: Triton decides at decoration whether a kernel is compiled.
+if not HAS_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,176 @@
+"""How does a benchmark say what it measured, where, and with what? One JSON per script."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 2**30
+
+
+@dataclass
+class Record:
+    """The result of one script.
+
+    Attributes:
+        name: Of the file, without its ending.
+        settings: What was asked.
+        rows: One dict per measured thing, each with the error of what was timed.
+        bars: The figures of the bars, by id.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    bars: dict[str, float] = field(default_factory=dict)
+
+    def row(self, what: str, **values: Any) -> None:
+        """Adds a row and shows it on stderr."""
+        self.rows.append({"what": what, **values})
+        shown = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
+        )
+        print(f"{what}: {shown}", file=sys.stderr, flush=True)
+
+    def write(self, folder: Path) -> Path:
+        """Writes `<folder>/<name>.json` and prints the bars."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.json"
+        path.write_text(
+            json.dumps(
+                {
+                    "name": self.name,
+                    "bars": self.bars,
+                    "environment": environment(),
+                    "settings": self.settings,
+                    "rows": self.rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+        for bar, value in self.bars.items():
+            print(f"{bar:36} {value:.4g}")
+        return path
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions, card and host."""
+    facts: dict[str, Any] = {
+        "commit": os.environ.get("OFFLOAD_COMMIT") or _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "cpu_cores": os.cpu_count(),
+    }
+    for package in ("torch", "transformers", "triton", "numpy"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = None
+    if torch.cuda.is_available():
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        facts |= {
+            "card": torch.cuda.get_device_name(0),
+            "card_bytes": torch.cuda.mem_get_info()[1],
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "cuda": torch.version.cuda,
+            "pcie_generation": pynvml.nvmlDeviceGetCurrPcieLinkGeneration(handle),
+            "pcie_width": pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle),
+            "power_limit_w": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
+        }
+    else:
+        facts["card"] = None
+    return facts
+
+
+def _commit() -> str | None:
+    try:
+        run = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every script takes: --smoke and --out."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="a small size, on the CPU too")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the JSON")
+    return parser
+
+
+def synchronize() -> None:
+    """Waits for the device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall clock of one call, device work included."""
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median wall clock after one warm-up call."""
+    run()
+    return statistics.median(seconds(run) for _ in range(repeats))
+
+
+class PeakMemory:
+    """The largest number of device bytes in use, as the driver counts it, read every 5 ms.
+
+    Between two readings memory can rise and fall unseen; torch's own peak of reserved bytes, which misses
+    nothing, is taken too, and the larger of both counts (context and other holders added to it).
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            free, total = torch.cuda.mem_get_info()
+            self._others = total - free - torch.cuda.memory_reserved()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if torch.cuda.is_available():
+            self._stop.set()
+            self._thread.join()
+            self.nbytes = max(self.nbytes, self._others + torch.cuda.max_memory_reserved())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            free, total = torch.cuda.mem_get_info()
+            self.nbytes = max(self.nbytes, total - free)

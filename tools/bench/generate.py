@@ -1,0 +1,281 @@
+"""How fast is exact generation at 131,072 tokens under the 24 GB cap, and against what?
+
+An 8B-shaped Llama with random weights (speed does not depend on their values) reads a random prompt and decodes:
+
+- `ours`: `Runtime.generate` in exact mode, the KV cache split between the capped device and pinned host memory;
+- `dense`: chunked prefill with all KV on the card, preallocated, torch's flash kernel, same chunk, no cap:
+  the fastest stock prefill that we know of, and the reference whose logits ours are compared with;
+- `hf_offloaded`: transformers' own offloaded cache, filled with random keys and values, decode only.
+
+The 24 GB cap is 22.5 GiB as the driver counts it, the CUDA context included.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from typing import Any
+
+import torch
+from _record import GIB, PeakMemory, Record, arguments, median_seconds, seconds, synchronize
+from torch import Tensor
+from transformers import AttentionInterface, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface
+
+import offload
+from offload.tiers.pinned import HostRegion, PinBudget, commit_regions
+
+CAP_BYTES = int(22.5 * GIB)
+ALONE = "dense_bench"
+
+
+def build_model(smoke: bool, device: torch.device) -> LlamaForCausalLM:
+    """The 8B shape in bfloat16, or a tiny one in float32."""
+    shape = (
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 256}
+        if smoke
+        else {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    )  # fmt: skip
+    config = LlamaConfig(**shape, max_position_embeddings=2**20, rope_theta=500000.0)
+    config.eos_token_id = None
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(
+            config, dtype=torch.float32 if smoke else torch.bfloat16
+        )
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+class DenseLayer(CacheLayerMixin):
+    """All keys and values in one buffer on the card, written in place."""
+
+    is_sliding = False
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, size = key_states.shape
+        self.keys = key_states.new_empty((batch, heads, self.capacity, size))
+        self.values = torch.empty_like(self.keys)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        stop = self.length + key_states.shape[2]
+        self.keys[:, :, self.length : stop] = key_states
+        self.values[:, :, self.length : stop] = value_states
+        self.length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def dense_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention aligned to the last key, through torch's flash kernel where it runs."""
+    causal = query.shape[2] > 1
+    if query.device.type == "cuda":
+        out = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scaling
+        )[0]
+    else:
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(
+            key.shape[2] - query.shape[2]
+        )
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+@torch.no_grad()
+def run_dense(
+    model: Any, ids: Tensor, chunk: int, forced: Tensor, logits_steps: int
+) -> dict[str, Any]:
+    """Prefill with all KV on the card, then a few decode steps over given tokens."""
+    model.set_attn_implementation(ALONE)
+    total = ids.shape[1]
+
+    def go(n: int) -> tuple[float, Any]:
+        cache = Cache(
+            layers=[DenseLayer(n + logits_steps) for _ in range(model.config.num_hidden_layers)]
+        )
+        synchronize()
+        began = time.perf_counter()
+        for start in range(0, n - 1, chunk):
+            stop = min(start + chunk, n - 1)
+            model(
+                input_ids=ids[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        synchronize()
+        return time.perf_counter() - began, cache
+
+    go(min(total, 2 * chunk))  # warm-up: library handles and autotuning
+    prefill_s, cache = go(total)
+    logits, token = [], ids[:, -1:]
+    steps_s = []
+    for step in range(logits_steps):
+        began = time.perf_counter()
+        out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        synchronize()
+        steps_s.append(time.perf_counter() - began)
+        logits.append(out.logits[:, -1].float().cpu())
+        token = forced[:, step : step + 1]
+    return {
+        "prefill_s": prefill_s,
+        "logits": torch.stack(logits),
+        "step_s": sorted(steps_s)[len(steps_s) // 2],
+    }
+
+
+@torch.no_grad()
+def run_hf_offloaded(model: Any, ids: Tensor, steps: int) -> float:
+    """Seconds per token of transformers' offloaded cache, its KV filled with random values."""
+    model.set_attn_implementation("sdpa")
+    config, device = model.config, ids.device
+    size = config.hidden_size // config.num_attention_heads
+    cache = DynamicCache(config=config, offloading=device.type == "cuda")
+    shape = (1, config.num_key_value_heads, ids.shape[1] - 1, size)
+    for layer in cache.layers:
+        layer.update(
+            torch.randn(shape, dtype=model.dtype, device=device),
+            torch.randn(shape, dtype=model.dtype, device=device),
+        )
+        if device.type == "cuda":
+            layer.offload()
+    synchronize()
+    one = seconds(
+        lambda: model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    )
+    more = torch.cat([ids, ids[:, :1]], dim=1)
+    rest = seconds(
+        lambda: model.generate(more, past_key_values=cache, max_new_tokens=steps, do_sample=False)
+    )
+    del one  # the first step warms the prefetch stream up
+    return rest / steps
+
+
+def measure_pinning(record: Record, device: torch.device, nbytes: int, n_regions: int) -> float:
+    """Pins memory as the runtime does; returns the H2D rate of that memory in bytes per second."""
+    budget, per_region = PinBudget(), nbytes // n_regions
+    page = 2**19
+    regions = [HostRegion(page, per_region, device, budget) for _ in range(n_regions)]
+    took = seconds(lambda: commit_regions([(region, per_region) for region in regions]))
+    held = sum(region.pinned for region in regions)
+    target = torch.empty(min(128 * 2**20, per_region), dtype=torch.uint8, device=device)
+    source = regions[0].view(0, target.numel())
+    source.random_(0, 256)
+    copy_s = median_seconds(lambda: target.copy_(source, non_blocking=True), repeats=20)
+    rate = target.numel() / copy_s
+    same = bool(torch.equal(target.cpu(), source))
+    record.row(
+        "pinned memory", asked_bytes=nbytes, pinned_bytes=held, seconds=took,
+        h2d_bytes_per_s=rate, copied_bytes_equal=same,
+    )  # fmt: skip
+    record.bars["pin_gib_per_s"] = nbytes / GIB / took
+    record.bars["pinned_over_asked"] = held / nbytes
+    for region in regions:
+        region.close()
+    return rate
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--tokens", type=int, default=131072, help="prompt")
+    parser.add_argument("--new", type=int, default=96, help="tokens that ours decodes")
+    parser.add_argument("--chunk", type=int, default=4096, help="prefill chunk of ours and dense")
+    parser.add_argument("--pin-gib", type=float, default=16.0, help="pinned memory to time")
+    parser.add_argument(
+        "--skip-hf", action="store_true", help="leave out transformers' offloaded cache"
+    )
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    if args.smoke:
+        args.tokens, args.new, args.chunk, args.pin_gib = 1024, 70, 256, 2**-6
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record = Record("generate", settings={**vars(args), "out": None, "cap_bytes": CAP_BYTES})
+    AttentionInterface.register(ALONE, dense_attention)
+    AttentionMaskInterface.register(ALONE, lambda **kwargs: None)
+
+    rate = measure_pinning(record, device, int(args.pin_gib * GIB), 2 if args.smoke else 32)
+    model = build_model(args.smoke, device)
+    ids = torch.randint(1, model.config.vocab_size, (1, args.tokens), device=device)
+
+    # Ours.
+    settings: dict[str, Any] = {"chunk": args.chunk}
+    if args.smoke:
+        settings |= {"window": 128}
+    if device.type == "cuda":
+        settings["gpu_memory"] = CAP_BYTES
+    with PeakMemory() as peak, offload.attach(model, **settings) as runtime:
+        runtime.generate(ids[:, : 2 * args.chunk], max_new_tokens=4, do_sample=False)  # warm-up
+        out = runtime.generate(
+            ids, max_new_tokens=args.new, do_sample=False,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        report = runtime.report()
+        print(report, flush=True)
+    steps = min(8, args.new)
+    ours_logits = torch.stack([step.float().cpu() for step in out.logits[:steps]])
+    forced = out.sequences[:, args.tokens :]
+    del out
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    dense = run_dense(model, ids, args.chunk, forced, steps)
+    scale = dense["logits"].std()
+    error = {
+        "logit_error": float((ours_logits - dense["logits"]).abs().max() / scale),
+        "same_top": float((ours_logits.argmax(-1) == dense["logits"].argmax(-1)).float().mean()),
+        "compared_steps": steps,
+    }
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    record.row(
+        "ours exact", ms_per_token=report.ms_per_token, prefill_s=report.prefill_s,
+        new_tokens=report.new_tokens, decode_s=report.decode_s,
+        h2d_bytes_per_token=report.decode_h2d_bytes / max(1, report.new_tokens),
+        tokens_on_device=report.tokens_on_device, tokens_on_host=report.tokens_on_host,
+        peak_bytes=peak.nbytes, planned=report.planned, bytes=report.bytes, notes=report.notes, **error,
+    )  # fmt: skip
+    record.row(
+        "dense, all KV on the card", prefill_s=dense["prefill_s"], ms_per_token=1000 * dense["step_s"],
+        logit_error=0.0,
+    )  # fmt: skip
+    if not args.skip_hf:
+        hf_s = run_hf_offloaded(model, ids, 3)
+        record.row("transformers offloaded", ms_per_token=1000 * hf_s, logit_error=None,
+                   note="keys and values are random: only its time is used")  # fmt: skip
+        record.bars["exact_vs_hf_offloaded_131072"] = 1000 * hf_s / report.ms_per_token
+    record.bars["exact_h2d_share"] = report.decode_h2d_bytes / report.decode_s / rate
+    record.bars["prefill_131072_vs_dense"] = report.prefill_s / dense["prefill_s"]
+    if device.type == "cuda":
+        record.bars["peak_gib_131072"] = peak.nbytes / GIB
+    print(f"written to {record.write(args.out).name}")
+
+
+if __name__ == "__main__":
+    main()
