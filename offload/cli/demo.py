@@ -290,7 +290,7 @@ class _Streamer:
 
 def _answer_offloaded(
     loaded: Loaded,
-    prompt: dict[str, torch.Tensor],
+    prompt: dict[str, Any],
     gpu_memory: str | None,
     max_new_tokens: int,
     *,
@@ -300,18 +300,14 @@ def _answer_offloaded(
 
     n_prompt = prompt["input_ids"].shape[1]
     budget: int | str
-    if gpu_memory is None:
-        runtime = offload.attach(loaded.model, gpu_memory="auto")
-        try:
+    if gpu_memory is not None:
+        budget = gpu_memory
+    else:
+        with offload.attach(loaded.model, gpu_memory="auto") as runtime:
             budget = runtime.budget_for(
                 kv_share=KV_SHARE, prompt_tokens=n_prompt, new_tokens=max_new_tokens
             )
-        finally:
-            runtime.detach()
-    else:
-        budget = gpu_memory
-    runtime = offload.attach(loaded.model, gpu_memory=budget)
-    try:
+    with offload.attach(loaded.model, gpu_memory=budget) as runtime:
         if show:
             shown = f"{gib(budget, digits=2)} of" if isinstance(budget, int) else f"{budget} as"
             print(f"Budget     {shown} device memory, for weights, work and KV cache")
@@ -321,13 +317,9 @@ def _answer_offloaded(
             **prompt, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
         )
         return _Offloaded(streamer.run(ids[0, n_prompt:].tolist()), runtime.report(), budget)
-    finally:
-        runtime.detach()
 
 
-def _answer_in_memory(
-    loaded: Loaded, prompt: dict[str, torch.Tensor], max_new_tokens: int
-) -> _InMemory:
+def _answer_in_memory(loaded: Loaded, prompt: dict[str, Any], max_new_tokens: int) -> _InMemory:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=loaded.model.config)
@@ -368,8 +360,8 @@ def _read(document: Path | None) -> tuple[str, str]:
     return document.name, text
 
 
-def _prompt(loaded: Loaded, text: str, question: str) -> dict[str, torch.Tensor]:
-    """Token ids and mask [1, N], by the model's chat template if it has one."""
+def _prompt(loaded: Loaded, text: str, question: str) -> dict[str, Any]:
+    """`input_ids` and `attention_mask`, [1, N], by the model's chat template if it has one."""
     asked = f"{text}\n\nAnswer this question about the text above in one sentence. {question}"
     tokenizer = loaded.tokenizer
     if tokenizer.chat_template is None:

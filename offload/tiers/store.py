@@ -374,8 +374,8 @@ class LayerStore:
         if kept.shape[1]:
             top = self._sinks + len(self._slots) + len(freed)
             slots = freed + list(range(top, top + kept.shape[1] - len(freed)))
-            index = torch.tensor(slots, device=self._window.device)
-            self._window.index_copy_(1, index, kept)
+            for at, slot, n in _runs(slots):
+                self._window[:, slot : slot + n] = kept[:, at : at + n]
             self._slots.extend(slots)
 
     def _evict(self, slots: list[int], blocks: Tensor) -> None:
@@ -385,15 +385,14 @@ class LayerStore:
         first = self._table.columns
         self._table.append(count)
         per_piece = max(1, self._writer.buffer_bytes // (self.batch * self.page_bytes))
-        index = torch.tensor(slots, dtype=torch.long, device=self._window.device)
         for at in range(0, count, per_piece):
             n = min(per_piece, count - at)
 
             def pack(buffer: Tensor, at: int = at, n: int = n) -> None:
                 target = buffer.view(self.shape.dtype).view(self.batch, n, *self._window.shape[2:])
                 old = min(max(0, len(slots) - at), n)
-                if old:
-                    target[:, :old] = self._window.index_select(1, index[at : at + old])
+                for start, slot, length in _runs(slots[at : at + old]):
+                    target[:, start : start + length] = self._window[:, slot : slot + length]
                 if old < n:
                     new = at + old - len(slots)
                     target[:, old:] = blocks[:, new : new + n - old]
@@ -500,3 +499,20 @@ class LayerStore:
             raise CacheError(
                 "The store is inconsistent", asked=self.length, there=held, change=None
             )
+
+
+def _runs(slots: list[int]) -> list[tuple[int, int, int]]:
+    """Slots as (position in the list, first slot, count) of consecutive ones.
+
+    Slots are freed in the order in which they were filled, so a run is long. An index tensor instead would be
+    copied to the device with a synchronisation, which cost 3.8 ms per layer and chunk on an H100: the GPU
+    idled while the CPU launched the next layer.
+    """
+    runs: list[tuple[int, int, int]] = []
+    for at, slot in enumerate(slots):
+        if runs and slot == runs[-1][1] + runs[-1][2]:
+            start, first, count = runs[-1]
+            runs[-1] = (start, first, count + 1)
+        else:
+            runs.append((at, slot, 1))
+    return runs
