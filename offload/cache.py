@@ -407,10 +407,11 @@ class OffloadCache(Cache):  # type: ignore[misc]
         if self._closed is not None:
             return
         self._closed = reason
+        # First the copies that are under way end: they write into buffers that the stores keep alive.
+        self._on_close()
         for layer in self._offloaded:
             layer.closed = reason
             layer.store = None
-        self._on_close()
 
     def require_open(self) -> None:
         """Raises CacheError if the cache was closed."""

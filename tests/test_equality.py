@@ -2,43 +2,73 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from families import FAMILIES, Family, left_padded, prompts
-from transformers import PreTrainedModel
 
 import offload
 
 N_PROMPT = 430
 # Sinks + window are 80 tokens: the context is over five times as long, and most of it goes to the host.
-SETTINGS = {"page": 16, "sinks": 16, "window": 64}
+SETTINGS: dict[str, Any] = {"page": 16, "sinks": 16, "window": 64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """A way of calling generate."""
+
+    batch: int = 1
+    chunk: int
+    new: int = 24
+    beams: int = 1
+
 
 MODES = {
-    "plain": {"batch": 1, "chunk": 4096, "new": 24, "kwargs": {}},
-    "chunked": {"batch": 1, "chunk": 100, "new": 24, "kwargs": {}},
-    "padded": {"batch": 3, "chunk": 100, "new": 24, "kwargs": {}},
-    "beams": {"batch": 1, "chunk": 128, "new": 16, "kwargs": {"num_beams": 3}},
+    "plain": Mode(chunk=4096),
+    "chunked": Mode(chunk=100),
+    "padded": Mode(batch=3, chunk=100),
+    "beams": Mode(chunk=128, new=16, beams=3),
 }
 
 
-def stock(family: Family, model: PreTrainedModel, **call: object) -> torch.Tensor:
+def stock(family: Family, model: Any, **call: Any) -> torch.Tensor:
     model.set_attn_implementation(family.stock_attention)
-    return model.generate(**call)
+    tokens: torch.Tensor = model.generate(**call)
+    return tokens
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_tokens_equal_the_stock_caches(name: str, mode: str) -> None:
+# On a GPU one mode is enough for every family: it has chunks, a batch and a mask. Beams move pages as well.
+ON_GPU = [(name, "padded") for name in FAMILIES] + [("llama", "beams"), ("gemma3", "beams")]
+CASES = [
+    *(pytest.param(name, mode, "cpu", id=f"{name}-{mode}") for name in FAMILIES for mode in MODES),
+    *(
+        pytest.param(name, mode, "cuda", id=f"{name}-{mode}-cuda", marks=pytest.mark.gpu)
+        for name, mode in ON_GPU
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "device"), CASES)
+def test_greedy_tokens_equal_the_stock_caches(name: str, mode: str, device: str) -> None:
     family, how = FAMILIES[name], MODES[mode]
-    model = family.build()
+    model: Any = family.build()
+    model.to(device)
     if mode == "padded":
-        ids, mask = left_padded(how["batch"], N_PROMPT)
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        ids, mask = left_padded(how.batch, N_PROMPT)
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     else:
-        inputs = {"input_ids": prompts(how["batch"], N_PROMPT)}
-    call = {**inputs, "max_new_tokens": how["new"], "do_sample": False, **how["kwargs"]}
+        inputs = {"input_ids": prompts(how.batch, N_PROMPT).to(device)}
+    call: dict[str, Any] = {
+        **inputs,
+        "max_new_tokens": how.new,
+        "do_sample": False,
+        "num_beams": how.beams,
+    }
     want = stock(family, model, **call)
-    with offload.attach(model, chunk=how["chunk"], **SETTINGS) as runtime:
+    with offload.attach(model, chunk=how.chunk, **SETTINGS) as runtime:
         got = runtime.generate(**call)
         report = runtime.report()
     assert torch.equal(got, want)

@@ -432,12 +432,13 @@ class LayerStore:
             self.length = length
             return
         # The newest block that stays in part becomes the tail; newer ones go.
+        block: Tensor | None = None
         while tail_start > length:
             tail_start -= page
             block = self._pop_newest()
         self._tail_length = length - tail_start
         self.length = length
-        if self._tail_length:
+        if self._tail_length and block is not None:
             self._tail.copy_(block)
 
     def _pop_newest(self) -> Tensor:

@@ -1,0 +1,167 @@
+"""What only a card can show: budgets as the driver counts them, half precision, 4-bit weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import prompts
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import offload
+from offload.errors import BudgetError
+
+pytestmark = pytest.mark.gpu
+
+MIB = 2**20
+
+
+def wide_llama(dtype: torch.dtype) -> Any:
+    """Half a GiB of KV at 8,192 tokens in half precision, so that budgets are far above allocator rounding."""
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=128,
+        max_position_embeddings=32768,
+        initializer_range=0.05,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def driver_bytes() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def budget_of(model: Any, **sizes: Any) -> int:
+    with offload.attach(model) as runtime:
+        return runtime.budget_for(**sizes)
+
+
+def test_device_bytes_stay_under_the_budget_at_every_step() -> None:
+    model = wide_llama(torch.bfloat16)
+    ids = prompts(1, 8192).cuda()
+    budget = budget_of(model, kv_share=0.25, prompt_tokens=8192, new_tokens=80)
+    seen: list[int] = []
+    model.register_forward_hook(lambda *_: seen.append(driver_bytes()))
+    torch.cuda.empty_cache()
+    with offload.attach(model, gpu_memory=budget) as runtime:
+        torch.cuda.reset_peak_memory_stats()
+        runtime.generate(ids, max_new_tokens=80, do_sample=False)
+        report = runtime.report()
+        overhead = runtime._demand(batch=1, tokens=None).overhead
+    assert len(seen) > 80
+    assert max(seen) <= budget
+    assert torch.cuda.max_memory_allocated() + overhead <= budget
+    assert report.tokens_on_host > 4096
+    assert report.bytes["host_pageable"] == 0
+
+
+def test_a_budget_below_the_weights_is_refused_before_anything_is_allocated() -> None:
+    model = wide_llama(torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(BudgetError) as caught:
+        offload.attach(model, gpu_memory=before // 2)
+    assert caught.value.requested > caught.value.available
+    assert torch.cuda.memory_allocated() <= before + MIB
+    assert model.config._attn_implementation != "offload"
+
+
+def test_the_allocator_refuses_what_an_explicit_budget_does_not_allow() -> None:
+    model = wide_llama(torch.bfloat16)
+    budget = budget_of(model, kv_share=0.5, prompt_tokens=4096, new_tokens=16)
+    with offload.attach(model, gpu_memory=budget), pytest.raises(torch.OutOfMemoryError):
+        torch.empty(budget, dtype=torch.uint8, device="cuda")
+    torch.empty(budget, dtype=torch.uint8, device="cuda")  # detached, the card is free again
+
+
+def step_logits(run: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out = run.generate(
+        ids,
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences, torch.stack(out.logits).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_logits_differ_from_the_stock_caches_by_rounding_only(dtype: torch.dtype) -> None:
+    model = wide_llama(dtype)
+    ids = prompts(1, 3001).cuda()
+    _, want = step_logits(model, ids)
+    with offload.attach(model, window=512, chunk=700) as runtime:
+        _, got = step_logits(runtime, ids)
+        assert runtime.report().tokens_on_host > 2000
+    error = (got[0] - want[0]).square().mean().sqrt() / want[0].std()
+    # Eight layers of matrix products in the dtype; stock against stock in chunks differs as much.
+    limit = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}[dtype]
+    assert float(error) <= limit
+
+
+def test_pages_that_cannot_be_pinned_give_the_same_tokens_and_are_named() -> None:
+    model = wide_llama(torch.float32)
+    ids = prompts(1, 3001).cuda()
+    call: dict[str, Any] = {"max_new_tokens": 70, "do_sample": False}
+    want = model.generate(ids, **call)
+    with offload.attach(model, window=512, chunk=512, pinned_memory="40MiB") as runtime:
+        got = runtime.generate(ids, **call)
+        report = runtime.report()
+    assert torch.equal(got, want)
+    assert 0 < report.bytes["host_pinned"] <= 40 * MIB
+    assert report.bytes["host_pageable"] > 0
+    assert report.bounced_bytes > 0
+    assert any("pinned" in note for note in report.notes)
+
+
+def test_a_model_with_nf4_weights_attaches_generates_and_detaches(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    assert bitsandbytes.__version__
+    wide_llama(torch.float32).cpu().save_pretrained(tmp_path)
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantized, dtype=torch.float32, device_map={"": 0}
+    )
+    ids = prompts(1, 2001).cuda()
+    call: dict[str, Any] = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    want = model.generate(ids, **call)
+    with offload.attach(model, window=256, chunk=512) as runtime:
+        got = runtime.generate(ids, **call)
+        report = runtime.report()
+    assert torch.equal(got, want)
+    assert report.tokens_on_host > 1000
+    assert (
+        report.bytes["weights"] < 150 * MIB
+    )  # 104 MiB of linear layers in 4 bits, not 256 in float32
+    assert torch.equal(model.generate(ids, **call), want)
+
+
+def test_a_stock_call_after_detach_finds_the_memory_free() -> None:
+    model = wide_llama(torch.bfloat16)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    with offload.attach(model, window=1024) as runtime:
+        runtime.generate(prompts(1, 4096).cuda(), max_new_tokens=4, do_sample=False)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before + MIB
