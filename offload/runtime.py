@@ -145,6 +145,7 @@ class Runtime:
         self._free_regions: dict[int, list[HostRegion]] = {}
         self._reserve = max(2**30, host.total // max(1, len(shape.rows)))
         self._last = _LastRun()
+        self._current: weakref.ref[OffloadCache] | None = None  # the cache used last
         self._fraction_before: float | None = None
         # The smallest run must fit, or attaching was pointless: say so now, not after minutes of loading.
         self._lay_out(self._demand(batch=1, tokens=None), host_tokens_known=False)
@@ -220,9 +221,9 @@ class Runtime:
         """Bytes per tier, time per token and every fallback, of the last `generate`."""
         last = self._last
         layout = last.layout
-        for cache in self._caches:
-            if cache.stores:
-                self._note_tiers(cache)
+        current = self._current() if self._current is not None else None
+        if current is not None:
+            self._note_tiers(current)
         notes = [*self._notes]
         if self._pins.refused is not None:
             notes.append(f"not all host pages are pinned: {self._pins.refused}")
@@ -365,6 +366,7 @@ class Runtime:
     ) -> OffloadCache:
         """A cache whose stores are built at its first update, when its batch is known."""
         taken: list[tuple[int, HostRegion]] = []
+        readers: list[HostReader] = []
 
         def build(sequences: int, first_tokens: int) -> list[LayerStore]:
             if self.shape.device.type == "cuda":
@@ -374,6 +376,7 @@ class Runtime:
             )
             layout = self._lay_out(demand)
             cache.layout = layout
+            self._current = weakref.ref(cache)
             chunk_asked = self.config.prefill.chunk
             if isinstance(chunk_asked, str) and layout.chunk < min(4096, tokens or 4096):
                 self._notes[
@@ -398,10 +401,14 @@ class Runtime:
                     )
                 )
             reader.reset(list(stores))
+            readers.append(reader)
             return stores
 
         def give_back() -> None:
             self._streams.synchronize()
+            for reader in readers:
+                reader.reset([])  # it and its stores hold each other: without this memory waits for the GC
+            readers.clear()
             for page_bytes, region in taken:
                 if self._attached:
                     self._free_regions.setdefault(page_bytes, []).append(region)
@@ -572,6 +579,7 @@ class Runtime:
     ) -> Any:
         cache.start(prompt.input_ids.shape[0], prompt.input_ids.shape[1])
         assert cache.layout is not None
+        self._current = weakref.ref(cache)
         last = self._last
         last.prompt_tokens, last.reused_tokens = prompt.input_ids.shape[1], cache.get_seq_length()
         cache.token_ids = None  # until the run has ended well

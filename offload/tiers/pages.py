@@ -6,7 +6,7 @@ beams and returned sequences share the pages of their common past: a reorder mov
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from offload.errors import CacheError
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Run:
     """Pages that lie side by side: `count` pages from `page` on hold the columns from `column` on."""
 
     page: int
