@@ -207,7 +207,7 @@ def _attend_cpu(
     mask: Tensor | None,
     bias: Tensor | None,
 ) -> Part:
-    batch, n_heads, n_queries, _ = query.shape
+    batch, _, n_queries, _ = query.shape
     additive = None
     if mask is not None or bias is not None:
         mask = None if mask is None else _as_4d(mask)

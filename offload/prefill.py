@@ -139,7 +139,8 @@ def progress_bar(total: int, *, wanted: bool) -> Iterator[Callable[[Progress], N
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("reading the prompt"),

@@ -65,6 +65,29 @@ def test_device_bytes_stay_under_the_budget_at_every_step() -> None:
     assert torch.cuda.max_memory_allocated() + overhead <= budget
     assert report.tokens_on_host > 4096
     assert report.bytes["host_pageable"] == 0
+    assert report.bytes["resident"] > 0  # the prefill's workspace holds pages while decoding
+
+
+def test_resident_pages_change_no_token_and_save_their_bytes() -> None:
+    model = wide_llama(torch.float32)
+    ids = prompts(1, 4096).cuda()
+    call: dict[str, Any] = {"max_new_tokens": 70, "do_sample": False}
+    want = model.generate(ids, **call)
+    budget = budget_of(model, kv_share=0.25, prompt_tokens=4096, new_tokens=200)
+    with offload.attach(model, gpu_memory=budget) as runtime:
+        cache = runtime.new_cache(4400)
+        got = runtime.generate(ids, past_key_values=cache, **call)
+        stores = cache.stores
+        assert all(store.resident_columns > 0 for store in stores)
+        streamed = runtime.report().decode_h2d_bytes
+        host_bytes = sum(store.columns * store.page_bytes for store in stores)
+        resident = sum(store.resident_bytes for store in stores)
+        assert streamed <= 71 * (host_bytes - resident) + resident
+        # A second turn takes the memory for its prefill, and gives it to pages again.
+        longer = torch.cat([got, prompts(1, 300, seed=1).cuda()], dim=1)
+        second = runtime.generate(longer, past_key_values=cache, max_new_tokens=16, do_sample=False)
+    assert torch.equal(got, want)
+    assert torch.equal(second, model.generate(longer, max_new_tokens=16, do_sample=False))
 
 
 def test_a_budget_below_the_weights_is_refused_before_anything_is_allocated() -> None:

@@ -117,7 +117,8 @@ class HostRegion:
 
     def view(self, start: int, nbytes: int) -> Tensor:
         """Bytes [start, start + nbytes) of the committed prefix, uint8."""
-        assert self._bytes is not None and start + nbytes <= self.committed
+        assert self._bytes is not None
+        assert start + nbytes <= self.committed
         return self._bytes[start : start + nbytes]
 
     @property

@@ -136,6 +136,7 @@ class LayerStore:
         )  # window blocks, oldest first; with the sinks a dense prefix
         pages = batch * -(-limits.host_tokens // limits.page)
         self._table = PageTable(batch, pages)
+        self._resident: Tensor | None = None  # a device copy of the first host columns
         commit_regions([(region, pages * self.page_bytes)])
 
     # What a reader asks (offload.tiers.transfer.Pages).
@@ -159,6 +160,11 @@ class LayerStore:
     def shared_columns(self) -> int:
         """Leading columns that all sequences share."""
         return self._table.shared_columns
+
+    @property
+    def resident_columns(self) -> int:
+        """Leading columns that have a copy on the device and need not be read."""
+        return 0 if self._resident is None else int(self._resident.shape[1])
 
     def runs(self, row: int, start: int, stop: int) -> list[Run]:
         """Contiguous pages of one sequence, none across a border of pinned memory."""
@@ -187,8 +193,14 @@ class LayerStore:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes allocated on the device for sinks, window and tail."""
-        return (self._window.numel() + self._tail.numel()) * self._window.element_size()
+        """Bytes allocated on the device for sinks, window, tail and resident pages."""
+        n_values = self._window.numel() + self._tail.numel()
+        return n_values * self._window.element_size() + self.resident_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the device copy of host pages."""
+        return 0 if self._resident is None else self._resident.nbytes
 
     # One step.
 
@@ -238,6 +250,8 @@ class LayerStore:
         """
         self.busy = True
         n_new = query.shape[2]
+        if n_new > self.limits.page:
+            self.drop_resident()  # a prefill: its activations need the memory
         merge = RunningMerge()
         page, past = self.limits.page, self.length
         tail_start = past - self._tail_length
@@ -259,7 +273,7 @@ class LayerStore:
                     mask=mask(tail_start, past + 1),
                     softcap=softcap,
                     sink_logits=sink_logits,
-                )  # fmt: skip
+                )
             )
         else:
             merge.add(
@@ -272,7 +286,7 @@ class LayerStore:
                     mask=mask(past, past + n_new),
                     softcap=softcap,
                     sink_logits=sink_logits,
-                )  # fmt: skip
+                )
             )
             if self._tail_length:
                 tail = self._split(self._tail[:, : self._tail_length])
@@ -288,6 +302,17 @@ class LayerStore:
                 )
             )
         first_host = self._sinks * page
+        if self._resident is not None:
+            rows = self._resident.flatten(1, 2).expand(self.batch, -1, -1, -1)
+            merge.add(
+                attend(
+                    query,
+                    *self._split(rows),
+                    scale=scale,
+                    softcap=softcap,
+                    mask=mask(first_host, first_host + self.resident_columns * page),
+                )
+            )
         for chunk, staged in self._reader.read(self):
             rows = staged.view(self.shape.dtype).view(
                 chunk.rows, -1, self.shape.kv_heads, self.shape.width
@@ -415,6 +440,35 @@ class LayerStore:
             commit_regions([(self._region, pages * self.page_bytes)])
             self._table.grow(pages)
 
+    # Resident pages.
+
+    def keep_resident(self, columns: int) -> None:
+        """Keeps a device copy of the first host columns, so that decoding need not stream them.
+
+        Pages never change, so the copy cannot become wrong; what changes their meaning (crop, select) drops it,
+        and so does an `attend` with more than one page of new tokens, whose activations need the memory.
+
+        Args:
+            columns: At most so many.
+        """
+        self.drop_resident()
+        columns = min(columns, self.columns)
+        rows = 1
+        if self.shared_columns:
+            columns = min(columns, self.shared_columns)
+        else:
+            rows = self.batch
+        if columns:
+            shape = (rows, columns, *self._window.shape[2:])
+            self._resident = torch.empty(shape, dtype=self.shape.dtype, device=self._window.device)
+            self._reader.load(self, rows, columns, self._resident)
+
+    def drop_resident(self) -> None:
+        """Gives the memory of the resident columns back."""
+        if self._resident is not None:
+            self._reader.await_copies()
+            self._resident = None
+
     # Changes of the sequences.
 
     def crop(self, length: int) -> None:
@@ -425,6 +479,8 @@ class LayerStore:
         """
         if length >= self.length:
             return
+        if (length // self.limits.page) - self._sinks < self.resident_columns:
+            self.drop_resident()
         page = self.limits.page
         tail_start = self.length - self._tail_length
         if length >= tail_start:
@@ -478,6 +534,8 @@ class LayerStore:
         index = rows.to("cpu", torch.long).numpy()
         if index.size == self.batch and bool((index == np.arange(self.batch)).all()):
             return
+        if self._resident is not None and self._resident.shape[0] != 1:
+            self.drop_resident()  # columns that are held once are the same for every sequence
         self._table.select(index)
         on_device = rows.to(self._window.device, torch.long)
         used = self._sinks + len(self._slots)

@@ -75,6 +75,10 @@ class Pages(Protocol):
     def shared_columns(self) -> int:
         """Leading columns that all sequences share."""
 
+    @property
+    def resident_columns(self) -> int:
+        """Leading columns that are on the device anyway."""
+
     def runs(self, row: int, start: int, stop: int) -> list[Run]:
         """Contiguous pages of one sequence."""
 
@@ -163,10 +167,11 @@ class HostReader:
         self._bounce: _Bounce | None = None
 
     def plan(self, pages: Pages) -> list[Chunk]:
-        """The chunks of a layer's pages, in order. Every chunk fits into one buffer."""
+        """The chunks of a layer's pages, in order, resident ones left out. Each fits into one buffer."""
         chunks: list[Chunk] = []
-        shared = pages.shared_columns
-        for rows, begin, end in ((1, 0, shared), (pages.batch, shared, pages.columns)):
+        first = pages.resident_columns
+        shared = max(first, pages.shared_columns)
+        for rows, begin, end in ((1, first, shared), (pages.batch, shared, pages.columns)):
             step = max(1, self.buffer_bytes // (rows * pages.page_bytes))
             chunks += [
                 Chunk(pages, pages.version, at, min(at + step, end), rows)
@@ -206,6 +211,32 @@ class HostReader:
         """Starts copying what comes next; call when a layer's pages have stopped changing for this step."""
         self._top_up()
 
+    def load(self, pages: Pages, rows: int, columns: int, target: Tensor) -> None:
+        """Copies the first columns to a device tensor; the compute stream waits for it.
+
+        Args:
+            pages: The layer's.
+            rows: Sequences, or 1 for shared columns.
+            columns: How many.
+            target: [rows, columns, ...], contiguous, written whole.
+        """
+        self._discard()
+        stream = self._streams.host_to_device
+        begun, done = self._streams.event(), self._streams.event()
+        self._streams.record(
+            begun
+        )  # the target's memory may still be in use by earlier work on compute
+        self._streams.wait(begun, stream)
+        self._streams.wait(pages.written, stream)
+        with self._streams.use(stream):
+            self._copy(pages, rows, 0, columns, target.view(-1).view(torch.uint8))
+        self._streams.record(done, stream)
+        self._streams.wait(done)
+
+    def await_copies(self) -> None:
+        """Waits on the CPU for copies under way: before memory that they write is given back."""
+        self._streams.synchronize()
+
     def reset(self, order: list[Pages]) -> None:
         """Forgets what is staged and takes the layers of another cache, in the order of the model."""
         self._discard()
@@ -239,7 +270,7 @@ class HostReader:
         for pages in self.order[at + 1 :] + self.order[: at + 1]:
             if pages.busy:
                 return None  # its pages are still changing in this step
-            if pages.columns:
+            if pages.columns > pages.resident_columns:
                 return self.plan(pages)[0]
         return None
 
@@ -248,23 +279,25 @@ class HostReader:
         pages, stream = chunk.pages, self._streams.host_to_device
         self._streams.wait(self._freed[slot], stream)
         self._streams.wait(pages.written, stream)
-        columns = chunk.stop - chunk.start
-        buffer = self._buffers[slot]
         with self._streams.use(stream):
-            for row in range(chunk.rows):
-                for run in pages.runs(row, chunk.start, chunk.stop):
-                    at = (row * columns + run.column - chunk.start) * pages.page_bytes
-                    source = pages.host_view(run)
-                    target = buffer[at : at + source.numel()]
-                    self._counters.h2d_bytes += source.numel()
-                    if pages.is_pinned(run):
-                        target.copy_(source, non_blocking=True)
-                    else:
-                        self._counters.bounced_bytes += source.numel()
-                        self._bounced().copy(target, source)
+            self._copy(pages, chunk.rows, chunk.start, chunk.stop, self._buffers[slot])
         self._streams.record(self._ready[slot], stream)
         self._staged.append((chunk, slot))
         self._last = chunk
+
+    def _copy(self, pages: Pages, rows: int, start: int, stop: int, buffer: Tensor) -> None:
+        """Copies columns [start, stop) into device bytes, the pages of a sequence side by side."""
+        for row in range(rows):
+            for run in pages.runs(row, start, stop):
+                at = (row * (stop - start) + run.column - start) * pages.page_bytes
+                source = pages.host_view(run)
+                target = buffer[at : at + source.numel()]
+                self._counters.h2d_bytes += source.numel()
+                if pages.is_pinned(run):
+                    target.copy_(source, non_blocking=True)
+                else:
+                    self._counters.bounced_bytes += source.numel()
+                    self._bounced().copy(target, source)
 
     def _bounced(self) -> _Bounce:
         if self._bounce is None:

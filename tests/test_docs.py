@@ -1,0 +1,175 @@
+"""What README.md and ARCHITECTURE.md say is so."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import FAMILIES
+from tiny_lm import save_tiny_lm
+
+from offload import cli, loading
+from offload.config import OffloadConfig
+from offload.model import REFUSED
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+LINKED = {"index", "scheduler", "kernels"}
+
+
+def code_block(language: str) -> str:
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1, f"README.md has {len(blocks)} blocks of {language}"
+    return str(blocks[0])
+
+
+def tables(text: str) -> list[list[str]]:
+    """The cells of every row of every table."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines]
+
+
+def commands() -> list[str]:
+    """Every `offload ...` in README.md, without its arguments."""
+    found = set()
+    for line in re.findall(r"(?:`|^\$ )offload ([^`\n]+)", README, re.MULTILINE):
+        words: list[str] = []
+        for word in line.split():
+            if not re.fullmatch("[a-z]+", word):
+                break
+            words.append(word)
+        found.add(" ".join(words))
+    return sorted(found)
+
+
+def modules() -> set[str]:
+    found = set()
+    for top in ("offload", *sorted(LINKED), "tools"):
+        for path in (ROOT / top).rglob("*.py"):
+            parts = path.relative_to(ROOT).parts
+            if not (parts[0] == "offload" and parts[1] in LINKED):
+                found.add("/".join(parts))
+    return found
+
+
+def test_the_python_example_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny_lm(tmp_path / "model")
+    monkeypatch.setattr(loading, "load", partial(loading.load, str(folder)))
+    # The tiny model's tokens are bytes: more than the window of the example, and few.
+    (tmp_path / "LICENSE").write_text("Permission is granted to everyone. " * 50)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code_block("python"), "README.md", "exec"), {})
+    on_host = re.search(r"on the device, ([\d,]+) on the host", capsys.readouterr().out)
+    assert on_host is not None
+    assert int(on_host[1].replace(",", "")) > 0
+
+
+def test_the_toml_of_the_readme_is_a_configuration(tmp_path: Path) -> None:
+    text = code_block("toml")
+    given = {setting.key for setting in OffloadConfig.from_toml(text).settings() if setting.is_set}
+    assert "memory.gpu" in given
+    file = tmp_path / "offload.toml"
+    file.write_text(text)
+    assert cli.main(["config", "check", str(file)]) == 0
+
+
+def test_the_readme_shows_commands() -> None:
+    assert {"demo", "config check", "config init", "config show"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_of_the_readme_is_there(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command.split(), "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: offload {command}")
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_make_target_that_is_named_is_there(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
+    assert named
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert named <= set(targets)
+
+
+def test_the_readme_names_the_families_that_are_tested() -> None:
+    section = re.search(r"\*\*Families\*\*.*?:(.*?)\. Other", README, re.DOTALL)
+    assert section is not None
+    named = {name.strip() for name in re.sub(r"\(.*?\)|^.*?:", "", section[1]).split(",")}
+    assert named == {name.removesuffix("_sliding") for name in FAMILIES}
+
+
+def test_the_readme_names_every_refused_model_type_and_its_reason() -> None:
+    named = {name: row[0] for row in tables(README) if len(row) == 2 for name in row[1].split(", ")}
+    assert {name: named.get(name) for name in REFUSED} == REFUSED
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmark() -> None:
+    file = ROOT / "benchmarks" / "generate.json"
+    if not file.is_file():
+        pytest.skip("benchmarks/generate.json is not in this checkout")
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    rows, bars = {row["what"]: row for row in record["rows"]}, record["bars"]
+    ours, dense = rows["ours exact"], rows["dense, all KV on the card"]
+    stock, steps = rows["transformers offloaded"], ours["compared_steps"]
+    measured = {
+        "time per token": [
+            ours["ms_per_token"],
+            stock["ms_per_token"],
+            bars["exact_vs_hf_offloaded_131072"],
+        ],
+        "reading the prompt": [ours["prefill_s"], dense["prefill_s"]],
+        "KV from RAM per token": [
+            ours["h2d_bytes_per_token"] / 2**30,
+            100 * bars["exact_h2d_share"],
+        ],
+        "tokens on the device": [ours["tokens_on_device"], ours["tokens_on_host"]],
+        "peak device memory": [
+            bars["peak_gib_131072"],
+            record["settings"]["cap_bytes"] / 2**30,
+        ],
+        "error of the logits": [ours["logit_error"], steps * ours["same_top"], steps],
+    }
+    shown = {row[0]: " ".join(row[1:]) for row in tables(README) if row[0] in measured}
+    assert shown.keys() == measured.keys()
+    for what, values in measured.items():
+        numbers = re.findall(r"\d[\d,]*(?:\.\d+)?", shown[what])
+        assert len(numbers) == len(values), (what, numbers, values)
+        for number, value in zip(numbers, values, strict=True):
+            digits = len(number.partition(".")[2])
+            rounding = 0.5 * 10.0**-digits + 1e-9
+            assert abs(float(number.replace(",", "")) - value) <= rounding, (what, number, value)
+
+
+def test_every_module_has_its_line_in_the_architecture_and_every_line_its_file() -> None:
+    lines = [row[0].strip("`") for row in tables(ARCHITECTURE) if "/" in row[0]]
+    named = [name for name in lines if re.fullmatch(r"[\w/]+\.\w+", name)]
+    assert len(named) == len(set(named))
+    assert {name for name in named if name.endswith(".py")} == modules()
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_every_file_that_the_architecture_names_is_there() -> None:
+    named = set(re.findall(r"`(\w+\.md|[\w.]+/[\w./]+\.\w+)", ARCHITECTURE))
+    assert len(named) > 30
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_every_test_that_the_architecture_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", ARCHITECTURE)
+    assert named
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not re.search(rf"^ *def {test}\(", (ROOT / file).read_text("utf-8"), re.MULTILINE)
+    ]
+    assert missing == []
