@@ -120,3 +120,197 @@ def merge(parts: Sequence[Part]) -> Part:
         weight = torch.exp(part_lse - lse).masked_fill(part_lse.isneginf(), 0.0).unsqueeze(-1)
         total += torch.where(weight > 0, part.out.float() * weight, 0.0)
     return Part(total.to(parts[0].out.dtype), lse)
+
+
+# The low-bit replica. A code c stands for zero + scale * c; `offload.kernels.quantize` says how codes are packed.
+
+BLOCK = 64
+"""Tokens that share the zero and scale of a key channel."""
+
+GROUP = 32
+"""Channels that share the zero and scale of a token's values."""
+
+PLANES = {4: (4,), 3: (2, 1), 2: (2,)}
+"""Bits of a code -> bits of each of its planes, low bits first."""
+
+
+class Codes(NamedTuple):
+    """Packed codes of the keys or values of one layer.
+
+    Attributes:
+        planes: uint8 [B, H_kv, N, D_p * bits / 8] for each plane, D_p the padded head size.
+        meta: float16, zero then scale. Keys: [B, H_kv, N / BLOCK, 2, D_p]. Values: [B, H_kv, N, 2, D_p / GROUP].
+    """
+
+    planes: tuple[Tensor, ...]
+    meta: Tensor
+
+
+def padded(head_size: int) -> int:
+    """The head size of codes in memory: the next power of two, at least 32."""
+    return max(32, 1 << (head_size - 1).bit_length())
+
+
+def quantize_keys(keys: Tensor, *, bits: int) -> Codes:
+    """Codes of keys, per channel over blocks of 64 tokens.
+
+    Args:
+        keys: [B, N, H_kv, D], floating; N a multiple of BLOCK.
+        bits: 4, 3 or 2.
+
+    Returns:
+        The codes. No value is further than half a step from its code.
+    """
+    blocks = _pad_heads(keys).unflatten(2, (-1, BLOCK))  # [B, H_kv, N / BLOCK, BLOCK, D_p]
+    zero, scale = _outward(blocks.amin(3), blocks.amax(3), 2**bits - 1)
+    codes = _codes(blocks, zero.unsqueeze(3), scale.unsqueeze(3), 2**bits - 1).flatten(2, 3)
+    return Codes(_pack(codes, bits), torch.stack([zero, scale], dim=3).half())
+
+
+def quantize_values(values: Tensor, *, bits: int) -> Codes:
+    """Codes of values, per token over groups of 32 channels; arguments as `quantize_keys`."""
+    groups = _pad_heads(values).unflatten(-1, (-1, GROUP))  # [B, H_kv, N, D_p / GROUP, GROUP]
+    zero, scale = _outward(groups.amin(-1), groups.amax(-1), 2**bits - 1)
+    codes = _codes(groups, zero.unsqueeze(-1), scale.unsqueeze(-1), 2**bits - 1).flatten(-2)
+    return Codes(_pack(codes, bits), torch.stack([zero, scale], dim=3).half())
+
+
+def dequantize_keys(codes: Codes, *, bits: int, head_size: int) -> Tensor:
+    """The keys that codes stand for: float32 [B, H_kv, N, D]."""
+    values = _unpack(codes.planes, bits).unflatten(2, (-1, BLOCK))
+    zero, scale = codes.meta.float().unsqueeze(4).unbind(3)
+    keys: Tensor = (zero + scale * values).flatten(2, 3)
+    return keys[..., :head_size]
+
+
+def dequantize_values(codes: Codes, *, bits: int, head_size: int) -> Tensor:
+    """The values that codes stand for: float32 [B, H_kv, N, D_v]."""
+    groups = _unpack(codes.planes, bits).unflatten(-1, (-1, GROUP))
+    zero, scale = codes.meta.float().unsqueeze(-1).unbind(3)
+    values: Tensor = (zero + scale * groups).flatten(-2)
+    return values[..., :head_size]
+
+
+def scan(query: Tensor, keys: Codes, *, bits: int, scale: float) -> Tensor:
+    """Scores of every query head against all low-bit keys.
+
+    Args:
+        query: [B, H_q, D].
+        keys: Codes of N tokens.
+        bits: Of the codes.
+        scale: Factor on the dot products.
+
+    Returns:
+        float32 [B, H_q, N].
+    """
+    low = dequantize_keys(keys, bits=bits, head_size=query.shape[-1])
+    groups = query.shape[1] // low.shape[1]
+    return (query.float().unsqueeze(2) @ low.repeat_interleave(groups, dim=1).mT).squeeze(2) * scale
+
+
+def select(scores: Tensor, *, kv_heads: int, k: int) -> Tensor:
+    """The k tokens per KV head that its query heads vote for: the maximum over the group of softmaxed scores.
+
+    Args:
+        scores: [B, H_q, N]; -inf where a token must not be selected.
+        kv_heads: H_kv.
+        k: Tokens per KV head.
+
+    Returns:
+        int32 [B, H_kv, k], ascending; -1 in slots that no token is left for. Of equal votes the lower token wins.
+    """
+    votes = scores - torch.logsumexp(scores, dim=-1, keepdim=True)
+    votes = votes.unflatten(1, (kv_heads, -1)).amax(2)  # [B, H_kv, N]
+    order = torch.argsort(votes, dim=-1, descending=True, stable=True)[..., :k]
+    usable = votes.gather(-1, order) > -torch.inf
+    chosen = torch.where(usable, order, votes.shape[-1]).sort(dim=-1).values
+    chosen = torch.where(chosen == votes.shape[-1], -1, chosen).int()
+    return torch.nn.functional.pad(chosen, (0, k - chosen.shape[-1]), value=-1)
+
+
+def tail(scores: Tensor, selected: Tensor, values: Codes, *, bits: int, head_size: int) -> Part:
+    """Attention over all tokens that are not selected, with low-bit values.
+
+    Args:
+        scores: float32 [B, H_q, N], of `scan`; -inf where a token is not visible.
+        selected: int [B, H_kv, k], -1 for none; left out by masking, not by subtraction.
+        values: Codes of N tokens.
+        bits: Of the codes.
+        head_size: D_v.
+
+    Returns:
+        `out` float32 [B, H_q, 1, D_v], `lse` [B, H_q, 1].
+    """
+    low = dequantize_values(values, bits=bits, head_size=head_size)
+    groups = scores.shape[1] // low.shape[1]
+    taken = torch.zeros(
+        (*low.shape[:2], scores.shape[-1] + 1), dtype=torch.bool, device=scores.device
+    )
+    slots = torch.where(selected < 0, scores.shape[-1], selected).long()
+    taken.scatter_(2, slots, True)
+    rest = scores.masked_fill(taken[..., :-1].repeat_interleave(groups, dim=1), -torch.inf)
+    lse = torch.logsumexp(rest, dim=-1, keepdim=True)
+    weights = torch.exp(rest - lse).masked_fill(lse.isneginf(), 0.0).unsqueeze(2)
+    return Part(weights @ low.repeat_interleave(groups, dim=1), lse)
+
+
+def gather(pool: Tensor, table: Tensor, selected: Tensor) -> Tensor:
+    """Rows of selected tokens from host pages.
+
+    Args:
+        pool: [pages, P, H_kv, W].
+        table: int [B, columns]: the page of each block of P tokens.
+        selected: int [B, H_kv, k], -1 for none.
+
+    Returns:
+        [B, H_kv, k, W]; zeros for none.
+    """
+    page_tokens = pool.shape[1]
+    tokens = selected.clamp(min=0).long()
+    pages = (
+        table.long().unsqueeze(1).expand(-1, tokens.shape[1], -1).gather(2, tokens // page_tokens)
+    )
+    heads = torch.arange(tokens.shape[1], device=pool.device).view(1, -1, 1)
+    rows = pool[pages.to(pool.device), (tokens % page_tokens).to(pool.device), heads]
+    return rows.masked_fill((selected < 0).unsqueeze(-1).to(pool.device), 0)
+
+
+def _pad_heads(rows: Tensor) -> Tensor:
+    """[B, N, H_kv, D] as float32 [B, H_kv, N, D_p], zeros behind the head."""
+    extra = padded(rows.shape[-1]) - rows.shape[-1]
+    return torch.nn.functional.pad(rows.float(), (0, extra)).transpose(1, 2)
+
+
+def _outward(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Zero and scale of ranges as float16 values in float32, rounded so that the range is covered."""
+    zero = (low - low.abs() * 2**-10).half().float()
+    return zero, ((high - zero) * ((1 + 2**-10) / levels)).half().float()
+
+
+def _codes(values: Tensor, zero: Tensor, scale: Tensor, levels: int) -> Tensor:
+    inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 0.0)
+    return torch.floor((values - zero) * inverse + 0.5).clamp(0, levels).to(torch.int32)
+
+
+def _pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
+    planes, shift = [], 0
+    for plane in PLANES[bits]:
+        part = ((codes >> shift) & (2**plane - 1)).unflatten(-1, (8 // plane, -1))
+        shifts = torch.arange(8 // plane, device=codes.device).view(-1, 1) * plane
+        planes.append((part << shifts).sum(-2).to(torch.uint8))
+        shift += plane
+    return tuple(planes)
+
+
+def _unpack(planes: Sequence[Tensor], bits: int) -> Tensor:
+    total: Tensor | None = None
+    shift = 0
+    for packed, plane in zip(planes, PLANES[bits], strict=True):
+        shifts = torch.arange(8 // plane, device=packed.device).view(-1, 1) * plane
+        part = ((packed.to(torch.int32).unsqueeze(-2) >> shifts) & (2**plane - 1)).flatten(
+            -2
+        ) << shift
+        total = part if total is None else total + part
+        shift += plane
+    assert total is not None
+    return total.float()

@@ -7,7 +7,7 @@ keep every token. Sliding, linear, convolution and other layers of bounded size 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Store(Protocol):
         """Makes sequence i the former sequence rows[i]."""
 
 
-class OffloadLayer(CacheLayerMixin):  # type: ignore[misc]
+class OffloadLayer(CacheLayerMixin):
     """One full-attention layer: hands keys to `offload.attention`, keeps them in a `LayerStore`.
 
     `update` returns only the new keys and values; all earlier ones are in the store, which attends itself.
@@ -204,7 +204,7 @@ class OffloadLayer(CacheLayerMixin):  # type: ignore[misc]
             self.store.select(rows)
 
 
-class HybridOffloadLayer(LinearAttentionLayer, OffloadLayer):  # type: ignore[misc]
+class HybridOffloadLayer(LinearAttentionLayer, OffloadLayer):  # type: ignore[override]
     """A layer with linear-attention states and full attention in one (Falcon-H1, Zamba 2)."""
 
     is_compileable = False
@@ -229,24 +229,24 @@ class HybridOffloadLayer(LinearAttentionLayer, OffloadLayer):  # type: ignore[mi
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders states and tokens."""
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, cast(Any, beam_idx))
         OffloadLayer.reorder_cache(self, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats states and tokens of every sequence."""
         rows = torch.arange(0 if self.store is None else self.store.batch)
-        LinearAttentionLayer.reorder_cache(self, rows.repeat_interleave(repeats))
+        LinearAttentionLayer.reorder_cache(self, cast(Any, rows.repeat_interleave(repeats)))
         OffloadLayer.batch_repeat_interleave(self, repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the states and tokens of some sequences."""
         rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        LinearAttentionLayer.reorder_cache(self, rows)
+        LinearAttentionLayer.reorder_cache(self, cast(Any, rows))
         OffloadLayer.batch_select_indices(self, indices)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Crops states (where they were recorded) and tokens."""
-        LinearAttentionLayer.crop(self, tokens_to_remove)
+        LinearAttentionLayer.crop(self, int(tokens_to_remove))
         OffloadLayer.crop(self, tokens_to_remove)
 
 
@@ -280,12 +280,14 @@ def _has_attention(layer: Any) -> bool:
     return isinstance(layer, (HybridOffloadLayer, LinearAttentionAndFullAttentionLayer))
 
 
-class OffloadCache(Cache):  # type: ignore[misc]
+class OffloadCache(Cache):
     """A transformers cache over two tiers. Made by `Runtime.new_cache()`.
 
     One forward pass at a time. It works wherever transformers takes `past_key_values` for the model it was
     made for: `generate`, beams, assisted decoding, several turns.
     """
+
+    layers: list[Any]  # stock layers of several kinds, and ours
 
     def __init__(
         self,

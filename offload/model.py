@@ -102,6 +102,8 @@ class ModelShape:
         workspace_per_token: Further device bytes per token.
         keeps_logits: Whether forward takes logits_to_keep.
         fed_whole: Why a prompt must not be cut into chunks, or None.
+        windows: (tokens, bytes of a token) of each layer that keeps a sliding window.
+        state_bytes: Bytes of recurrent and convolution states of one sequence.
     """
 
     model_type: str
@@ -115,6 +117,17 @@ class ModelShape:
     workspace_per_token: int
     keeps_logits: bool
     fed_whole: str | None = None
+    windows: tuple[tuple[int, int], ...] = ()
+    state_bytes: int = 0
+
+    def other_kv_bytes(self, tokens: int | None) -> int:
+        """Device bytes of one sequence in layers that are not offloaded.
+
+        Args:
+            tokens: Of the sequence; None for any number.
+        """
+        held = sum(size * (n if tokens is None else min(n, tokens)) for n, size in self.windows)
+        return 2 * held + self.state_bytes  # transformers appends by making a second copy
 
     @property
     def token_bytes(self) -> tuple[int, ...]:
@@ -280,7 +293,7 @@ def examine(model: Any) -> ModelShape:
         (p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu")
     )
 
-    def run(n_tokens: int) -> tuple[list[_RecordingStore], list[Any], int]:
+    def run(n_tokens: int) -> tuple[list[_RecordingStore], OffloadCache, int]:
         recorders = [_RecordingStore() for _ in offloaded]
         cache = OffloadCache(
             stock_layers(config), offloaded, lambda batch, tokens: recorders, lambda: None
@@ -294,12 +307,12 @@ def examine(model: Any) -> ModelShape:
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
         peak = torch.cuda.max_memory_allocated(device) - base if on_card else 0
-        return recorders, cache.modules, peak
+        return recorders, cache, peak
 
     try:
         run(16)  # lazily allocated workspaces (cuBLAS, bitsandbytes) are not the pass's own
         _, _, small_peak = run(16)
-        recorders, modules, large_peak = run(272)
+        recorders, cache, large_peak = run(272)
     except OffloadError as error:
         raise UnsupportedModelError(
             "This model cannot be attached",
@@ -329,7 +342,7 @@ def examine(model: Any) -> ModelShape:
         model_type=model_type,
         offloaded=offloaded,
         rows=rows,
-        modules=tuple(modules),
+        modules=tuple(cache.modules),
         device=next(iter(devices), device) or device,
         max_positions=max_positions,
         weights=weight_bytes(model, device),
@@ -337,7 +350,29 @@ def examine(model: Any) -> ModelShape:
         workspace_per_token=per_token + widest * 8 + max((r.token_bytes for r in rows), default=0),
         keeps_logits=keeps_logits,
         fed_whole=FED_WHOLE.get(model_type),
+        windows=_windows(cache),
+        state_bytes=_state_bytes(cache),
     )
+
+
+def _windows(cache: OffloadCache) -> tuple[tuple[int, int], ...]:
+    """(tokens, bytes of a token) of the cache's sliding layers."""
+    windows = []
+    for layer in cache.layers:
+        window, keys = getattr(layer, "sliding_window", None), getattr(layer, "keys", None)
+        if window is not None and keys is not None:
+            token = (keys[:, :, 0].nbytes + layer.values[:, :, 0].nbytes) // keys.shape[0]
+            windows.append((int(window), token))
+    return tuple(windows)
+
+
+def _state_bytes(cache: OffloadCache) -> int:
+    """Bytes of the linear layers' states in a cache of one sequence."""
+    states: list[Tensor | None] = []
+    for layer in cache.layers:
+        states += [*getattr(layer, "conv_states", {}).values()]
+        states += [*getattr(layer, "recurrent_states", {}).values()]
+    return sum(state.nbytes for state in states if state is not None)
 
 
 def _estimated_workspace(config: Any, rows: tuple[RowShape, ...]) -> int:

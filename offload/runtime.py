@@ -6,7 +6,8 @@ import inspect
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ class Runtime:
         else:
             self._reuse(cache, prompt.input_ids)
         try:
-            return self._run(prompt, cache, copies, on_progress, kwargs, keep=given is not None)
+            return self._run(prompt, cache, generation, on_progress, kwargs, keep=given is not None)
         except BaseException:
             cache.settle()
             raise
@@ -332,6 +333,7 @@ class Runtime:
             overhead=memory.overhead + _ALLOCATOR_SLACK + _DRIVER_GROWTH if on_card else 0,
             workspace=self.shape.workspace,
             workspace_per_token=self.shape.workspace_per_token,
+            other_kv=batch * self.shape.other_kv_bytes(tokens),
         )
 
     def _lay_out(self, demand: Demand, *, host_tokens_known: bool = True) -> Layout:
@@ -576,12 +578,13 @@ class Runtime:
         self,
         prompt: Prompt,
         cache: OffloadCache,
-        copies: int,
+        generation: Any,
         on_progress: Callable[[Progress], None] | None,
         kwargs: dict[str, Any],
         *,
         keep: bool,
     ) -> Any:
+        copies = max(generation.num_beams or 1, generation.num_return_sequences or 1)
         cache.start(prompt.input_ids.shape[0], prompt.input_ids.shape[1])
         assert cache.layout is not None
         self._current = weakref.ref(cache)
@@ -600,6 +603,11 @@ class Runtime:
                     if show is not None:
                         show(progress)
 
+            if total - 1 - cache.get_seq_length() > self.config.cache.page:
+                # All layers at once, not each when its turn comes: the first one's activations need it.
+                for store in cache.stores:
+                    if isinstance(store, LayerStore):
+                        store.drop_resident()
             done = prefill(
                 self.model,
                 cache,
@@ -616,14 +624,16 @@ class Runtime:
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
         call = dict(kwargs)
         call.pop("input_ids", None)
-        result = self.model.generate(prompt.input_ids, past_key_values=cache, **call)
+        assisted = generation.prompt_lookup_num_tokens or kwargs.get("assistant_model") is not None
+        with _first_forward_skips_cached(self.model, cache) if assisted else nullcontext():
+            result = self.model.generate(prompt.input_ids, past_key_values=cache, **call)
         sequences = result if isinstance(result, Tensor) else result.sequences
         if self._streams.on:
             torch.cuda.synchronize(self.shape.device)
         last.decode_s = time.perf_counter() - began
         last.decode_h2d_bytes = self._counters.h2d_bytes - h2d
         last.new_tokens = sequences.shape[1] - total
-        if keep and (kwargs.get("num_beams") or 1) == 1:
+        if keep and (generation.num_beams or 1) == 1:
             cache.token_ids = sequences[:, : cache.get_seq_length()].cpu()
         self._note_tiers(cache)
         return result
@@ -697,6 +707,30 @@ class Runtime:
         }
         self._last.tokens_on_device = stores[0].device_tokens
         self._last.tokens_on_host = stores[0].host_tokens
+
+
+@contextmanager
+def _first_forward_skips_cached(model: Any, cache: OffloadCache) -> Iterator[None]:
+    """Cuts the tokens that the cache holds off the first forward pass inside the block.
+
+    Assisted decoding (transformers 5.17 to 5.23) feeds the whole prompt in its first step even to a warm cache,
+    stock ones too, and its tokens are then wrong.
+    """
+
+    def cut(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hook.remove()
+        past, ids = cache.get_seq_length(), kwargs["input_ids"]
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.shape[-1] == ids.shape[1]:
+            kwargs["position_ids"] = positions[..., past:]
+        kwargs["input_ids"] = ids[:, past:]
+        return args, kwargs
+
+    hook = model.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _final_length(generation: Any, n_prompt: int) -> int:

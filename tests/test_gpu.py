@@ -77,7 +77,7 @@ def test_resident_pages_change_no_token_and_save_their_bytes() -> None:
     with offload.attach(model, gpu_memory=budget) as runtime:
         cache = runtime.new_cache(4400)
         got = runtime.generate(ids, past_key_values=cache, **call)
-        stores = cache.stores
+        stores: Any = cache.stores
         assert all(store.resident_columns > 0 for store in stores)
         streamed = runtime.report().decode_h2d_bytes
         host_bytes = sum(store.columns * store.page_bytes for store in stores)

@@ -196,8 +196,10 @@ def commit_regions(grow: Sequence[tuple[HostRegion, int]]) -> None:
 
 def _touch(address: int, nbytes: int) -> None:
     """Brings pages into memory; releases the interpreter lock meanwhile."""
-    libc = ctypes.CDLL(None)
-    status = libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE)
+    status = -1
+    if sys.platform == "linux":
+        madvise = ctypes.CDLL(None).madvise
+        status = madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE)
     if status != 0:
         ctypes.memset(address, 0, nbytes)
 

@@ -35,16 +35,16 @@ CAP_BYTES = int(22.5 * GIB)
 ALONE, SPLIT = "dense_bench", "dense_split_bench"
 
 
-def build_model(smoke: bool, device: torch.device) -> LlamaForCausalLM:
+def build_model(smoke: bool, device: torch.device) -> Any:
     """The 8B shape in bfloat16, or a tiny one in float32."""
-    shape = (
+    shape: dict[str, Any] = (
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 256}
         if smoke
         else {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
               "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
     )  # fmt: skip
-    config = LlamaConfig(**shape, max_position_embeddings=2**20, rope_theta=500000.0)
+    config = LlamaConfig(**shape, max_position_embeddings=2**20)
     config.eos_token_id = None
     torch.manual_seed(0)
     with torch.device(device):
@@ -62,13 +62,13 @@ class DenseLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity, self.length = capacity, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, size = key_states.shape
-        self.keys = key_states.new_empty((batch, heads, self.capacity, size))
-        self.values = torch.empty_like(self.keys)
+        self.keys: Any = key_states.new_empty((batch, heads, self.capacity, size))
+        self.values: Any = torch.empty_like(self.keys)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -179,7 +179,7 @@ def run_hf_offloaded(model: Any, ids: Tensor, steps: int) -> list[float]:
     model.set_attn_implementation("sdpa")
     config, device = model.config, ids.device
     size = config.hidden_size // config.num_attention_heads
-    cache = DynamicCache(config=config, offloading=device.type == "cuda")
+    cache: Any = DynamicCache(config=config, offloading=device.type == "cuda")
     shape = (1, config.num_key_value_heads, ids.shape[1], size)
     for layer in cache.layers:
         layer.update(
@@ -210,17 +210,17 @@ def compare(logits: Tensor, reference: Tensor) -> dict[str, float]:
 def measure_pinning(record: Record, device: torch.device, nbytes: int, n_regions: int) -> float:
     """Pins memory as the runtime does; returns the H2D rate of that memory in bytes per second."""
     per_region, page = nbytes // n_regions, 2**19
+    regions: list[HostRegion] = []
     took = []
     # The first time includes what a virtual machine needs to get memory from its host; all times are in the row.
-    for repeat in range(3):
+    for _ in range(3):
+        for region in regions:
+            region.close()
         budget = PinBudget()
         regions = [HostRegion(page, per_region, device, budget) for _ in range(n_regions)]
         grow = [(region, per_region) for region in regions]
         took.append(seconds(partial(commit_regions, grow)))
-        held = sum(region.pinned for region in regions)
-        if repeat < 2:
-            for region in regions:
-                region.close()
+    held = sum(region.pinned for region in regions)
     piece = min(128 * 2**20, per_region)
     target = torch.empty(piece, dtype=torch.uint8, device=device)
     sources = [region.view(0, piece) for region in regions]
