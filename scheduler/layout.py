@@ -141,10 +141,13 @@ def budget_for(demand: Demand, *, device_tokens: int) -> int:
     Returns:
         Bytes, weights included.
     """
-    chunk = demand.chunk or _chunks(demand)[0]
-    blocks = max(1, (device_tokens - demand.sinks) // demand.page)
-    asked = replace(demand, chunk=chunk, window=blocks * demand.page)
-    return _price(asked, _staging(asked, None), blocks, chunk).device_bytes
+    demand = replace(demand, chunk=demand.chunk or _chunks(demand)[0], window=None)
+    blocks = max(LEAST_WINDOW_BLOCKS, -(-(device_tokens - demand.sinks) // demand.page))
+    window = (blocks - LEAST_WINDOW_BLOCKS) * _block_bytes(demand)
+    # The inverse of `_staging`: buffers take an eighth of what the smallest layout leaves, up to their full size.
+    more_staging = _full_staging(demand) - _page_bytes(demand)
+    spare = min(-(-window * 8 // 7), window + 2 * more_staging)
+    return _least(demand).device_bytes + spare + 16  # divisions round down
 
 
 def _chunks(demand: Demand) -> list[int]:
@@ -161,38 +164,51 @@ def _chunks(demand: Demand) -> list[int]:
 def _device_layout(demand: Demand, budget: int) -> Layout:
     assert demand.chunk is not None
     sink_blocks = demand.sinks // demand.page
+    least = _least(demand)
+    needed = least.device_bytes
     if demand.tokens is not None and demand.window is None:
         # Does everything fit? Then the buffers are never used and hold one page.
         blocks = max(1, -(-demand.tokens // demand.page) - sink_blocks)
         whole = _price(demand, _page_bytes(demand), blocks, demand.chunk)
         if whole.device_bytes <= budget:
             return whole
-    staging = _staging(demand, budget)
-    if demand.window is not None:
-        blocks = demand.window // demand.page
-        asked = _price(demand, staging, blocks, demand.chunk)
-        if asked.device_bytes > budget:
-            raise BudgetError(
-                f"Weights, workspace and a window of {demand.window:,} tokens on the device",
-                requested=asked.device_bytes,
-                available=budget,
-                setting="memory.gpu",
-                change="Raise memory.gpu, or lower cache.window, prefill.chunk or decode.staging.",
-            )
-        return asked
-    least = _price(demand, staging, LEAST_WINDOW_BLOCKS, demand.chunk)
+        needed = min(needed, whole.device_bytes)
     if least.device_bytes > budget:
+        if demand.window is None:
+            what = "Weights, workspace and the smallest window on the device"
+            change = "Raise memory.gpu, lower prefill.chunk, or load the model with fewer bits."
+        else:
+            what = f"Weights, workspace and a window of {demand.window:,} tokens on the device"
+            change = "Raise memory.gpu, or lower cache.window, prefill.chunk or decode.staging."
         raise BudgetError(
-            "Weights, workspace and the smallest window on the device",
-            requested=least.device_bytes,
+            what,
+            requested=needed,
             available=budget,
             setting="memory.gpu",
-            change="Raise memory.gpu, lower prefill.chunk, or load the model with fewer bits.",
+            change=change,
         )
-    per_block = demand.batch * demand.page * sum(demand.token_bytes)
-    blocks = LEAST_WINDOW_BLOCKS + (budget - least.device_bytes) // max(1, per_block)
+    staging = _staging(demand, budget - least.device_bytes)
+    if demand.window is not None:
+        return _price(demand, staging, least.window_blocks, demand.chunk)
+    spare = budget - _price(demand, staging, least.window_blocks, demand.chunk).device_bytes
+    blocks = least.window_blocks + spare // max(1, _block_bytes(demand))
     if demand.tokens is not None:  # a window longer than the run is never filled
         blocks = min(blocks, max(1, -(-demand.tokens // demand.page) - sink_blocks))
+    return _price(demand, staging, blocks, demand.chunk)
+
+
+def _least(demand: Demand) -> Layout:
+    """The smallest layout: the window that was asked or four blocks, buffers of one page or as asked."""
+    assert demand.chunk is not None
+    if demand.staging is not None and demand.staging < _page_bytes(demand):
+        raise BudgetError(
+            "One page of every sequence in a staging buffer",
+            requested=_page_bytes(demand),
+            available=demand.staging,
+            setting="decode.staging",
+        )
+    blocks = LEAST_WINDOW_BLOCKS if demand.window is None else demand.window // demand.page
+    staging = _page_bytes(demand) if demand.staging is None else demand.staging
     return _price(demand, staging, blocks, demand.chunk)
 
 
@@ -201,24 +217,26 @@ def _page_bytes(demand: Demand) -> int:
     return demand.batch * demand.page * max(demand.token_bytes, default=0)
 
 
-def _staging(demand: Demand, budget: int | None) -> int:
-    """Bytes of one staging buffer: at least one page, at most what a layer ever streams."""
-    page_bytes = _page_bytes(demand)
-    if demand.staging is not None:
-        if demand.staging < page_bytes:
-            raise BudgetError(
-                "One page of every sequence in a staging buffer",
-                requested=page_bytes,
-                available=demand.staging,
-                setting="decode.staging",
-            )
-        return demand.staging
+def _block_bytes(demand: Demand) -> int:
+    """Bytes of one block of all layers, all sequences."""
+    return demand.batch * demand.page * sum(demand.token_bytes)
+
+
+def _full_staging(demand: Demand) -> int:
+    """Bytes beyond which a staging buffer gains nothing: in whole pages, at most what a layer ever streams."""
     limit = STAGING_BYTES
     if demand.tokens is not None:
         limit = min(limit, demand.batch * demand.tokens * max(demand.token_bytes, default=0))
-    if budget is not None:  # a sixteenth of what the weights leave, each
-        limit = min(limit, max(0, budget - demand.weights - demand.overhead) // 16)
-    return max(1, limit // max(1, page_bytes)) * page_bytes
+    return max(1, limit // max(1, _page_bytes(demand))) * _page_bytes(demand)
+
+
+def _staging(demand: Demand, spare: int) -> int:
+    """Bytes of one staging buffer: as asked, or a page and a sixteenth of what the smallest layout leaves."""
+    if demand.staging is not None:
+        return demand.staging
+    page = max(1, _page_bytes(demand))
+    wanted = _page_bytes(demand) + spare // 16 // page * page
+    return min(wanted, _full_staging(demand))
 
 
 def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layout:

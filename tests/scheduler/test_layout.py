@@ -1,0 +1,142 @@
+"""A layout keeps its budgets, uses them, and says what is missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from offload.errors import BudgetError
+from offload.scheduler.layout import Demand, Layout, budget_for, lay_out
+
+MIB = 2**20
+PLENTY = 2**50
+
+DEMANDS = st.builds(
+    Demand,
+    batch=st.integers(1, 4),
+    tokens=st.one_of(st.none(), st.integers(1, 200_000)),
+    page=st.sampled_from([16, 64]),
+    sinks=st.sampled_from([0, 64, 128]),
+    window=st.one_of(st.none(), st.integers(1, 50).map(lambda n: 64 * n)),
+    chunk=st.one_of(st.none(), st.integers(1, 8192)),
+    staging=st.none(),
+    token_bytes=st.lists(st.sampled_from([256, 1024, 4096]), min_size=1, max_size=6).map(tuple),
+    weights=st.integers(0, 100 * MIB),
+    overhead=st.integers(0, 10 * MIB),
+    workspace=st.integers(0, MIB),
+    workspace_per_token=st.integers(0, 4096),
+    other_kv=st.integers(0, MIB),
+)
+EXTRA = st.one_of(st.just(0), st.integers(0, 2000 * MIB))
+
+
+def laid_out(demand: Demand, extra: int) -> Layout | BudgetError:
+    try:
+        return lay_out(demand, device_budget=budget, host_budget=PLENTY)
+    except BudgetError as error:
+        return error
+
+
+def least_budget(demand: Demand) -> int:
+    refused = laid_out(demand, -1)
+    assert isinstance(refused, BudgetError)
+    return refused.requested
+
+
+@given(demand=DEMANDS)
+def test_what_a_refusal_asks_for_is_enough(demand: Demand) -> None:
+    refused = laid_out(demand, -1)
+    assert isinstance(refused, BudgetError)
+    assert refused.requested > refused.available
+    assert isinstance(laid_out(demand, refused.requested), Layout)
+    assert isinstance(laid_out(demand, refused.requested - 1), BudgetError)
+
+
+@given(demand=DEMANDS, extra=EXTRA)
+def test_a_layout_stays_within_its_device_budget(demand: Demand, extra: int) -> None:
+    budget = least_budget(demand) + extra
+    layout = laid_out(demand, budget)
+    assert isinstance(layout, Layout)
+    assert layout.device_bytes <= budget
+    assert layout.staging_bytes >= demand.batch * demand.page * max(demand.token_bytes)
+
+
+@given(demand=DEMANDS, extra=EXTRA, more=st.integers(0, 500 * MIB))
+def test_more_budget_never_puts_more_on_the_host(demand: Demand, extra: int, more: int) -> None:
+    # A chunk that grows takes memory too.
+    demand = replace(demand, chunk=demand.chunk or 512, tokens=demand.tokens or 100_000)
+    budget = least_budget(demand) + extra
+    less, greater = laid_out(demand, budget), laid_out(demand, budget + more)
+    assert isinstance(less, Layout)
+    assert isinstance(greater, Layout)
+    assert greater.host_bytes <= less.host_bytes
+
+
+@given(demand=DEMANDS, extra=EXTRA)
+def test_explicit_values_are_never_changed(demand: Demand, extra: int) -> None:
+    budget = least_budget(demand) + extra
+    layout = laid_out(demand, budget)
+    assert isinstance(layout, Layout)
+    assert layout.sink_blocks * demand.page == demand.sinks
+    if demand.window is not None:
+        assert layout.window_blocks * demand.page == demand.window
+    if demand.chunk is not None:
+        assert layout.chunk == demand.chunk
+
+
+DEMAND = Demand(
+    batch=1,
+    tokens=10_000,
+    page=64,
+    sinks=64,
+    window=None,
+    chunk=None,
+    staging=None,
+    token_bytes=(4096,) * 4,
+    weights=100 * MIB,
+    overhead=MIB,
+    workspace=MIB,
+    workspace_per_token=8192,
+)
+
+
+def test_everything_stays_on_the_device_if_it_fits() -> None:
+    layout = lay_out(DEMAND, device_budget=PLENTY, host_budget=0)
+    assert layout.host_tokens == 0
+    assert (layout.sink_blocks + layout.window_blocks) * 64 >= 10_000
+
+
+def test_the_chunk_shrinks_before_the_run_is_refused() -> None:
+    tight = budget_for(replace(DEMAND, chunk=512), device_tokens=64 + 4 * 64)
+    layout = lay_out(DEMAND, device_budget=tight, host_budget=PLENTY)
+    assert layout.chunk == 512
+    with pytest.raises(BudgetError):
+        lay_out(replace(DEMAND, chunk=4096), device_budget=tight, host_budget=PLENTY)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.8])
+def test_budget_for_leaves_room_for_the_share(share: float) -> None:
+    budget = budget_for(DEMAND, device_tokens=int(share * 10_000))
+    layout = lay_out(DEMAND, device_budget=budget, host_budget=PLENTY)
+    on_device = (layout.sink_blocks + layout.window_blocks) * 64
+    assert share * 10_000 <= on_device
+    # No more than that, unless all of it fits once the buffers of streaming are not needed.
+    assert on_device <= share * 10_000 + 256 or layout.host_tokens == 0
+
+
+def test_too_little_host_memory_names_both_sizes_and_the_setting() -> None:
+    with pytest.raises(BudgetError) as caught:
+        lay_out(replace(DEMAND, window=640), device_budget=PLENTY, host_budget=MIB)
+    assert caught.value.setting == "memory.cpu"
+    assert caught.value.requested == -(-(10_000 - 704) // 64) * 64 * 4096 * 4
+    assert caught.value.available == MIB
+
+
+def test_copies_of_one_prompt_share_its_host_pages() -> None:
+    alone = lay_out(replace(DEMAND, window=640), device_budget=PLENTY, host_budget=PLENTY)
+    beams = replace(DEMAND, window=640, batch=4, copies=4, prompt=9_000)
+    shared = lay_out(beams, device_budget=PLENTY, host_budget=PLENTY)
+    assert alone.host_bytes < shared.host_bytes < 2 * alone.host_bytes
