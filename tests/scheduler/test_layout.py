@@ -33,7 +33,7 @@ DEMANDS = st.builds(
 EXTRA = st.one_of(st.just(0), st.integers(0, 2000 * MIB))
 
 
-def laid_out(demand: Demand, extra: int) -> Layout | BudgetError:
+def laid_out(demand: Demand, budget: int) -> Layout | BudgetError:
     try:
         return lay_out(demand, device_budget=budget, host_budget=PLENTY)
     except BudgetError as error:
