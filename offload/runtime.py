@@ -146,6 +146,9 @@ class Runtime:
         self._pins = PinBudget(
             limit=None if pinned.is_auto else pinned.resolve(total=host.total, auto=0)
         )
+        # The runtime holds every region, caches only borrow them: were one part of a forgotten cache, the garbage
+        # collector would close it while the cache's own finalizer hands it back.
+        self._regions: list[HostRegion] = []
         self._free_regions: dict[int, list[HostRegion]] = {}
         self._reserve = max(2**30, host.total // max(1, len(shape.rows)))
         self._last = _LastRun()
@@ -198,12 +201,20 @@ class Runtime:
             )
         else:
             self._reuse(cache, prompt.input_ids)
+        fed: list[Tensor] = []
+        hook = self.model.register_forward_pre_hook(
+            lambda module, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True
+        )
+        past = cache.get_seq_length()
         try:
             return self._run(prompt, cache, generation, on_progress, kwargs, keep=given is not None)
         except BaseException:
             cache.settle()
+            if given is not None:
+                self._remember(cache, prompt.input_ids, past, fed)
             raise
         finally:
+            hook.remove()
             if given is None and not _is_returned(kwargs, generation):
                 self._note_tiers(cache)
                 cache.close("its generate call is over")
@@ -261,10 +272,10 @@ class Runtime:
         for cache in list(self._caches):
             cache.close("its runtime was detached")
         self._streams.synchronize()
-        for regions in self._free_regions.values():
-            for region in regions:
-                region.close()
         self._free_regions.clear()
+        for region in self._regions:
+            region.close()
+        self._regions.clear()
         restore_attention(self.model, self._before)
         delattr(self.model, _ATTACHED)
         if self._fraction_before is not None:
@@ -417,10 +428,7 @@ class Runtime:
                 )  # it and its stores hold each other: without this memory waits for the GC
             readers.clear()
             for page_bytes, region in taken:
-                if self._attached:
-                    self._free_regions.setdefault(page_bytes, []).append(region)
-                else:
-                    region.close()
+                self._free_regions.setdefault(page_bytes, []).append(region)
             taken.clear()
 
         cache = OffloadCache(
@@ -437,7 +445,9 @@ class Runtime:
         free = self._free_regions.get(page_bytes)
         if free:
             return free.pop()
-        return HostRegion(page_bytes, self._reserve, self.shape.device, self._pins)
+        region = HostRegion(page_bytes, self._reserve, self.shape.device, self._pins)
+        self._regions.append(region)
+        return region
 
     # One call of generate.
 
@@ -573,6 +583,36 @@ class Runtime:
                 "The prompt shares %d of %d cached tokens; the rest is read anew.", keep, past
             )
             cache.crop(keep - past)
+
+    def _remember(self, cache: OffloadCache, ids: Tensor, past: int, fed: list[Tensor]) -> None:
+        """Notes what a cache holds after an interrupted call, so that the next one can check its prompt.
+
+        Args:
+            cache: Settled.
+            ids: The prompt [B, N].
+            past: Tokens that the cache held before the call.
+            fed: The token ids of every forward pass of the call, in order.
+        """
+        length = cache.get_seq_length()
+        batches = {len(step) for step in fed}
+        if batches == {len(ids)}:
+            known = torch.cat([ids[:, :past], *fed], dim=1)
+            if known.shape[1] - length in (
+                0,
+                fed[-1].shape[1],
+            ):  # the last pass was taken in, or not
+                cache.token_ids = known[:, :length].cpu()
+                return
+        # Beams were reordered or drafts rejected: only the prompt is known.
+        if length > ids.shape[1]:
+            if not cache.can_go_back():
+                cache.close("an exception interrupted it, and which tokens it holds is not known")
+                return
+            cache.crop(ids.shape[1] - length)
+            length = ids.shape[1]
+        stores = cache.stores
+        copies = stores[0].batch // len(ids) if stores else 1
+        cache.token_ids = ids[:, :length].repeat_interleave(copies, dim=0).cpu()
 
     def _run(
         self,

@@ -223,10 +223,13 @@ def _block_bytes(demand: Demand) -> int:
 
 
 def _full_staging(demand: Demand) -> int:
-    """Bytes beyond which a staging buffer gains nothing: in whole pages, at most what a layer ever streams."""
+    """Bytes beyond which a staging buffer gains nothing, in whole pages.
+
+    Copies overlap with attention only if a layer comes in several chunks: an eighth of it is enough.
+    """
     limit = STAGING_BYTES
     if demand.tokens is not None:
-        limit = min(limit, demand.batch * demand.tokens * max(demand.token_bytes, default=0))
+        limit = min(limit, demand.batch * demand.tokens * max(demand.token_bytes, default=0) // 8)
     return max(1, limit // max(1, _page_bytes(demand))) * _page_bytes(demand)
 
 

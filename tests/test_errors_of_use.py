@@ -1,0 +1,325 @@
+"""Bad input gets a clear error, and nothing is lost by it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, PAD, REFUSED, left_padded, prompts
+
+import offload
+from offload.errors import (
+    BudgetError,
+    CacheError,
+    ConfigError,
+    InputError,
+    LostHandleError,
+    UnsupportedModelError,
+)
+
+SETTINGS: dict[str, Any] = {"page": 16, "sinks": 16, "window": 64, "chunk": 100}
+CALL: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+N = 300
+
+
+@pytest.fixture
+def model() -> Any:
+    return FAMILIES["llama"].build()
+
+
+@pytest.fixture
+def runtime(model: Any) -> Any:
+    with offload.attach(model, **SETTINGS) as runtime:
+        yield runtime
+
+
+def test_a_budget_below_weights_and_window_is_refused_at_attach(model: Any) -> None:
+    with pytest.raises(BudgetError) as caught:
+        offload.attach(model, gpu_memory="100KiB")
+    assert caught.value.requested > caught.value.available == 100 * 1024
+    assert caught.value.setting == "memory.gpu"
+    assert model.config._attn_implementation == "sdpa"
+    assert offload.attach(model, gpu_memory=caught.value.requested).detach() is None
+
+
+@pytest.mark.parametrize("size", ["0", "-1GiB", "24 gigs", "nan", ""])
+def test_sizes_that_are_none_are_refused(model: Any, size: str) -> None:
+    with pytest.raises(ConfigError):
+        offload.attach(model, gpu_memory=size)
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [({"gpu_memroy": "1GiB"}, "gpu_memory"), ({"memory": {"gpus": "1GiB"}}, "gpu")],
+)
+def test_unknown_settings_name_the_nearest(model: Any, settings: Any, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        offload.attach(model, **settings)
+
+
+def test_a_page_that_does_not_divide_the_window_is_refused(model: Any) -> None:
+    with pytest.raises(ConfigError, match="does not divide"):
+        offload.attach(model, page=64, window=100)
+
+
+def test_right_padding_is_refused(runtime: Any) -> None:
+    ids, mask = left_padded(2, N)
+    with pytest.raises(InputError, match="right"):
+        runtime.generate(ids.flip(1), attention_mask=mask.flip(1), **CALL)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 64},
+        {"penalty_alpha": 0.6},
+        {"output_attentions": True},
+        {"use_cache": False},
+        {"custom_generate": "somebody/something"},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_arguments_that_go_past_the_cache_are_refused(runtime: Any, argument: Any) -> None:
+    with pytest.raises(InputError, match=next(iter(argument))):
+        runtime.generate(prompts(1, N), **CALL, **argument)
+
+
+def test_an_argument_that_transformers_does_not_know_is_its_error(runtime: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="temprature"):
+        runtime.generate(prompts(1, N), **CALL, temprature=0.5)
+
+
+def test_a_model_in_training_mode_is_refused(model: Any, runtime: Any) -> None:
+    model.train()
+    with pytest.raises(InputError, match="training"):
+        runtime.generate(prompts(1, N), **CALL)
+    runtime.detach()
+    with pytest.raises(InputError, match="training"):
+        offload.attach(model)
+
+
+def test_an_empty_prompt_is_refused(runtime: Any) -> None:
+    with pytest.raises((InputError, ValueError)):
+        runtime.generate(torch.empty((1, 0), dtype=torch.long), **CALL)
+
+
+def test_a_mask_of_another_shape_is_refused(runtime: Any) -> None:
+    with pytest.raises(InputError, match="shape"):
+        runtime.generate(prompts(1, N), attention_mask=torch.ones(1, N - 3), **CALL)
+
+
+def test_a_prompt_beyond_the_models_positions_warns_and_is_not_cut(
+    model: Any, runtime: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit = model.config.max_position_embeddings
+    ids = prompts(1, limit + 10)
+    with caplog.at_level(logging.WARNING, "offload"):
+        out = runtime.generate(ids, **CALL)
+    assert out.shape[1] == limit + 22
+    assert any("made for" in record.message for record in caplog.records)
+
+
+def test_attaching_twice_is_refused(model: Any, runtime: Any) -> None:
+    with pytest.raises(InputError, match="attached already"):
+        offload.attach(model)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(InputError, match="transformers model"):
+        offload.attach(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_families_that_would_come_out_wrong_are_refused_by_name(name: str) -> None:
+    model: Any = REFUSED[name].build()
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError) as caught:
+        offload.attach(model)
+    assert caught.value.model_type in str(caught.value)
+    assert caught.value.reason in str(caught.value)
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_that_is_not_listed_but_changes_its_keys_is_found_out(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Cache
+
+    update = Cache.update
+
+    def scaled(self: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        key, value = update(self, key, value, *args, **kwargs)
+        return key * 1.0, value
+
+    monkeypatch.setattr(Cache, "update", scaled)
+    with pytest.raises(UnsupportedModelError, match="did not reach attention"):
+        offload.attach(model)
+
+
+def test_another_attention_set_meanwhile_is_an_error_and_not_wrong_tokens(
+    model: Any, runtime: Any
+) -> None:
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(LostHandleError):
+        runtime.generate(prompts(1, N), **CALL)
+    model.set_attn_implementation("offload")
+    runtime.generate(prompts(1, N), **CALL)
+
+
+def test_a_cache_is_refused_by_another_model_of_the_same_shape(runtime: Any) -> None:
+    other: Any = FAMILIES["llama"].build()
+    with offload.attach(other, **SETTINGS) as second:
+        cache = runtime.new_cache()
+        with pytest.raises(CacheError, match="another model"):
+            second.generate(prompts(1, N), past_key_values=cache, **CALL)
+        with pytest.raises(CacheError, match="another model"):
+            other.generate(prompts(1, N), past_key_values=cache, **CALL)
+
+
+def test_a_stock_cache_is_refused(runtime: Any) -> None:
+    from transformers import DynamicCache
+
+    with pytest.raises(InputError, match="new_cache"):
+        runtime.generate(prompts(1, N), past_key_values=DynamicCache(), **CALL)
+
+
+def test_a_cache_of_another_batch_is_refused(runtime: Any) -> None:
+    cache = runtime.new_cache()
+    runtime.generate(prompts(1, N), past_key_values=cache, **CALL)
+    with pytest.raises(CacheError):
+        runtime.generate(prompts(2, N + 50), past_key_values=cache, **CALL)
+
+
+def test_after_detach_runtime_and_caches_are_closed(model: Any) -> None:
+    runtime = offload.attach(model, **SETTINGS)
+    cache = runtime.new_cache()
+    runtime.generate(prompts(1, N), past_key_values=cache, **CALL)
+    runtime.detach()
+    runtime.detach()  # may be repeated
+    with pytest.raises(CacheError, match="detached"):
+        runtime.generate(prompts(1, N), **CALL)
+    with pytest.raises(CacheError, match="detached"):
+        runtime.new_cache()
+    with offload.attach(model, **SETTINGS) as again:
+        for run in (again, model):
+            with pytest.raises(CacheError, match="detached"):
+                run.generate(prompts(1, N + 30), past_key_values=cache, **CALL)
+
+
+def test_host_memory_that_is_not_there_is_refused_before_it_is_taken(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload import runtime as module
+    from offload.hardware import HostMemory
+
+    with offload.attach(model, **SETTINGS) as runtime:
+        scarce = HostMemory(total=2**31, available=2**30 + 5000, limited_by="cgroup")
+        monkeypatch.setattr(module, "host_memory", lambda: scarce)
+        with pytest.raises(BudgetError) as caught:
+            runtime.generate(prompts(1, N), **CALL)
+        assert caught.value.setting == "memory.cpu"
+        assert caught.value.available == 5000
+        assert caught.value.requested == 256 * -(-(N + 12 - 80) // 16) * 16 * 2
+        monkeypatch.undo()
+        runtime.generate(prompts(1, N), **CALL)
+
+
+class Interrupted(Exception):
+    """Raised by the tests in the middle of things."""
+
+
+def raising_streamer(after: int, error: type[BaseException]) -> Any:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Streamer(BaseStreamer):
+        def __init__(self) -> None:
+            self.left = after
+
+        def put(self, value: Any) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise error
+
+        def end(self) -> None:
+            pass
+
+    return Streamer()
+
+
+@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_after_an_exception_between_steps_a_cache_keeps_what_it_had(
+    name: str, error: type[BaseException]
+) -> None:
+    model: Any = FAMILIES[name].build()
+    ids = prompts(1, N)
+    want = model.generate(ids, **CALL)
+    with offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        with pytest.raises(error):
+            runtime.generate(
+                ids, past_key_values=cache, streamer=raising_streamer(5, error), **CALL
+            )
+        assert (
+            cache.get_seq_length() == N + 4
+        )  # five steps, the first of them the prompt's last token
+        assert cache.token_ids.tolist() == want[:, : N + 4].tolist()
+        assert torch.equal(runtime.generate(ids, **CALL), want)
+        longer = torch.cat([want, prompts(1, 9, seed=1)], dim=1)
+        got = runtime.generate(longer, past_key_values=cache, **CALL)
+    assert torch.equal(got, model.generate(longer, **CALL))
+
+
+@pytest.mark.parametrize("step", [2, 9])
+def test_after_an_exception_inside_a_step_all_layers_go_back_together(
+    model: Any, step: int
+) -> None:
+    ids = prompts(1, N)
+    want = model.generate(ids, **CALL)
+    seen = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == step:
+            raise Interrupted
+
+    with offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        hook = model.model.layers[0].mlp.register_forward_hook(fail)
+        with pytest.raises(Interrupted):
+            runtime.generate(ids, past_key_values=cache, **CALL)
+        hook.remove()
+        lengths = {store.length for store in cache.stores}
+        assert len(lengths) == 1
+        got = runtime.generate(ids, past_key_values=cache, **CALL)
+        assert torch.equal(got, want)
+        assert torch.equal(runtime.generate(ids, **CALL), want)
+
+
+def test_a_recurrent_state_that_cannot_go_back_closes_the_cache_and_says_so() -> None:
+    model: Any = FAMILIES["qwen3_next"].build()
+    ids = prompts(1, N)
+    with offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        with pytest.raises(Interrupted):
+            runtime.generate(
+                ids, past_key_values=cache, streamer=raising_streamer(3, Interrupted), **CALL
+            )
+        with pytest.raises(CacheError, match="cannot go back"):
+            runtime.generate(ids, past_key_values=cache, **CALL)
+        runtime.generate(ids, **CALL)
+
+
+def test_detach_leaves_nothing_behind(model: Any) -> None:
+    attributes = set(vars(model))
+    hooks = dict(model._forward_pre_hooks)
+    with offload.attach(model, **SETTINGS) as runtime:
+        runtime.generate(prompts(1, N), **CALL)
+    assert set(vars(model)) == attributes
+    assert dict(model._forward_pre_hooks) == hooks
+    assert model.config._attn_implementation == "sdpa"
+    assert model.generation_config.pad_token_id == PAD

@@ -1,0 +1,259 @@
+"""What people do with generate works, and gives the stock cache's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, PAD, left_padded, prompts
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import offload
+from offload.prefill import Progress
+from offload.runtime import Runtime
+
+SETTINGS: dict[str, Any] = {"page": 16, "sinks": 16, "window": 64, "chunk": 100}
+N = 360
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return FAMILIES[request.param].build()
+
+
+@contextmanager
+def attached(model: Any, **settings: Any) -> Iterator[Runtime]:
+    with offload.attach(model, **{**SETTINGS, **settings}) as runtime:
+        yield runtime
+
+
+def same(model: Any, ids: Tensor, *, seed: int | None = None, **call: Any) -> Any:
+    """Generates with the stock cache, then with ours; returns ours after comparing."""
+    call = {"max_new_tokens": 20, "do_sample": False, **call}
+    if seed is not None:
+        torch.manual_seed(seed)
+    want = model.generate(ids, **call)
+    with attached(model) as runtime:
+        if seed is not None:
+            torch.manual_seed(seed)
+        got = runtime.generate(ids, **call)
+        assert runtime.report().tokens_on_host > 200
+    assert torch.equal(got, want)
+    return got
+
+
+class Listener(BaseStreamer):
+    """Keeps what a streamer is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_gets_the_prompt_and_every_token(model: Any) -> None:
+    ids, listener = prompts(1, N), Listener()
+    want = model.generate(ids, max_new_tokens=20, do_sample=False)
+    with attached(model) as runtime:
+        runtime.generate(ids, max_new_tokens=20, do_sample=False, streamer=listener)
+    assert listener.tokens == want[0].tolist()
+    assert listener.ended
+
+
+def test_stopping_criteria_and_eos_end_early(model: Any) -> None:
+    ids = prompts(1, N)
+    free = model.generate(ids, max_new_tokens=20, do_sample=False)
+    eos = int(free[0, N + 7])
+    ended = same(model, ids, eos_token_id=eos)
+    assert ended.shape[1] < N + 20
+    stop = StoppingCriteriaList([lambda seen, scores: torch.tensor([seen.shape[1] >= N + 5])])
+    assert same(model, ids, stopping_criteria=stop).shape[1] == N + 5
+
+
+def test_rows_that_end_at_different_steps_are_padded_alike(model: Any) -> None:
+    ids, mask = left_padded(3, N)
+    free = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    eos = int(free[1, N + 4])
+    same(model, ids, attention_mask=mask, eos_token_id=eos, pad_token_id=PAD)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sampling_with_a_seed_gives_the_same_tokens(model: Any, seed: int) -> None:
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    same(model, prompts(1, N), seed=seed, **options)
+
+
+def test_several_returned_sequences_share_one_prefill(model: Any) -> None:
+    ids = prompts(2, N)
+    same(model, ids, seed=3, do_sample=True, num_return_sequences=3)
+    with attached(model) as runtime:
+        fed: list[tuple[int, int]] = []
+        hook = model.register_forward_pre_hook(
+            lambda m, a, k: fed.append(tuple(k["input_ids"].shape)), with_kwargs=True
+        )
+        runtime.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=3)
+        hook.remove()
+    assert fed == [(2, 100), (2, 100), (2, 100), (2, 59), (6, 1), (6, 1), (6, 1)]
+
+
+def test_beams_and_returned_beams_equal_the_stock_caches(model: Any) -> None:
+    same(model, prompts(2, N), num_beams=4, num_return_sequences=2, max_new_tokens=12)
+
+
+def test_beams_of_a_generation_config_count_too(model: Any) -> None:
+    config = GenerationConfig(num_beams=3, max_new_tokens=10, pad_token_id=PAD, eos_token_id=None)
+    want = model.generate(prompts(1, N), generation_config=config)
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        got = runtime.generate(prompts(1, N), generation_config=config, past_key_values=cache)
+        assert (
+            cache.token_ids is None
+        )  # the beams were reordered: which tokens it holds is not known
+    assert torch.equal(got, want)
+
+
+def test_padding_is_inferred_from_pad_tokens_as_transformers_does(model: Any) -> None:
+    ids, _ = left_padded(3, N)
+    same(model, ids, pad_token_id=PAD)
+
+
+def test_prompt_lookup_and_an_assistant_change_no_token(model: Any) -> None:
+    ids = prompts(1, N - 60)
+    ids = torch.cat([ids, ids[:, :60]], dim=1)  # something to look up
+    same(model, ids, prompt_lookup_num_tokens=4, max_new_tokens=40)
+    same(model, ids, assistant_model=FAMILIES["llama"].build(), max_new_tokens=40)
+    assert not model._forward_pre_hooks
+
+
+def test_max_length_counts_the_prompt(model: Any) -> None:
+    assert same(model, prompts(1, N), max_new_tokens=None, max_length=N + 9).shape[1] == N + 9
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 63, 80, 81])
+def test_prompts_shorter_than_the_window_work(model: Any, length: int) -> None:
+    ids = prompts(1, length)
+    want = model.generate(ids, max_new_tokens=100, do_sample=False)
+    with attached(model) as runtime:
+        got = runtime.generate(ids, max_new_tokens=100, do_sample=False)
+    assert torch.equal(got, want)
+
+
+def fed_tokens(model: Any, run: Any) -> int:
+    """Tokens per sequence that forward passes got during a call."""
+    fed: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda m, a, k: fed.append(k["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    return sum(fed)
+
+
+def test_a_second_turn_reads_only_what_is_new(model: Any) -> None:
+    first, more = prompts(1, N), prompts(1, 150, seed=1)
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        answer = runtime.generate(first, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        talk = torch.cat([answer, more], dim=1)
+        result: list[Tensor] = []
+        fed = fed_tokens(
+            model,
+            lambda: result.append(
+                runtime.generate(talk, past_key_values=cache, max_new_tokens=10, do_sample=False)
+            ),
+        )
+        assert runtime.report().reused_tokens == N + 9  # the last token was never fed
+        assert fed == talk.shape[1] - (N + 9) + 9
+    assert torch.equal(result[0], model.generate(talk, max_new_tokens=10, do_sample=False))
+
+
+def test_a_history_that_differs_is_read_anew_from_where_it_differs() -> None:
+    model: Any = FAMILIES["llama"].build()
+    first = prompts(1, N)
+    changed = first.clone()
+    changed[0, 200:] = prompts(1, N - 200, seed=5)[0]
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        runtime.generate(first, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        got = runtime.generate(changed, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        common = int((first == changed)[0].int().cumprod(0).sum())
+        assert runtime.report().reused_tokens == common
+        again = runtime.generate(changed, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        assert runtime.report().reused_tokens == N - 1
+    want = model.generate(changed, max_new_tokens=10, do_sample=False)
+    assert torch.equal(got, want)
+    assert torch.equal(again, want)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "jamba", "lfm2"])
+def test_hybrids_go_on_from_a_warm_cache(name: str) -> None:
+    model: Any = FAMILIES[name].build()
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        call = {"max_new_tokens": 8, "do_sample": False}
+        answer = runtime.generate(prompts(1, 200), past_key_values=cache, **call)
+        talk = torch.cat([answer, prompts(1, 40, seed=1)], dim=1)
+        got = runtime.generate(talk, past_key_values=cache, **call)
+    assert torch.equal(got, model.generate(talk, **call))
+
+
+def test_stock_generate_takes_our_cache(model: Any) -> None:
+    ids = prompts(1, N)
+    want = model.generate(ids, max_new_tokens=20, do_sample=False)
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        got = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=cache)
+        assert all(store.host_tokens > 200 for store in cache.stores)  # type: ignore[attr-defined]
+        plain = model.generate(ids, max_new_tokens=20, do_sample=False)  # and none at all
+    assert torch.equal(got, want)
+    assert torch.equal(plain, want)
+
+
+def test_a_cache_in_the_result_goes_on_into_the_next_turn(model: Any) -> None:
+    ids = prompts(1, N)
+    with attached(model) as runtime:
+        first = runtime.generate(
+            ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True
+        )
+        talk = torch.cat([first.sequences, prompts(1, 20, seed=1)], dim=1)
+        got = runtime.generate(
+            talk, past_key_values=first.past_key_values, max_new_tokens=10, do_sample=False
+        )
+        assert runtime.report().reused_tokens == N + 9
+    assert torch.equal(got, model.generate(talk, max_new_tokens=10, do_sample=False))
+
+
+def test_progress_is_told_chunk_by_chunk(model: Any) -> None:
+    seen: list[Progress] = []
+    with attached(model) as runtime:
+        runtime.generate(prompts(1, N), max_new_tokens=2, do_sample=False, on_progress=seen.append)
+    assert [p.processed for p in seen] == [0, 100, 200, 300, N - 1]
+    assert {(p.total, p.cached) for p in seen} == {(N, 0)}
+    assert seen[-1].tokens_per_s > 0
+
+
+def test_the_report_counts_tokens_bytes_and_time(model: Any) -> None:
+    with attached(model) as runtime:
+        runtime.generate(prompts(2, N), max_new_tokens=5, do_sample=False)
+        report = runtime.report()
+        rows = sum(runtime.shape.token_bytes)
+    assert (report.prompt_tokens, report.new_tokens, report.chunk) == (N, 5, 100)
+    assert report.tokens_on_device + report.tokens_on_host == N + 4
+    assert report.bytes["host_pinned"] == 2 * rows * -(-(N + 5 - 80) // 16) * 16
+    assert report.bytes["window"] == 2 * rows * (80 + 16)
+    assert report.decode_h2d_bytes > 0
+    assert report.ms_per_token > 0
+    assert report.to_dict()["ms_per_token"] == report.ms_per_token
+    assert "tokens" in str(report)
