@@ -225,11 +225,11 @@ def _block_bytes(demand: Demand) -> int:
 def _full_staging(demand: Demand) -> int:
     """Bytes beyond which a staging buffer gains nothing, in whole pages.
 
-    Copies overlap with attention only if a layer comes in several chunks: an eighth of it is enough.
+    Copies overlap with attention only if a layer comes in several chunks: a quarter of it is enough.
     """
     limit = STAGING_BYTES
     if demand.tokens is not None:
-        limit = min(limit, demand.batch * demand.tokens * max(demand.token_bytes, default=0) // 8)
+        limit = min(limit, demand.batch * demand.tokens * max(demand.token_bytes, default=0) // 4)
     return max(1, limit // max(1, _page_bytes(demand))) * _page_bytes(demand)
 
 

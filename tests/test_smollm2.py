@@ -1,0 +1,61 @@
+"""A real model: SmolLM2-135M over a real text of more than 2,000 tokens, most of it on the host."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import offload
+from offload.loading import Loaded, load
+
+pytestmark = pytest.mark.slow
+
+SETTINGS: dict[str, Any] = {"window": 256, "chunk": 512}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return load(dtype=torch.float32)
+
+
+def question(loaded: Loaded, characters: int) -> str:
+    text = resources.files("offload").joinpath("data", "constitution.txt").read_text()
+    content = f"{text[:characters]}\n\nWho chooses the officers of the House?"
+    chat = [{"role": "user", "content": content}]
+    rendered: str = loaded.tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
+    return rendered
+
+
+def test_greedy_tokens_on_a_long_prompt_equal_the_stock_caches(loaded: Loaded) -> None:
+    model: Any = loaded.model
+    inputs = loaded.tokenizer(question(loaded, 9600), return_tensors="pt")
+    assert inputs["input_ids"].shape[1] > 2000
+    call: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+    want: Tensor = model.generate(**inputs, **call)
+    with offload.attach(model, **SETTINGS) as runtime:
+        got = runtime.generate(**inputs, **call)
+        report = runtime.report()
+    assert torch.equal(got, want)
+    assert report.tokens_on_host > 1600
+    assert report.tokens_on_device < 256 + 64 + 64
+
+
+def test_a_padded_batch_and_beams_equal_the_stock_caches(loaded: Loaded) -> None:
+    model: Any = loaded.model
+    loaded.tokenizer.padding_side = "left"
+    texts = [question(loaded, 3000), question(loaded, 1800)]
+    inputs = loaded.tokenizer(texts, return_tensors="pt", padding=True)
+    assert bool((inputs["attention_mask"] == 0).any())
+    calls: list[dict[str, Any]] = [{"max_new_tokens": 12}, {"max_new_tokens": 8, "num_beams": 2}]
+    for call in calls:
+        want: Tensor = model.generate(**inputs, **call, do_sample=False)
+        with offload.attach(model, **SETTINGS) as runtime:
+            got = runtime.generate(**inputs, **call, do_sample=False)
+            assert runtime.report().tokens_on_host > 200
+        assert torch.equal(got, want)
