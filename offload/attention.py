@@ -144,7 +144,13 @@ class LazyMask:
 
 def lazy_mask(**arguments: Any) -> LazyMask:
     """The registered mask function."""
-    return LazyMask(arguments)
+    # transformers 5.17 passes a sliding layer's own length as a tensor, which the layer's update then changes in
+    # place: by the time the mask is needed it would mean another step.
+    frozen = {
+        name: value.clone() if isinstance(value, Tensor) and value.dim() == 0 else value
+        for name, value in arguments.items()
+    }
+    return LazyMask(frozen)
 
 
 def attention(

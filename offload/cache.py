@@ -365,9 +365,11 @@ class OffloadCache(Cache):
         for layer in self.layers:
             if hasattr(layer, "batch_repeat_interleave"):
                 layer.batch_repeat_interleave(repeats)
-            else:
-                state = next(t for t in layer.conv_states.values() if t is not None)
-                layer.reorder_cache(torch.arange(state.shape[0]).repeat_interleave(repeats))
+                continue
+            held = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            sizes = {state.shape[0] for state in held if state is not None}
+            for size in sizes:  # one size, or none in a layer that never held a state
+                layer.reorder_cache(torch.arange(size).repeat_interleave(repeats))
 
     def can_go_back(self) -> bool:
         """Whether `crop` can forget tokens: not where a recurrent state or a full sliding window is kept."""
