@@ -6,6 +6,8 @@ same two formulas run in torch. The reference is `offload.kernels.reference.merg
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -84,15 +86,16 @@ def merge_two_triton(a: Part, b: Part, out: Tensor, lse: Tensor) -> None:
     batch, n_heads, n_queries, head_size = out.shape
     n_rows = batch * n_heads * n_queries
     block_d = triton.next_power_of_2(head_size)
-    # 4,096 values a program keep one decode step (32 rows of 128) in one wave of programs and give a
-    # 4,096-token chunk long enough streams; 2,048 and 8,192 were within 3 % on an H100.
-    block_rows = max(1, 4096 // block_d)
+    block_rows = max(1, 4096 // block_d)  # 32 rows of 128: one decode step is one program
     grid = (triton.cdiv(n_rows, block_rows),)
-    _merge_kernel[grid](
-        a.out, a.lse, b.out, b.lse, out, lse, n_rows, n_heads, n_queries,
-        *a.out.stride()[:3], *b.out.stride()[:3], *out.stride()[:3],
-        D=head_size, BLOCK_ROWS=block_rows, BLOCK_D=block_d,
-    )  # fmt: skip
+    with (
+        torch.cuda.device(out.device) if out.is_cuda else nullcontext()
+    ):  # Triton asks for the current one
+        _merge_kernel[grid](
+            a.out, a.lse, b.out, b.lse, out, lse, n_rows, n_heads, n_queries,
+            *a.out.stride()[:3], *b.out.stride()[:3], *out.stride()[:3],
+            D=head_size, BLOCK_ROWS=block_rows, BLOCK_D=block_d,
+        )  # fmt: skip
 
 
 def merge_two_torch(a: Part, b: Part, out: Tensor, lse: Tensor) -> None:

@@ -52,12 +52,14 @@ class _Pending(threading.local):
 _pending = _Pending()
 
 
-def hand_over(key: Tensor, layer: AttendingLayer) -> Tensor:
+def hand_over(key: Tensor, layer: AttendingLayer, *, begins_pass: bool = False) -> Tensor:
     """Marks the keys that `update` returns, so that `attention` finds the layer.
 
     Args:
         key: The new keys.
         layer: Their cache layer.
+        begins_pass: The layer is the first of several: one that still waits belongs to a pass that an
+            exception ended, which nobody told us of (a stock `generate` that was interrupted).
 
     Returns:
         A view of `key` with the handle.
@@ -66,7 +68,7 @@ def hand_over(key: Tensor, layer: AttendingLayer) -> Tensor:
         LostHandleError: The last update's attention never came: another attention function answered, and
             its tokens would be silently wrong.
     """
-    if _pending.layer is not None:
+    if _pending.layer is not None and not (begins_pass and _pending.layer is not layer):
         _pending.layer = None
         raise LostHandleError(
             "The cache was updated twice without attention in between",

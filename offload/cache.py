@@ -6,6 +6,7 @@ keep every token. Sliding, linear, convolution and other layers of bounded size 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -22,8 +23,9 @@ from transformers.cache_utils import (
 )
 
 from offload.attention import forget_pending, hand_over
-from offload.errors import CacheError, InputError
+from offload.errors import CacheError, InputError, OffloadError
 from offload.scheduler.layout import Layout
+from offload.tiers.store import LayerStore
 
 
 class Store(Protocol):
@@ -70,24 +72,28 @@ class OffloadLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, start: Callable[[int, int], None], module: Any = None) -> None:
+    def __init__(self, cache: OffloadCache, index: int, module: Any = None) -> None:
         """A layer without tokens.
 
         Args:
-            start: Called as start(batch, tokens) at the first update of the cache; sets `store`.
+            cache: Whose layer this is; told at the first update, so that it builds the stores.
+            index: Among the cache's offloaded layers.
             module: The attention module that this layer serves; None: the first one that asks.
         """
         CacheLayerMixin.__init__(self)
         self.store: Store | None = None
         self._module = module
         self.closed: str | None = None
-        self._start = start
+        # Weak: a cycle would keep a forgotten cache's memory until the garbage collector comes.
+        self._cache = weakref.ref(cache)
+        self._index = index
         self._awaited = 0  # tokens between update and attend
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes the stores of the whole cache, sized for this batch."""
-        self._start(key_states.shape[0], key_states.shape[2])
-        self.is_initialized = True
+        cache = self._cache()
+        assert cache is not None
+        cache.start(key_states.shape[0])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -116,7 +122,7 @@ class OffloadLayer(CacheLayerMixin):
         assert self.store is not None
         self.store.expect(key_states, value_states)
         self._awaited = key_states.shape[2]
-        return hand_over(key_states, self), value_states
+        return hand_over(key_states, self, begins_pass=self._begins_pass()), value_states
 
     def attend(
         self,
@@ -150,6 +156,11 @@ class OffloadLayer(CacheLayerMixin):
             query, key, value,
             scale=scale, visible=visible, softcap=softcap, sink_logits=sink_logits,
         )  # fmt: skip
+
+    def _begins_pass(self) -> bool:
+        """Whether an update of this layer can only be the begin of a forward pass."""
+        cache = self._cache()
+        return self._index == 0 and cache is not None and len(cache.stores) > 1
 
     def settle(self) -> None:
         """Forgets announced tokens whose attention will not come (an exception came instead)."""
@@ -209,10 +220,8 @@ class HybridOffloadLayer(LinearAttentionLayer, OffloadLayer):  # type: ignore[ov
 
     is_compileable = False
 
-    def __init__(
-        self, start: Callable[[int, int], None], module: Any = None, **kwargs: Any
-    ) -> None:
-        OffloadLayer.__init__(self, start, module)
+    def __init__(self, cache: OffloadCache, index: int, module: Any = None, **kwargs: Any) -> None:
+        OffloadLayer.__init__(self, cache, index, module)
         LinearAttentionLayer.__init__(self, **kwargs)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -293,8 +302,10 @@ class OffloadCache(Cache):
         self,
         layers: Sequence[Any],
         offloaded: Sequence[int],
-        build: Callable[[int, int], Sequence[Store]],
-        on_close: Callable[[], None],
+        build: Callable[[OffloadCache, int, int], Sequence[Store]],
+        *,
+        on_settle: Callable[[], None] | None = None,
+        on_close: Callable[[], None] | None = None,
         modules: Sequence[Any] | None = None,
     ) -> None:
         """Takes the place of a stock cache.
@@ -302,42 +313,45 @@ class OffloadCache(Cache):
         Args:
             layers: The stock layers.
             offloaded: Indices of those to replace.
-            build: Called as build(batch, tokens) at the first update; makes one store per replaced layer.
+            build: Called as build(cache, sequences, copies) at the first use; makes one store per replaced
+                layer.
+            on_settle: Called after an exception: copies that were under way must end or be forgotten.
             on_close: Called once, when the cache's memory is given back.
             modules: The attention module of each replaced layer; None where they are not known yet.
         """
         self._build = build
+        self._on_settle = on_settle
         self._on_close = on_close
         self._closed: str | None = None
         self.layout: Layout | None = None  # set by `build`
         self.token_ids: Tensor | None = None  # [B, length] on the CPU, where the runtime knows them
         mine: list[Any] = list(layers)
-        for index, module in zip(offloaded, modules or [None] * len(offloaded), strict=True):
+        known_modules = modules or [None] * len(offloaded)
+        for at, (index, module) in enumerate(zip(offloaded, known_modules, strict=True)):
             stock = layers[index]
             if isinstance(stock, LinearAttentionLayer):
                 states = getattr(stock, "number_of_states", None)
                 known = {} if states is None else {"number_of_states": states}
-                mine[index] = HybridOffloadLayer(self._start, module, **known)
+                mine[index] = HybridOffloadLayer(self, at, module, **known)
             else:
-                mine[index] = OffloadLayer(self._start, module)
+                mine[index] = OffloadLayer(self, at, module)
         self._offloaded = [mine[index] for index in offloaded]
         super().__init__(layers=mine)
 
-    def start(self, batch: int, tokens: int) -> None:
+    def start(self, sequences: int, copies: int = 1) -> None:
         """Takes the memory for a batch, unless that was done already.
 
         Args:
-            batch: Sequences.
-            tokens: Tokens that come first.
+            sequences: That come first.
+            copies: How often each of them will be repeated (beams, returned sequences).
 
         Raises:
             BudgetError: It does not fit.
         """
-        if self.layout is None:
-            self._start(batch, tokens)
-
-    def _start(self, batch: int, tokens: int) -> None:
-        stores = self._build(batch, tokens)
+        self.require_open()
+        if self.layout is not None or any(layer.store is not None for layer in self._offloaded):
+            return
+        stores = self._build(self, sequences, copies)
         for layer, store in zip(self._offloaded, stores, strict=True):
             layer.store = store
             layer.is_initialized = True
@@ -353,6 +367,16 @@ class OffloadCache(Cache):
         return [layer.store for layer in self._offloaded if layer.store is not None]
 
     @property
+    def layer_stores(self) -> list[LayerStore]:
+        """The stores on two tiers; empty before the first use."""
+        return [store for store in self.stores if isinstance(store, LayerStore)]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the cache can be used."""
+        return self._closed is None
+
+    @property
     def is_linear(self) -> list[bool]:
         """Which layers have only linear-attention states. (The stock property knows stock classes only.)"""
         return [
@@ -360,8 +384,33 @@ class OffloadCache(Cache):
             for layer in self.layers
         ]
 
+    # What changes the sequences changes what is known of their tokens.
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Forgets the newest tokens; see the layers' `crop`."""
+        remove = int(tokens_to_remove)
+        super().crop(remove)
+        if self.token_ids is not None and remove:
+            self.token_ids = self.token_ids[:, : self.get_seq_length()]
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self.token_ids = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes sequence i the former sequence beam_idx[i]."""
+        super().reorder_cache(cast(Any, beam_idx))
+        self.token_ids = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some sequences."""
+        super().batch_select_indices(indices)
+        self.token_ids = None
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence, in stock linear layers too, which know only how to reorder."""
+        self.token_ids = None
         for layer in self.layers:
             if hasattr(layer, "batch_repeat_interleave"):
                 layer.batch_repeat_interleave(repeats)
@@ -385,26 +434,39 @@ class OffloadCache(Cache):
         return True
 
     def settle(self) -> None:
-        """Makes the cache usable after an exception in the middle of a forward pass.
+        """Makes the cache usable after an exception in the middle of a forward pass, or closes it. Never raises.
 
         Layers before the exception hold the step's tokens, layers behind it do not: all go back to the
-        shortest. Where a layer cannot go back, the cache is closed instead.
+        shortest. Where a layer cannot go back, or what it holds is not known, the cache is closed.
         """
         forget_pending()
-        for layer in self._offloaded:
-            layer.settle()
+        try:
+            if self._on_settle is not None:
+                self._on_settle()
+            for layer in self._offloaded:
+                layer.settle()
+            reason = self._unsettled()
+        except (OffloadError, RuntimeError, ValueError) as error:
+            reason = f"an exception interrupted it and it could not be mended ({error})"
+        if reason is not None:
+            self.close(reason)
+
+    def _unsettled(self) -> str | None:
+        """Brings all layers to one length; says why that cannot be done."""
+        for store in self.layer_stores:
+            if store.damaged:
+                return "an exception came while a layer was taking tokens in"
+            store.check()
         attending = [layer for layer in self.layers if hasattr(layer, "get_seq_length")]
         lengths = [layer.get_seq_length() for layer in attending]
         stateful = any(isinstance(layer, LinearAttentionLayer) for layer in self.layers)
         if len(set(lengths)) <= 1 and not stateful:
-            return
+            return None
         if not self.can_go_back():
-            self.close(
-                "an exception left it in the middle of a step, and its states cannot go back"
-            )
-            return
+            return "an exception left it in the middle of a step, and its states cannot go back"
         for layer, length in zip(attending, lengths, strict=True):
             layer.crop(min(lengths) - length)
+        return None
 
     def close(self, reason: str = "it was closed") -> None:
         """Gives the memory of both tiers back. The cache cannot be used afterwards."""
@@ -412,10 +474,12 @@ class OffloadCache(Cache):
             return
         self._closed = reason
         # First the copies that are under way end: they write into buffers that the stores keep alive.
-        self._on_close()
+        if self._on_close is not None:
+            self._on_close()
         for layer in self._offloaded:
             layer.closed = reason
             layer.store = None
+        self.layout = None
 
     def require_open(self) -> None:
         """Raises CacheError if the cache was closed."""

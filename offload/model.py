@@ -104,6 +104,9 @@ class ModelShape:
         fed_whole: Why a prompt must not be cut into chunks, or None.
         windows: (tokens, bytes of a token) of each layer that keeps a sliding window.
         state_bytes: Bytes of recurrent and convolution states of one sequence.
+        longest: Tokens at which a sliding window would begin to slide that was taken for full attention because
+            it is as long as the model's positions; None without one.
+        vocabulary: Logits of one token.
     """
 
     model_type: str
@@ -119,6 +122,8 @@ class ModelShape:
     fed_whole: str | None = None
     windows: tuple[tuple[int, int], ...] = ()
     state_bytes: int = 0
+    longest: int | None = None
+    vocabulary: int = 0
 
     def other_kv_bytes(self, tokens: int | None) -> int:
         """Device bytes of one sequence in layers that are not offloaded.
@@ -296,7 +301,7 @@ def examine(model: Any) -> ModelShape:
     def run(n_tokens: int) -> tuple[list[_RecordingStore], OffloadCache, int]:
         recorders = [_RecordingStore() for _ in offloaded]
         cache = OffloadCache(
-            stock_layers(config), offloaded, lambda batch, tokens: recorders, lambda: None
+            stock_layers(config), offloaded, lambda cache, batch, copies: recorders
         )
         ids = torch.zeros((1, n_tokens), dtype=torch.long, device=device)
         keep = {"logits_to_keep": 1} if keeps_logits else {}
@@ -309,10 +314,11 @@ def examine(model: Any) -> ModelShape:
         peak = torch.cuda.max_memory_allocated(device) - base if on_card else 0
         return recorders, cache, peak
 
+    few, many = _examined_lengths(max_positions)
     try:
-        run(16)  # lazily allocated workspaces (cuBLAS, bitsandbytes) are not the pass's own
-        _, _, small_peak = run(16)
-        recorders, cache, large_peak = run(272)
+        run(few)  # lazily allocated workspaces (cuBLAS, bitsandbytes) are not the pass's own
+        _, _, small_peak = run(few)
+        recorders, cache, large_peak = run(many)
     except OffloadError as error:
         raise UnsupportedModelError(
             "This model cannot be attached",
@@ -329,8 +335,8 @@ def examine(model: Any) -> ModelShape:
         names = ", ".join(sorted(map(str, devices)))
         _raise_if(f"its layers are on several devices ({names}); load it on one GPU", model_type)
     rows = tuple(store.shape for store in recorders if store.shape is not None)
-    per_token = max(0, large_peak - small_peak) // 256
-    fixed = max(0, small_peak - 16 * per_token)
+    per_token = max(0, large_peak - small_peak) // (many - few)
+    fixed = max(0, small_peak - few * per_token)
     if device.type != "cuda":
         per_token, fixed = _estimated_workspace(config, rows), 0
     # Attention in parts holds the float32 sum and one part beside the output: not seen by the passes above.
@@ -352,7 +358,22 @@ def examine(model: Any) -> ModelShape:
         fed_whole=FED_WHOLE.get(model_type),
         windows=_windows(cache),
         state_bytes=_state_bytes(cache),
+        longest=min(
+            (
+                layers[index].sliding_window
+                for index in offloaded
+                if getattr(layers[index], "sliding_window", None) is not None
+            ),
+            default=None,
+        ),
+        vocabulary=int(getattr(config, "vocab_size", 0) or 0),
     )
+
+
+def _examined_lengths(max_positions: int | None) -> tuple[int, int]:
+    """Tokens of the two passes; learned positions end somewhere."""
+    many = 272 if max_positions is None else max(2, min(272, max_positions))
+    return min(16, many // 2), many
 
 
 def _windows(cache: OffloadCache) -> tuple[tuple[int, int], ...]:

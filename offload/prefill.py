@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from offload.cache import OffloadCache
+from offload.prompt import Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,22 +40,6 @@ class Progress:
     def tokens_per_s(self) -> float:
         """Tokens per second and sequence so far; 0 before the first."""
         return (self.processed - self.cached) / self.seconds if self.seconds > 0 else 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """A prompt as transformers would feed it.
-
-    Attributes:
-        input_ids: [B, N].
-        attention_mask: [B, N], or None where nothing is padding.
-        model_kwargs: What else goes to `prepare_inputs_for_generation`; position_ids where the model takes
-            them.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    model_kwargs: dict[str, Any]
 
 
 def prefill(

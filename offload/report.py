@@ -31,6 +31,7 @@ class Report:
         h2d_bytes: KV bytes copied to the device since the runtime was attached.
         d2h_bytes: KV bytes copied to the host.
         bounced_bytes: Of h2d_bytes, through a bounce buffer because pages are not pinned.
+        discarded_bytes: Of h2d_bytes, prefetched and then not needed.
         decode_h2d_bytes: KV bytes copied to the device during the last decode.
         notes: Fallbacks and adaptations, a sentence each.
     """
@@ -52,6 +53,7 @@ class Report:
     h2d_bytes: int
     d2h_bytes: int
     bounced_bytes: int
+    discarded_bytes: int
     decode_h2d_bytes: int
     notes: list[str] = field(default_factory=list)
 

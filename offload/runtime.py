@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.budget import Budgets
 from offload.cache import OffloadCache, require_ours, stock_layers
 from offload.config import OffloadConfig
-from offload.errors import BudgetError, CacheError, InputError
-from offload.hardware import device_memory, host_memory
+from offload.errors import CacheError, InputError
+from offload.hardware import host_memory
 from offload.model import (
     ModelShape,
     attention_names,
@@ -28,32 +28,17 @@ from offload.model import (
     restore_attention,
     text_config,
 )
-from offload.prefill import Progress, Prompt, prefill, progress_bar
+from offload.prefill import Progress, prefill, progress_bar
+from offload.prompt import FedTokens, Prompt, first_forward_skips_cached, read_prompt, reuse
 from offload.report import Report
-from offload.scheduler.layout import Demand, Layout, budget_for, lay_out
-from offload.tiers.pinned import HostRegion, PinBudget
+from offload.scheduler.layout import AUTO_CHUNK, Layout, budget_for
+from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.store import LayerStore, StoreLimits
 from offload.tiers.transfer import HostReader, HostWriter, Streams, TransferCounters
 
 logger = logging.getLogger(__name__)
 
 _ATTACHED = "_offload_runtime"
-# What torch's allocator loses to rounding and fragmentation. An 8B model used all of it in a prefill of 131,072
-# tokens; with less, the allocator gives cached blocks back and asks for them again, again and again.
-_ALLOCATOR_SLACK = 192 * 2**20
-# What the driver takes after attaching: kernels loaded when they first run, tables of pinned pages. Without it the
-# same run went 7 MiB over the cap as the driver counts.
-_DRIVER_GROWTH = 96 * 2**20
-
-# Arguments of generate that would go past the cache or ask for what it does not have.
-_REFUSED_ARGUMENTS = {
-    "cache_implementation": "the runtime brings its own cache; call model.generate for a stock one",
-    "custom_generate": "it replaces the decoding loop",
-    "prefill_chunk_size": "set prefill.chunk of the configuration instead: attach(model, chunk=...)",
-    "penalty_alpha": "contrastive search is not supported",
-    "dola_layers": "DoLa decoding is not supported",
-    "output_attentions": "attention weights are never made",
-}
 
 
 def attach(
@@ -135,28 +120,26 @@ class Runtime:
         self._before = attention_before
         self._attached = True
         self._caches: weakref.WeakSet[OffloadCache] = weakref.WeakSet()
+        caches = self._caches  # not self: the budgets must not keep the runtime alive
+        self.budgets = Budgets(
+            config, shape, lambda: [cache.layout for cache in caches if cache.layout is not None]
+        )
         self._streams = Streams(shape.device)
         self._counters = TransferCounters()
         self._notes: dict[str, None] = {}
         if shape.fed_whole is not None:
             self._notes[f"prompts are read in one piece: {shape.fed_whole}"] = None
             logger.warning("%s reads prompts in one piece: %s", shape.model_type, shape.fed_whole)
-        host = host_memory()
-        pinned = config.memory.pinned
-        self._pins = PinBudget(
-            limit=None if pinned.is_auto else pinned.resolve(total=host.total, auto=0)
-        )
         # The runtime holds every region, caches only borrow them: were one part of a forgotten cache, the garbage
         # collector would close it while the cache's own finalizer hands it back.
         self._regions: list[HostRegion] = []
         self._free_regions: dict[int, list[HostRegion]] = {}
-        self._reserve = max(2**30, host.total // max(1, len(shape.rows)))
+        self._reserve = max(2**30, host_memory().total // max(1, len(shape.rows)))
         self._last = _LastRun()
         self._current: weakref.ref[OffloadCache] | None = None  # the cache used last
-        self._fraction_before: float | None = None
         # The smallest run must fit, or attaching was pointless: say so now, not after minutes of loading.
-        self._lay_out(self._demand(batch=1, tokens=None), host_tokens_known=False)
-        self._cap_allocator()
+        self.budgets.lay_out(self.budgets.demand(batch=1, tokens=None))
+        self.budgets.cap_allocator()
 
     # What users call.
 
@@ -184,38 +167,33 @@ class Runtime:
             CacheError: The cache was closed, or is another runtime's.
             BudgetError: The run does not fit the budgets.
         """
-        self._require_attached()
-        self._refuse(kwargs)
+        self._require_ready()
         given = kwargs.pop("past_key_values", None)
         cache = None if given is None else self._own(require_ours(given))
         if kwargs.get("inputs_embeds") is not None:
-            return self._generate_stock(inputs, cache, kwargs)
-        prompt, generation = self._prompt(inputs, kwargs)
-        copies = max(generation.num_beams or 1, generation.num_return_sequences or 1)
-        batch, n_prompt = prompt.input_ids.shape
-        total = _final_length(generation, n_prompt)
-        self._warn_beyond_positions(total)
+            return self._generate_stock(inputs, cache, kwargs, "inputs_embeds")
+        prompt = read_prompt(self.model, inputs, kwargs)
+        if not prompt.in_chunks:
+            return self._generate_stock(inputs, cache, kwargs, "inputs beside the text")
+        self._check_length(prompt.final_length)
         if cache is None:
             cache = self._make_cache(
-                copies=copies, prompt_tokens=n_prompt, tokens=total, batch=batch * copies
+                prompt_tokens=prompt.input_ids.shape[1], tokens=prompt.final_length
             )
         else:
-            self._reuse(cache, prompt.input_ids)
-        fed: list[Tensor] = []
-        hook = self.model.register_forward_pre_hook(
-            lambda module, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True
-        )
-        past = cache.get_seq_length()
+            reuse(cache, prompt.input_ids)
+        fed, past = FedTokens(self.model, cache), cache.get_seq_length()
         try:
-            return self._run(prompt, cache, generation, on_progress, kwargs, keep=given is not None)
+            return self._run(prompt, cache, on_progress, kwargs, keep=given is not None)
         except BaseException:
-            cache.settle()
             if given is not None:
-                self._remember(cache, prompt.input_ids, past, fed)
+                cache.settle()
+                if cache.is_open:
+                    fed.remember(prompt.input_ids, past)
             raise
         finally:
-            hook.remove()
-            if given is None and not _is_returned(kwargs, generation):
+            fed.stop()
+            if given is None and not _is_returned(kwargs, prompt.generation):
                 self._note_tiers(cache)
                 cache.close("its generate call is over")
 
@@ -227,10 +205,11 @@ class Runtime:
                 device window takes what the budget leaves.
 
         Returns:
-            An empty cache. Its memory is taken at its first use and given back when it is closed or deleted.
+            An empty cache. Its device memory is taken at its first use and given back when it is closed or
+            deleted; its host memory then waits for the runtime's next cache, until `detach`.
         """
-        self._require_attached()
-        return self._make_cache(copies=1, prompt_tokens=0, tokens=max_tokens, batch=None)
+        self._require_ready()
+        return self._make_cache(prompt_tokens=0, tokens=max_tokens)
 
     def report(self) -> Report:
         """Bytes per tier, time per token and every fallback, of the last `generate`."""
@@ -240,8 +219,8 @@ class Runtime:
         if current is not None:
             self._note_tiers(current)
         notes = [*self._notes]
-        if self._pins.refused is not None:
-            notes.append(f"not all host pages are pinned: {self._pins.refused}")
+        if self.budgets.pins.refused is not None:
+            notes.append(f"not all host pages are pinned: {self.budgets.pins.refused}")
         return Report(
             mode=self.config.mode,
             model_type=self.shape.model_type,
@@ -249,7 +228,7 @@ class Runtime:
             bytes=last.bytes or {"weights": self.shape.weights},
             tokens_on_device=last.tokens_on_device,
             tokens_on_host=last.tokens_on_host,
-            budget=self.device_budget(),
+            budget=self.budgets.device_budget(),
             planned=dict(layout.device) if layout else {},
             chunk=layout.chunk if layout else 0,
             prompt_tokens=last.prompt_tokens,
@@ -260,6 +239,7 @@ class Runtime:
             h2d_bytes=self._counters.h2d_bytes,
             d2h_bytes=self._counters.d2h_bytes,
             bounced_bytes=self._counters.bounced_bytes,
+            discarded_bytes=self._counters.discarded_bytes,
             decode_h2d_bytes=last.decode_h2d_bytes,
             notes=notes,
         )
@@ -278,30 +258,13 @@ class Runtime:
         self._regions.clear()
         restore_attention(self.model, self._before)
         delattr(self.model, _ATTACHED)
-        if self._fraction_before is not None:
-            torch.cuda.set_per_process_memory_fraction(self._fraction_before, self.shape.device)
+        self.budgets.uncap_allocator()
 
     def __enter__(self) -> Runtime:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
-
-    def device_budget(self) -> int:
-        """Device bytes allowed now, weights included."""
-        memory = device_memory(self.shape.device)
-        reserve = self.config.memory.reserve.resolve(total=memory.total, auto=0)
-        # On a card, what others hold is in the demand as overhead; a CPU's "device" is what is free of it.
-        on_card = self.shape.device.type == "cuda"
-        auto = memory.total if on_card else self._held() + memory.free
-        return self.config.memory.gpu.resolve(total=memory.total, auto=auto - reserve)
-
-    def _held(self) -> int:
-        """Device bytes of the model and of live caches, where no allocator counts them."""
-        stores = [store for cache in self._caches for store in cache.stores]
-        return self.shape.weights + sum(
-            store.device_bytes for store in stores if isinstance(store, LayerStore)
-        )
 
     def budget_for(
         self, *, kv_share: float, prompt_tokens: int, new_tokens: int, batch: int = 1
@@ -318,86 +281,40 @@ class Runtime:
             Bytes, weights and workspace included: a value for memory.gpu.
         """
         tokens = prompt_tokens + new_tokens
-        demand = self._demand(batch=batch, tokens=tokens)
+        demand = self.budgets.demand(batch=batch, tokens=tokens)
         return budget_for(demand, device_tokens=int(kv_share * tokens))
 
-    # Layout and memory.
+    # Caches.
 
-    def _demand(
-        self, *, batch: int, tokens: int | None, copies: int = 1, prompt: int = 0
-    ) -> Demand:
-        cache, memory = self.config.cache, device_memory(self.shape.device)
-        on_card = self.shape.device.type == "cuda"
-        staging = self.config.decode.staging
-        return Demand(
-            batch=batch,
-            copies=copies,
-            prompt=prompt,
-            tokens=tokens,
-            page=cache.page,
-            sinks=cache.sinks,
-            window=None if isinstance(cache.window, str) else cache.window,
-            chunk=None if isinstance(self.config.prefill.chunk, str) else self.config.prefill.chunk,
-            staging=None if staging.is_auto else staging.resolve(total=memory.total, auto=0),
-            token_bytes=self.shape.token_bytes,
-            weights=memory.allocated if on_card else self._held(),
-            overhead=memory.overhead + _ALLOCATOR_SLACK + _DRIVER_GROWTH if on_card else 0,
-            workspace=self.shape.workspace,
-            workspace_per_token=self.shape.workspace_per_token,
-            other_kv=batch * self.shape.other_kv_bytes(tokens),
-        )
+    def _make_cache(self, *, prompt_tokens: int, tokens: int | None) -> OffloadCache:
+        """A cache whose stores are built at its first use, when its batch is known.
 
-    def _lay_out(self, demand: Demand, *, host_tokens_known: bool = True) -> Layout:
-        host = host_memory()
-        asked = self.config.memory.cpu
-        reserve = self.config.memory.reserve.resolve(total=host.total, auto=0)
-        idle = sum(r.committed for regions in self._free_regions.values() for r in regions)
-        available = max(0, host.available + idle - reserve)
-        allowed = asked.resolve(total=host.total, auto=available)
-        layout = lay_out(demand, device_budget=self.device_budget(), host_budget=allowed)
-        if host_tokens_known and layout.host_bytes > available:
-            raise BudgetError(
-                "The KV cache in host memory",
-                requested=layout.host_bytes,
-                available=available,
-                setting="memory.cpu",
-                change=f"The {host.limited_by} has no more free memory. Close other programs, shorten the "
-                "context, or lower memory.reserve.",
-            )
-        return layout
-
-    def _cap_allocator(self) -> None:
-        """Makes an explicit device budget hard: torch's allocator then refuses instead of exceeding it."""
-        if self.shape.device.type != "cuda" or self.config.memory.gpu.is_auto:
-            return
-        memory = device_memory(self.shape.device)
-        share = (self.device_budget() - memory.overhead - _DRIVER_GROWTH) / memory.total
-        read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-        self._fraction_before = 1.0 if read is None else read(self.shape.device)
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.shape.device)
-
-    def _make_cache(
-        self, *, copies: int, prompt_tokens: int, tokens: int | None, batch: int | None
-    ) -> OffloadCache:
-        """A cache whose stores are built at its first update, when its batch is known."""
+        Args:
+            prompt_tokens: Of the first prompt, where known.
+            tokens: Tokens per sequence at the end, where known.
+        """
         taken: list[tuple[int, HostRegion]] = []
         readers: list[HostReader] = []
 
-        def build(sequences: int, first_tokens: int) -> list[LayerStore]:
-            if self.shape.device.type == "cuda":
+        def build(cache: OffloadCache, sequences: int, copies: int) -> list[LayerStore]:
+            for other in self._caches:
+                for store in other.layer_stores:
+                    store.drop_resident()  # copies that an idle cache does without
+            if self._streams.on:
                 torch.cuda.empty_cache()
-            demand = self._demand(
-                batch=batch or sequences, tokens=tokens, copies=copies, prompt=prompt_tokens
+            demand = self.budgets.demand(
+                batch=sequences * copies, tokens=tokens, copies=copies, prompt=prompt_tokens
             )
-            layout = self._lay_out(demand)
+            idle = sum(r.committed for regions in self._free_regions.values() for r in regions)
+            layout = self.budgets.lay_out(demand, idle_host=idle)
             cache.layout = layout
             self._current = weakref.ref(cache)
-            chunk_asked = self.config.prefill.chunk
-            if isinstance(chunk_asked, str) and layout.chunk < min(4096, tokens or 4096):
-                self._notes[
-                    f"prefill.chunk went from 4,096 to {layout.chunk:,} tokens to fit the device budget"
-                ] = None
+            auto = isinstance(self.config.prefill.chunk, str) and self.shape.fed_whole is None
+            if auto and layout.chunk < min(AUTO_CHUNK, tokens or AUTO_CHUNK):
+                note = (
+                    f"prefill.chunk is {layout.chunk:,} tokens, not 4,096, to fit the device budget"
+                )
+                self._notes[note] = None
             reader = HostReader(self._streams, layout.staging_bytes, self._counters)
             writer = HostWriter(self._streams, layout.eviction_bytes, self._counters)
             limits = StoreLimits(
@@ -405,20 +322,26 @@ class Runtime:
                 sink_blocks=layout.sink_blocks,
                 window_blocks=layout.window_blocks,
                 host_tokens=layout.host_tokens,
+                batch=sequences * copies,
             )
-            stores = []
+            pages = LayerStore.initial_pages(limits, sequences)
             for row in self.shape.rows:
                 page_bytes = limits.page * row.token_bytes
-                region = self._take_region(page_bytes)
-                taken.append((page_bytes, region))
-                stores.append(
-                    LayerStore(
-                        row, limits, batch=sequences, region=region, reader=reader, writer=writer
-                    )
+                taken.append((page_bytes, self._take_region(page_bytes)))
+            commit_regions([(region, pages * page_bytes) for page_bytes, region in taken])
+            stores = [
+                LayerStore(
+                    row, limits, batch=sequences, region=region, reader=reader, writer=writer
                 )
+                for row, (_, region) in zip(self.shape.rows, taken, strict=True)
+            ]
             reader.reset(list(stores))
             readers.append(reader)
             return stores
+
+        def settle() -> None:
+            for reader in readers:
+                reader.reset(reader.order)
 
         def give_back() -> None:
             self._streams.synchronize()
@@ -435,7 +358,8 @@ class Runtime:
             stock_layers(text_config(self.model)),
             self.shape.offloaded,
             build,
-            give_back,
+            on_settle=settle,
+            on_close=give_back,
             modules=self.shape.modules,
         )
         self._caches.add(cache)
@@ -445,19 +369,28 @@ class Runtime:
         free = self._free_regions.get(page_bytes)
         if free:
             return free.pop()
-        region = HostRegion(page_bytes, self._reserve, self.shape.device, self._pins)
+        region = HostRegion(
+            page_bytes, self._reserve, self.shape.device, self.budgets.pins, self.budgets.host
+        )
         self._regions.append(region)
         return region
 
     # One call of generate.
 
-    def _require_attached(self) -> None:
+    def _require_ready(self) -> None:
         if not self._attached:
             raise CacheError(
                 "The runtime was detached",
                 asked="generate",
                 there="a detached runtime",
                 change="Call offload.attach(model) again.",
+            )
+        if self.model.training:
+            raise InputError(
+                "The model is in training mode",
+                asked="generate",
+                there="dropout",
+                change="Call model.eval() first.",
             )
 
     def _own(self, cache: OffloadCache) -> OffloadCache:
@@ -470,162 +403,16 @@ class Runtime:
             )
         return cache
 
-    def _refuse(self, kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config")
-        for name, reason in _REFUSED_ARGUMENTS.items():
-            value = kwargs.get(name)
-            if value is None and config is not None:
-                value = getattr(config, name, None)
-            if value is not None and value is not False:
-                raise InputError(
-                    f"generate cannot take {name}", asked=value, there=None, change=f"{reason}."
-                )
-        if kwargs.get("use_cache") is False:
-            raise InputError(
-                "generate cannot run without a cache",
-                asked="use_cache=False",
-                there=None,
-                change="Call model.generate for that.",
-            )
-        if self.model.training:
-            raise InputError(
-                "The model is in training mode",
-                asked="generate",
-                there="dropout",
-                change="Call model.eval() first.",
-            )
-
-    def _prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Prompt, Any]:
-        """The prompt with the mask and positions that transformers will give it, and its generation config."""
-        model = self.model
-        loop_names = set(inspect.signature(model.generate).parameters) - {"inputs", "kwargs"}
-        for_config = {k: v for k, v in kwargs.items() if k not in loop_names}
-        generation, model_kwargs = model._prepare_generation_config(
-            kwargs.get("generation_config"), **for_config
-        )
-        ids, name, model_kwargs = model._prepare_model_inputs(
-            inputs, generation.bos_token_id, model_kwargs
-        )
-        if name != "input_ids" or ids.dim() != 2 or ids.shape[1] == 0:
-            raise InputError(
-                "The prompt is empty",
-                asked=tuple(ids.shape),
-                there="token ids [sequences, tokens]",
-                change="Pass at least one token.",
-            )
-        mask = model_kwargs.pop("attention_mask", None)
-        given = mask is not None
-        model._prepare_special_tokens(generation, given, device=ids.device, batch_size=ids.shape[0])
-        accepted = inspect.signature(model.forward).parameters
-        if mask is None:
-            mask = model._prepare_attention_mask_for_generation(ids, generation, dict(model_kwargs))
-        if mask.shape != ids.shape:
-            raise InputError(
-                "attention_mask and prompt differ in shape",
-                asked=tuple(mask.shape),
-                there=tuple(ids.shape),
-                change="Pass the whole conversation and a mask over all of it.",
-            )
-        if bool((mask[:, -1] == 0).any()):
-            raise InputError(
-                "The prompt is padded on the right",
-                asked="attention_mask that ends in 0",
-                there="decoding goes on at the right end",
-                change='Set tokenizer.padding_side = "left".',
-            )
-        if "position_ids" in accepted and model_kwargs.get("position_ids") is None:
-            model_kwargs["position_ids"] = model._prepare_position_ids_for_generation(
-                ids, model_kwargs | {"attention_mask": mask}
-            )
-        padded = bool((mask == 0).any())
-        model_kwargs.pop("use_cache", None)
-        model_kwargs.pop("past_key_values", None)
-        prompt = Prompt(
-            input_ids=ids, attention_mask=mask if padded else None, model_kwargs=model_kwargs
-        )
-        return prompt, generation
-
-    def _reuse(self, cache: OffloadCache, ids: Tensor) -> None:
-        """Makes a used cache hold a prefix of the prompt; forgets what the prompt does not begin with."""
-        past = cache.get_seq_length()
-        if past == 0:
-            return
-        keep = min(past, ids.shape[1] - 1)
-        known = cache.token_ids
-        if known is not None:
-            if known.shape[0] != ids.shape[0]:
-                raise CacheError(
-                    "The cache holds another number of sequences",
-                    asked=ids.shape[0],
-                    there=known.shape[0],
-                    change="Make a new cache: runtime.new_cache().",
-                )
-            n = min(keep, known.shape[1])
-            differ = (known[:, :n] != ids[:, :n].cpu()).any(dim=0)
-            keep = int(differ.int().argmax()) if bool(differ.any()) else n
-        elif past >= ids.shape[1]:
-            raise InputError(
-                "The prompt is not longer than what the cache holds",
-                asked=ids.shape[1],
-                there=past,
-                change="Pass the whole conversation, earlier turns included.",
-            )
-        if keep < past:
-            if not cache.can_go_back():
-                raise InputError(
-                    "The prompt does not begin with the tokens of the cache, whose recurrent states or "
-                    "sliding windows cannot go back",
-                    asked=f"{keep:,} tokens in common",
-                    there=f"{past:,} tokens in the cache",
-                    change="Pass a new cache.",
-                )
-            logger.info(
-                "The prompt shares %d of %d cached tokens; the rest is read anew.", keep, past
-            )
-            cache.crop(keep - past)
-
-    def _remember(self, cache: OffloadCache, ids: Tensor, past: int, fed: list[Tensor]) -> None:
-        """Notes what a cache holds after an interrupted call, so that the next one can check its prompt.
-
-        Args:
-            cache: Settled.
-            ids: The prompt [B, N].
-            past: Tokens that the cache held before the call.
-            fed: The token ids of every forward pass of the call, in order.
-        """
-        length = cache.get_seq_length()
-        batches = {len(step) for step in fed}
-        if batches == {len(ids)}:
-            known = torch.cat([ids[:, :past], *fed], dim=1)
-            if known.shape[1] - length in (
-                0,
-                fed[-1].shape[1],
-            ):  # the last pass was taken in, or not
-                cache.token_ids = known[:, :length].cpu()
-                return
-        # Beams were reordered or drafts rejected: only the prompt is known.
-        if length > ids.shape[1]:
-            if not cache.can_go_back():
-                cache.close("an exception interrupted it, and which tokens it holds is not known")
-                return
-            cache.crop(ids.shape[1] - length)
-            length = ids.shape[1]
-        stores = cache.stores
-        copies = stores[0].batch // len(ids) if stores else 1
-        cache.token_ids = ids[:, :length].repeat_interleave(copies, dim=0).cpu()
-
     def _run(
         self,
         prompt: Prompt,
         cache: OffloadCache,
-        generation: Any,
         on_progress: Callable[[Progress], None] | None,
         kwargs: dict[str, Any],
         *,
         keep: bool,
     ) -> Any:
-        copies = max(generation.num_beams or 1, generation.num_return_sequences or 1)
-        cache.start(prompt.input_ids.shape[0], prompt.input_ids.shape[1])
+        cache.start(prompt.input_ids.shape[0], prompt.copies)
         assert cache.layout is not None
         self._current = weakref.ref(cache)
         last = self._last
@@ -645,9 +432,8 @@ class Runtime:
 
             if total - 1 - cache.get_seq_length() > self.config.cache.page:
                 # All layers at once, not each when its turn comes: the first one's activations need it.
-                for store in cache.stores:
-                    if isinstance(store, LayerStore):
-                        store.drop_resident()
+                for store in cache.layer_stores:
+                    store.drop_resident()
             done = prefill(
                 self.model,
                 cache,
@@ -657,15 +443,16 @@ class Runtime:
                 keeps_logits=self.shape.keeps_logits,
                 on_progress=report,
             )
-            if copies > 1 and cache.get_seq_length():
-                cache.batch_repeat_interleave(copies)
+            if prompt.copies > 1:
+                cache.batch_repeat_interleave(prompt.copies)
             self._keep_pages_resident(cache)
         last.prefill_s = done.seconds
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
         call = dict(kwargs)
         call.pop("input_ids", None)
-        assisted = generation.prompt_lookup_num_tokens or kwargs.get("assistant_model") is not None
-        with _first_forward_skips_cached(self.model, cache) if assisted else nullcontext():
+        lookup = prompt.generation.prompt_lookup_num_tokens
+        assisted = bool(lookup) or kwargs.get("assistant_model") is not None
+        with first_forward_skips_cached(self.model, cache) if assisted else nullcontext():
             result = self.model.generate(prompt.input_ids, past_key_values=cache, **call)
         sequences = result if isinstance(result, Tensor) else result.sequences
         if self._streams.on:
@@ -673,7 +460,7 @@ class Runtime:
         last.decode_s = time.perf_counter() - began
         last.decode_h2d_bytes = self._counters.h2d_bytes - h2d
         last.new_tokens = sequences.shape[1] - total
-        if keep and (generation.num_beams or 1) == 1:
+        if keep and (prompt.generation.num_beams or 1) == 1:
             cache.token_ids = sequences[:, : cache.get_seq_length()].cpu()
         self._note_tiers(cache)
         return result
@@ -684,15 +471,16 @@ class Runtime:
         They then need not be streamed. The next prefill takes the memory back.
         """
         layout = cache.layout
-        stores = [store for store in cache.stores if isinstance(store, LayerStore)]
+        stores = cache.layer_stores
         # A CPU's copy would be no nearer, and an explicit window says what shall be on the device.
         wanted = self._streams.on and isinstance(self.config.cache.window, str)
         if not wanted or layout is None or not stores or not stores[0].columns:
             return
         torch.cuda.empty_cache()
-        spare = (
-            layout.device["workspace"] * 7 // 8
-        )  # an eighth is plenty for one token of each sequence
+        # One token of each sequence is computed now; its logits are copied by processors and samplers.
+        per_sequence = self.shape.workspace_per_token + 6 * 4 * self.shape.vocabulary
+        needed = self.shape.workspace + stores[0].batch * per_sequence
+        spare = max(0, layout.device["workspace"] - needed)
         per_column = sum(
             store.page_bytes * (1 if store.shared_columns else store.batch) for store in stores
         )
@@ -700,12 +488,13 @@ class Runtime:
             store.keep_resident(spare // per_column)
 
     def _generate_stock(
-        self, inputs: Tensor | None, cache: OffloadCache | None, kwargs: dict[str, Any]
+        self, inputs: Tensor | None, cache: OffloadCache | None, kwargs: dict[str, Any], what: str
     ) -> Any:
-        """Prompts of embeddings go through transformers' own prefill, all at once."""
+        """Prompts of embeddings or images go through transformers' own prefill, all at once."""
         logger.warning(
-            "inputs_embeds are read in one piece: activations grow with the prompt. Pass input_ids to have "
-            "it read in chunks."
+            "A prompt with %s is read in one piece: its activations grow with its length, which the plan does "
+            "not know.",
+            what,
         )
         own = cache if cache is not None else self.new_cache()
         try:
@@ -718,7 +507,15 @@ class Runtime:
             if cache is None:
                 own.close("its generate call is over")
 
-    def _warn_beyond_positions(self, total: int) -> None:
+    def _check_length(self, total: int) -> None:
+        limit = self.shape.longest
+        if limit is not None and total > limit:
+            raise InputError(
+                "Prompt and answer are longer than the model's sliding window, which is as long as its positions",
+                asked=total,
+                there=limit,
+                change="Shorten them, or use the stock cache.",
+            )
         limit = self.shape.max_positions
         if limit is not None and total > limit:
             logger.warning(
@@ -729,12 +526,11 @@ class Runtime:
 
     def _note_tiers(self, cache: OffloadCache) -> None:
         """Keeps for `report` what a cache holds."""
-        stores = [store for store in cache.stores if isinstance(store, LayerStore)]
-        layout = cache.layout
+        stores, layout = cache.layer_stores, cache.layout
         if not stores or layout is None:
             return
         self._last.layout = layout
-        regions = {id(store._region): store._region for store in stores}.values()
+        regions = [store.region for store in stores]
         pinned = sum(region.pinned for region in regions)
         self._last.bytes = {
             "weights": self.shape.weights,
@@ -747,39 +543,6 @@ class Runtime:
         }
         self._last.tokens_on_device = stores[0].device_tokens
         self._last.tokens_on_host = stores[0].host_tokens
-
-
-@contextmanager
-def _first_forward_skips_cached(model: Any, cache: OffloadCache) -> Iterator[None]:
-    """Cuts the tokens that the cache holds off the first forward pass inside the block.
-
-    Assisted decoding (transformers 5.17 to 5.23) feeds the whole prompt in its first step even to a warm cache,
-    stock ones too, and its tokens are then wrong.
-    """
-
-    def cut(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hook.remove()
-        past, ids = cache.get_seq_length(), kwargs["input_ids"]
-        positions = kwargs.get("position_ids")
-        if positions is not None and positions.shape[-1] == ids.shape[1]:
-            kwargs["position_ids"] = positions[..., past:]
-        kwargs["input_ids"] = ids[:, past:]
-        return args, kwargs
-
-    hook = model.register_forward_pre_hook(cut, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _final_length(generation: Any, n_prompt: int) -> int:
-    """Tokens per sequence at the end, at most."""
-    if generation.max_new_tokens is not None:
-        return n_prompt + int(generation.max_new_tokens)
-    if generation.max_length is not None:
-        return max(n_prompt + 1, int(generation.max_length))
-    return n_prompt + 20  # transformers' own default
 
 
 def _is_returned(kwargs: dict[str, Any], generation: Any) -> bool:

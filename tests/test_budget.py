@@ -102,15 +102,15 @@ def test_memory_comes_back_when_a_cache_is_closed_or_forgotten() -> None:
         finally:
             gc.enable()
         assert alive == before  # without waiting for the collector
-        held = runtime._pins.held
+        held = runtime.budgets.pins.held
         for _ in range(3):  # host pages are used again, not taken again
             runtime.generate(prompts(1, N), **CALL)
-        assert runtime._pins.held == held
+        assert runtime.budgets.pins.held == held
         cache = runtime.new_cache()
         runtime.generate(prompts(1, N), past_key_values=cache, **CALL)
         del cache
         gc.collect()
         runtime.generate(prompts(1, N), **CALL)
-        assert runtime._pins.held == held
-        pins = runtime._pins
+        assert runtime.budgets.pins.held == held
+        pins = runtime.budgets.pins
     assert pins.held == 0

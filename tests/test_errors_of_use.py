@@ -87,9 +87,55 @@ def test_arguments_that_go_past_the_cache_are_refused(runtime: Any, argument: An
         runtime.generate(prompts(1, N), **CALL, **argument)
 
 
-def test_an_argument_that_transformers_does_not_know_is_its_error(runtime: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match="temprature"):
+def test_a_misspelled_argument_is_found_before_the_prompt_is_read(model: Any, runtime: Any) -> None:
+    model.register_forward_hook(lambda *_: pytest.fail("the prompt was read"))
+    with pytest.raises(InputError, match=r"temprature.*Did you mean temperature"):
         runtime.generate(prompts(1, N), **CALL, temprature=0.5)
+
+
+def test_the_models_own_generation_config_is_heeded_too(model: Any, runtime: Any) -> None:
+    model.generation_config.use_cache = False
+    with pytest.raises(InputError, match="use_cache"):
+        runtime.generate(prompts(1, N), **CALL)
+    model.generation_config.use_cache = True
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(InputError, match="cache_implementation"):
+        runtime.generate(prompts(1, N), **CALL)
+
+
+def test_no_sequences_are_an_empty_prompt(runtime: Any) -> None:
+    with pytest.raises(InputError, match="empty"):
+        runtime.generate(torch.empty((0, 5), dtype=torch.long), **CALL)
+
+
+def test_more_device_memory_than_there_is_is_refused(model: Any) -> None:
+    with pytest.raises(BudgetError) as caught:
+        offload.attach(model, gpu_memory="100TiB")
+    assert caught.value.requested == 100 * 2**40
+    assert caught.value.available < 2**40
+
+
+def test_an_explicit_host_budget_holds_while_caches_grow_and_over_several(model: Any) -> None:
+    with offload.attach(model, cpu_memory="200KiB", **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        ids = prompts(1, 100)
+
+        def talk_on() -> None:
+            nonlocal ids
+            while True:
+                ids = runtime.generate(ids, past_key_values=cache, max_new_tokens=50)
+
+        with pytest.raises(BudgetError) as caught:
+            talk_on()
+        assert caught.value.setting == "memory.cpu"
+        assert runtime.budgets.host.held <= 200 * 1024
+        # Nothing was lost: the cache goes on where it was.
+        assert ids.shape[1] >= 400
+        assert cache.get_seq_length() > ids.shape[1]
+        got = runtime.generate(ids, past_key_values=cache, max_new_tokens=1)
+        assert torch.equal(got, model.generate(ids, max_new_tokens=1))
+        with pytest.raises(BudgetError):
+            runtime.generate(prompts(1, 900), **CALL)
 
 
 def test_a_model_in_training_mode_is_refused(model: Any, runtime: Any) -> None:
@@ -212,7 +258,7 @@ def test_after_detach_runtime_and_caches_are_closed(model: Any) -> None:
 def test_host_memory_that_is_not_there_is_refused_before_it_is_taken(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offload import runtime as module
+    from offload import budget as module
     from offload.hardware import HostMemory
 
     with offload.attach(model, **SETTINGS) as runtime:
@@ -299,6 +345,71 @@ def test_after_an_exception_inside_a_step_all_layers_go_back_together(
         got = runtime.generate(ids, past_key_values=cache, **CALL)
         assert torch.equal(got, want)
         assert torch.equal(runtime.generate(ids, **CALL), want)
+
+
+def test_an_exception_while_a_layer_takes_tokens_in_closes_the_cache(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload.tiers.store import LayerStore
+
+    ids = prompts(1, N)
+    with offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+
+        def fail(*_: Any) -> None:
+            raise MemoryError("no more")
+
+        monkeypatch.setattr(LayerStore, "_evict", fail)
+        with pytest.raises(MemoryError, match="no more"):
+            runtime.generate(ids, past_key_values=cache, **CALL)
+        monkeypatch.undo()
+        with pytest.raises(CacheError, match="taking tokens in"):
+            runtime.generate(ids, past_key_values=cache, **CALL)
+        assert torch.equal(runtime.generate(ids, **CALL), model.generate(ids, **CALL))
+
+
+def test_interrupted_copies_leave_no_buffer_taken(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload.tiers.transfer import HostReader
+
+    ids = prompts(1, N)
+    want = model.generate(ids, **CALL)
+    copy, calls = HostReader._copy, 0
+
+    def interrupted(self: HostReader, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (3, 12, 13):
+            raise KeyboardInterrupt
+        copy(self, *args)
+
+    with offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        monkeypatch.setattr(HostReader, "_copy", interrupted)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                runtime.generate(ids, past_key_values=cache, **CALL)
+        assert torch.equal(runtime.generate(ids, past_key_values=cache, **CALL), want)
+
+
+def test_an_interrupted_stock_generate_does_not_trip_the_next_one(
+    model: Any, runtime: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload.attention import hand_over
+
+    ids = prompts(1, N)
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        hand_over(*args, **kwargs)
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offload.cache.hand_over", late)
+        with pytest.raises(Interrupted):
+            model.generate(ids, past_key_values=runtime.new_cache(), **CALL)
+    got = model.generate(ids, past_key_values=runtime.new_cache(), **CALL)
+    assert torch.equal(got, model.generate(ids, **CALL))
 
 
 def test_a_recurrent_state_that_cannot_go_back_closes_the_cache_and_says_so() -> None:

@@ -127,6 +127,77 @@ def test_padding_is_inferred_from_pad_tokens_as_transformers_does(model: Any) ->
     same(model, ids, pad_token_id=PAD)
 
 
+def test_guidance_and_its_second_passes_work(model: Any) -> None:
+    same(model, prompts(1, N), guidance_scale=1.5, max_new_tokens=8)
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        call: dict[str, Any] = {"guidance_scale": 1.5, "max_new_tokens": 8, "do_sample": False}
+        got = runtime.generate(prompts(1, N), past_key_values=cache, **call)
+        assert cache.token_ids is not None
+        assert torch.equal(cache.token_ids, got[:, : N + 7])
+
+
+def test_one_token_prompts_can_be_continued_in_several_ways(model: Any) -> None:
+    start = prompts(1, 1)
+    calls: list[dict[str, Any]] = [
+        {"num_return_sequences": 3, "do_sample": True},
+        {"num_beams": 3, "do_sample": False},
+    ]
+    for call in calls:
+        torch.manual_seed(0)
+        want = model.generate(start, max_new_tokens=100, **call)
+        with attached(model) as runtime:
+            torch.manual_seed(0)
+            assert torch.equal(runtime.generate(start, max_new_tokens=100, **call), want)
+
+
+def test_beams_on_a_cache_of_the_users_are_laid_out_for_all_of_them(model: Any) -> None:
+    ids = prompts(1, N)
+    want = model.generate(ids, num_beams=4, max_new_tokens=30, do_sample=False)
+    with attached(model) as free:
+        need = free.budget_for(kv_share=0.2, prompt_tokens=N, new_tokens=30, batch=4)
+    settings: dict[str, Any] = {"page": 16, "sinks": 16, "chunk": 64, "gpu_memory": need}
+    with offload.attach(model, **settings) as runtime:
+        cache = runtime.new_cache()
+        got = runtime.generate(
+            ids, past_key_values=cache, num_beams=4, max_new_tokens=30, do_sample=False
+        )
+        assert cache.layout is not None
+        held = sum(store.device_bytes for store in cache.layer_stores)
+        assert held == cache.layout.device["sinks and window"] + cache.layout.device["tail"]
+    assert torch.equal(got, want)
+
+
+def test_inference_mode_of_one_call_does_not_matter_to_the_next(model: Any) -> None:
+    ids = prompts(1, N)
+    call: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+    want = model.generate(ids, **call)
+    with attached(model) as runtime:
+        with torch.inference_mode():
+            assert torch.equal(runtime.generate(ids, num_beams=2, **call)[:, :N], ids)
+            assert torch.equal(runtime.generate(ids, **call), want)
+        assert torch.equal(runtime.generate(ids, **call), want)
+
+
+def test_what_a_cache_holds_is_known_after_it_was_used_directly() -> None:
+    model: Any = FAMILIES["llama"].build()
+    first, other = prompts(1, N), prompts(1, N, seed=9)
+    call: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        answer = runtime.generate(first, past_key_values=cache, **call)
+        cache.crop(-200)
+        model.generate(
+            torch.cat([answer[:, : cache.get_seq_length()], other], dim=1),
+            past_key_values=cache,
+            **call,
+        )
+        talk = torch.cat([answer, prompts(1, 30, seed=3)], dim=1)
+        got = runtime.generate(talk, past_key_values=cache, **call)
+        assert runtime.report().reused_tokens == N + 9 - 200
+    assert torch.equal(got, model.generate(talk, **call))
+
+
 def test_prompt_lookup_and_an_assistant_change_no_token(model: Any) -> None:
     ids = prompts(1, N - 60)
     ids = torch.cat([ids, ids[:, :60]], dim=1)  # something to look up
@@ -202,7 +273,7 @@ def test_hybrids_go_on_from_a_warm_cache(name: str) -> None:
     model: Any = FAMILIES[name].build()
     with attached(model) as runtime:
         cache = runtime.new_cache()
-        call = {"max_new_tokens": 8, "do_sample": False}
+        call: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
         answer = runtime.generate(prompts(1, 200), past_key_values=cache, **call)
         talk = torch.cat([answer, prompts(1, 40, seed=1)], dim=1)
         got = runtime.generate(talk, past_key_values=cache, **call)

@@ -59,7 +59,7 @@ def test_device_bytes_stay_under_the_budget_at_every_step() -> None:
         torch.cuda.reset_peak_memory_stats()
         runtime.generate(ids, max_new_tokens=80, do_sample=False)
         report = runtime.report()
-        overhead = runtime._demand(batch=1, tokens=None).overhead
+        overhead = runtime.budgets.demand(batch=1, tokens=None).overhead
     assert len(seen) > 80
     assert max(seen) <= budget
     assert torch.cuda.max_memory_allocated() + overhead <= budget

@@ -26,10 +26,9 @@ def question(loaded: Loaded, characters: int) -> str:
     text = resources.files("offload").joinpath("data", "constitution.txt").read_text()
     content = f"{text[:characters]}\n\nWho chooses the officers of the House?"
     chat = [{"role": "user", "content": content}]
-    rendered: str = loaded.tokenizer.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True
+    return str(
+        loaded.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     )
-    return rendered
 
 
 def test_greedy_tokens_on_a_long_prompt_equal_the_stock_caches(loaded: Loaded) -> None:

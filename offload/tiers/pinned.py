@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -70,6 +70,37 @@ class PinBudget:
 
 
 @dataclass(slots=True)
+class HostBudget:
+    """How much host memory pages may take, shared by all regions of a runtime.
+
+    Attributes:
+        available: Tells how many bytes may be committed in addition, given those held already.
+        held: Bytes committed now.
+    """
+
+    available: Callable[[int], int] | None = None
+    held: int = 0
+
+    def require(self, nbytes: int) -> None:
+        """Raises BudgetError unless so many more bytes may be committed."""
+        if self.available is None:
+            return
+        there = self.available(self.held)
+        if nbytes > there:
+            raise BudgetError(
+                "More host memory for the KV cache",
+                requested=nbytes,
+                available=there,
+                setting="memory.cpu",
+                change="Raise memory.cpu, close caches that are not used, or shorten the context.",
+            )
+
+    def room(self) -> int | None:
+        """Bytes that may be committed in addition; None for no limit."""
+        return None if self.available is None else max(0, self.available(self.held))
+
+
+@dataclass(slots=True)
 class _Registered:
     start: int
     nbytes: int
@@ -86,6 +117,7 @@ class HostRegion:
         device: Whose copies it serves; memory is pinned for a CUDA device only. For a CPU the same budget
             decides which pages count as pinned, so that both ways of copying run there too.
         budget: What may be pinned.
+        host: What may be committed.
         committed: Bytes usable.
         pinned: Bytes pinned, a prefix.
     """
@@ -94,12 +126,14 @@ class HostRegion:
     reserve: int
     device: torch.device
     budget: PinBudget
+    host: HostBudget = field(default_factory=HostBudget)
     committed: int = 0
     pinned: int = 0
     _map: mmap.mmap | None = field(default=None, init=False)
     _bytes: Tensor | None = field(default=None, init=False)
     _registered: list[_Registered] = field(default_factory=list, init=False)
 
+    @torch.inference_mode(False)
     def __post_init__(self) -> None:
         self.unit = math.lcm(self.unit, _PAGE)
         self.reserve = max(1, -(-self.reserve // self.unit)) * self.unit
@@ -136,6 +170,7 @@ class HostRegion:
                 torch.cuda.cudart().cudaHostUnregister(address + part.start)
         self._registered.clear()
         self.budget.held -= self.pinned
+        self.host.held -= self.committed
         self.committed = self.pinned = 0
         self._bytes = None
         self._map = None
@@ -153,7 +188,7 @@ def commit_regions(grow: Sequence[tuple[HostRegion, int]]) -> None:
         grow: (region, bytes that shall be usable in all). Growing costs; a smaller size changes nothing.
 
     Raises:
-        BudgetError: A region's reserved addresses do not suffice.
+        BudgetError: The host budget or a region's reserved addresses do not suffice; nothing was committed.
     """
     todo = []
     for region, nbytes in grow:
@@ -163,13 +198,21 @@ def commit_regions(grow: Sequence[tuple[HostRegion, int]]) -> None:
                 requested=nbytes,
                 available=region.reserve,
                 setting="memory.cpu",
-                change="Raise memory.cpu or shorten the context.",
+                change="One layer may take its share of the host's memory; shorten the context.",
             )
         target = -(-nbytes // region.unit) * region.unit
         if target > region.committed:
             todo.append((region, region.committed, target))
     if not todo:
         return
+    more: dict[int, tuple[HostBudget, int]] = {}
+    for region, start, stop in todo:
+        more[id(region.host)] = (
+            region.host,
+            more.get(id(region.host), (region.host, 0))[1] + stop - start,
+        )
+    for host, nbytes in more.values():
+        host.require(nbytes)
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         touched = []
         for region, start, stop in todo:
@@ -190,6 +233,7 @@ def commit_regions(grow: Sequence[tuple[HostRegion, int]]) -> None:
             for task in tasks:
                 task.result()
             region.committed = stop
+            region.host.held += stop - start
             if region.pinned == start:
                 _pin(region, start, stop)
 
@@ -212,7 +256,9 @@ def _pin(region: HostRegion, start: int, stop: int) -> None:
         granted = region.budget.grant(wanted, region.unit)
         if granted and region.device.type == "cuda":
             assert region._bytes is not None
-            status = torch.cuda.cudart().cudaHostRegister(region._bytes.data_ptr() + at, granted, 0)
+            with torch.cuda.device(region.device):
+                address = region._bytes.data_ptr() + at
+                status = torch.cuda.cudart().cudaHostRegister(address, granted, 0)
             if int(status) != 0:
                 _clear_refused_pin(region.device)
                 region.budget.stop(f"the driver refused with error {int(status)}")

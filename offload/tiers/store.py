@@ -70,12 +70,14 @@ class StoreLimits:
         window_blocks: Further blocks that the device holds.
         host_tokens: Tokens per sequence for which host memory is committed at once; more is committed
             when it is needed.
+        batch: The most sequences that buffers are laid out for.
     """
 
     page: int
     sink_blocks: int
     window_blocks: int
     host_tokens: int
+    batch: int
 
     @property
     def device_blocks(self) -> int:
@@ -91,9 +93,11 @@ class LayerStore:
         limits: Of the tiers.
         length: Tokens of every sequence.
         busy: Between `attend`'s start and the end of its eviction.
+        damaged: Tokens were being taken in when an exception came: what the layer holds is not known.
         written: The event behind the last copy to a host page.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         shape: RowShape,
@@ -118,6 +122,7 @@ class LayerStore:
         self.limits = limits
         self.length = 0
         self.busy = False
+        self.damaged = False
         self.written: torch.cuda.Event | None = None
         self.page_bytes = limits.page * shape.token_bytes
         self._region = region
@@ -134,10 +139,15 @@ class LayerStore:
         self._slots: deque[int] = (
             deque()
         )  # window blocks, oldest first; with the sinks a dense prefix
-        pages = batch * -(-limits.host_tokens // limits.page)
+        pages = self.initial_pages(limits, batch)
         self._table = PageTable(batch, pages)
         self._resident: Tensor | None = None  # a device copy of the first host columns
         commit_regions([(region, pages * self.page_bytes)])
+
+    @staticmethod
+    def initial_pages(limits: StoreLimits, batch: int) -> int:
+        """Host pages that a new store commits."""
+        return batch * -(-limits.host_tokens // limits.page)
 
     # What a reader asks (offload.tiers.transfer.Pages).
 
@@ -185,6 +195,11 @@ class LayerStore:
     def host_tokens(self) -> int:
         """Tokens of every sequence that are on the host."""
         return self.columns * self.limits.page
+
+    @property
+    def region(self) -> HostRegion:
+        """The host memory of the pages."""
+        return self._region
 
     @property
     def device_tokens(self) -> int:
@@ -346,9 +361,22 @@ class LayerStore:
     # Taking in and evicting.
 
     def _take_in(self, key: Tensor, value: Tensor) -> None:
-        """Appends the new tokens and moves full blocks on."""
+        """Appends the new tokens and moves full blocks on.
+
+        Raises:
+            BudgetError: No more host memory; nothing has changed then.
+        """
+        n_blocks = (self._tail_length + key.shape[2]) // self.limits.page
+        free = self.limits.device_blocks - self._sinks - len(self._slots)
+        if n_blocks > free:
+            self._make_room(n_blocks - free)
+        self.damaged = True
+        self._append(key, value)
+        self.length += key.shape[2]
+        self.damaged = False
+
+    def _append(self, key: Tensor, value: Tensor) -> None:
         n_new, page = key.shape[2], self.limits.page
-        self.length += n_new
         if n_new == 1:
             self._tail_length += 1  # attend has written the row already
             if self._tail_length == page:
@@ -406,7 +434,6 @@ class LayerStore:
     def _evict(self, slots: list[int], blocks: Tensor) -> None:
         """Copies window slots, then further blocks, to new host pages."""
         count = len(slots) + blocks.shape[1]
-        self._make_room(count)
         first = self._table.columns
         self._table.append(count)
         per_piece = max(1, self._writer.buffer_bytes // (self.batch * self.page_bytes))
@@ -432,8 +459,13 @@ class LayerStore:
     def _make_room(self, columns: int) -> None:
         missing = self._table.missing(columns)
         if missing:
-            # An eighth more than needed: growing a little at every block would pin in small pieces.
-            pages = self._table.capacity + max(missing, self._table.capacity // 8)
+            # An eighth more than needed, as far as the budget goes: growing a little at every block would pin in
+            # small pieces.
+            pages = max(missing, self._table.capacity // 8)
+            room = self._region.host.room()
+            if room is not None:
+                pages = max(missing, min(pages, room // (2 * self.page_bytes)))
+            pages += self._table.capacity
             pages = min(
                 pages, max(self._table.capacity + missing, self._region.reserve // self.page_bytes)
             )
@@ -442,6 +474,7 @@ class LayerStore:
 
     # Resident pages.
 
+    @torch.inference_mode(False)
     def keep_resident(self, columns: int) -> None:
         """Keeps a device copy of the first host columns, so that decoding need not stream them.
 
@@ -487,34 +520,36 @@ class LayerStore:
             self._tail_length = length - tail_start
             self.length = length
             return
-        # The newest block that stays in part becomes the tail; newer ones go.
-        block: Tensor | None = None
-        while tail_start > length:
-            tail_start -= page
-            block = self._pop_newest()
-        self._tail_length = length - tail_start
-        self.length = length
-        if self._tail_length and block is not None:
-            self._tail.copy_(block)
+        # The block that stays in part becomes the tail; newer ones go.
+        self.damaged = True
+        keep = length // page
+        partial = self._block(keep).clone() if length % page else None
+        while self._slots and self.length - self._tail_length > length:
+            self._drop_newest_slot()
+            self.length -= page
+        sinks_and_host = self._sinks + self.columns
+        if keep < sinks_and_host:
+            self._table.truncate(max(0, keep - self._sinks))
+            self._sinks = min(self._sinks, keep)
+        self._tail_length, self.length = length % page, length
+        if partial is not None:
+            self._tail.copy_(partial)
+        self.damaged = False
 
-    def _pop_newest(self) -> Tensor:
-        """Takes the newest whole block away; returns it as [B, P, H_kv, W], valid until the next change."""
-        if self._slots:
-            slot = self._slots.pop()
-            block = self._window[:, slot].clone()
-            last = self._sinks + len(self._slots)
-            if slot != last:  # keep the slots a dense prefix: the last block moves into the hole
-                self._window[:, slot] = self._window[:, last]
-                self._slots[self._slots.index(last)] = slot
-            return block
-        if self.columns:
-            block = self._read_column(self.columns - 1)
-            self._table.truncate(self.columns - 1)
-            return block
-        if self._sinks:
-            self._sinks -= 1
-            return self._window[:, self._sinks].clone()
-        raise CacheError("The layer holds no block", asked=1, there=0, change=None)
+    def _block(self, index: int) -> Tensor:
+        """The whole block of tokens [index * P, ...) as [B, P, H_kv, W], from whichever tier; read it at once."""
+        if index < self._sinks:
+            return self._window[:, index]
+        if index < self._sinks + self.columns:
+            return self._read_column(index - self._sinks)
+        return self._window[:, self._slots[index - self._sinks - self.columns]]
+
+    def _drop_newest_slot(self) -> None:
+        slot = self._slots.pop()
+        last = self._sinks + len(self._slots)
+        if slot != last:  # keep the slots a dense prefix: the last block moves into the hole
+            self._window[:, slot] = self._window[:, last]
+            self._slots[self._slots.index(last)] = slot
 
     def _read_column(self, column: int) -> Tensor:
         if self.written is not None:
@@ -523,6 +558,7 @@ class LayerStore:
         block = torch.stack(rows).to(self._window.device)
         return block.view(self.shape.dtype).view(self.batch, *self._window.shape[2:])
 
+    @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
         """Makes sequence i the former sequence rows[i] (beams, repeats, a subset).
 
@@ -534,6 +570,14 @@ class LayerStore:
         index = rows.to("cpu", torch.long).numpy()
         if index.size == self.batch and bool((index == np.arange(self.batch)).all()):
             return
+        if index.size > self.limits.batch:
+            raise CacheError(
+                "The cache was laid out for fewer sequences",
+                asked=int(index.size),
+                there=self.limits.batch,
+                change="Make a new cache: runtime.new_cache().",
+            )
+        self.damaged = True
         if self._resident is not None and self._resident.shape[0] != 1:
             self.drop_resident()  # columns that are held once are the same for every sequence
         self._table.select(index)
@@ -547,6 +591,7 @@ class LayerStore:
         else:
             self._window = self._window.index_select(0, on_device)
             self._tail = self._tail.index_select(0, on_device)
+        self.damaged = False
 
     def check(self) -> None:
         """Raises CacheError unless every token is in exactly one place."""

@@ -9,6 +9,7 @@ copies, *out* device-to-host copies.
   copies that read it; *out* copies after waiting for `packed`.
 - A page is read on *in* after *in* waited for the `written` event of its store, recorded on *out* behind the
   copy that wrote it.
+- A page that is not pinned is read by the CPU, which waits for `written` itself.
 - A page that became free (crop, reorder) may be written again at once: its last attention on compute waited
   for the copy that read it, and *out* waits for compute (`packed`). A prefetch that is still under way may
   read half a page; its staged chunk carries the table's old version and is never used.
@@ -144,6 +145,7 @@ class HostReader:
     step; columns that all sequences share cross once for all of them.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, streams: Streams, buffer_bytes: int, counters: TransferCounters) -> None:
         """Allocates the two buffers.
 
@@ -238,9 +240,14 @@ class HostReader:
         self._streams.synchronize()
 
     def reset(self, order: list[Pages]) -> None:
-        """Forgets what is staged and takes the layers of another cache, in the order of the model."""
-        self._discard()
+        """Starts anew with the layers of a cache, in the order of the model.
+
+        Also after an exception anywhere in here: no staged chunk and no buffer that was taken survives it.
+        """
+        self._streams.synchronize()
         self.order = order
+        self._discard()
+        self._free = deque([0, 1])
         self._last = None
 
     def _discard(self) -> None:
@@ -296,6 +303,8 @@ class HostReader:
                 if pages.is_pinned(run):
                     target.copy_(source, non_blocking=True)
                 else:
+                    if pages.written is not None:
+                        pages.written.synchronize()
                     self._counters.bounced_bytes += source.numel()
                     self._bounced().copy(target, source)
 
@@ -333,6 +342,7 @@ class _Bounce:
 class HostWriter:
     """Copies evicted blocks to their host pages through two device buffers, on a stream of its own."""
 
+    @torch.inference_mode(False)
     def __init__(self, streams: Streams, buffer_bytes: int, counters: TransferCounters) -> None:
         """Allocates the two buffers, each of `buffer_bytes`."""
         self.buffer_bytes = buffer_bytes

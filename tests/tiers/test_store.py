@@ -57,7 +57,7 @@ class Rig:
         self.reader = HostReader(self.streams, staging, self.counters)
         self.writer = HostWriter(self.streams, 3 * batch * PAGE_BYTES, self.counters)
         limits = StoreLimits(
-            page=PAGE, sink_blocks=sinks, window_blocks=window, host_tokens=host_tokens
+            page=PAGE, sink_blocks=sinks, window_blocks=window, host_tokens=host_tokens, batch=8
         )
         self.limits = limits
         self.layers = []

@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -109,7 +110,10 @@ def _commit() -> str | None:
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip()
+    status = subprocess.run(
+        ["git", "status", "--porcelain"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return run.stdout.strip() + (" with changes" if status.stdout.strip() else "")
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -118,8 +122,18 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="a small size, on the CPU too")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the JSON")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the JSON; benchmarks/, or a temporary one with --smoke"
+    )
     return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; a smoke run never lands on checked-in results unless it is told to."""
+    args = parser.parse_args()
+    if args.out is None:
+        args.out = Path(tempfile.mkdtemp()) if args.smoke else Path("benchmarks")
+    return args
 
 
 def synchronize() -> None:

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from _record import GIB, PeakMemory, Record, arguments, median_seconds, seconds, synchronize
+from _record import GIB, PeakMemory, Record, arguments, median_seconds, parse, seconds, synchronize
 from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import CacheLayerMixin
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument(
         "--skip-hf", action="store_true", help="leave out transformers' offloaded cache"
     )
-    args = parser.parse_args()
+    args = parse(parser)
     logging.basicConfig(level=logging.WARNING)
     if args.smoke:
         args.tokens, args.new, args.chunk, args.pin_gib = 1024, 70, 256, 2**-6
@@ -300,7 +300,7 @@ def main() -> None:
         "ours exact", ms_per_token=report.ms_per_token, prefill_s=report.prefill_s,
         new_tokens=report.new_tokens, decode_s=report.decode_s,
         h2d_bytes_per_token=report.decode_h2d_bytes / max(1, report.new_tokens),
-        tokens_on_device=report.tokens_on_device, tokens_on_host=report.tokens_on_host,
+        discarded_bytes=report.discarded_bytes, tokens_on_device=report.tokens_on_device, tokens_on_host=report.tokens_on_host,
         peak_bytes=peak.nbytes, planned=report.planned, bytes=report.bytes, notes=report.notes, **error,
     )  # fmt: skip
     record.row(
@@ -321,11 +321,12 @@ def main() -> None:
             "transformers offloaded", ms_per_token=hf_ms, step_s=hf, logit_error=None,
             note="keys and values are random: only its time is used; median of the later half of the steps",
         )  # fmt: skip
-        record.bars["exact_vs_hf_offloaded_131072"] = hf_ms / report.ms_per_token
-    record.bars["exact_h2d_share"] = report.decode_h2d_bytes / report.decode_s / rate
-    record.bars["prefill_131072_vs_dense"] = report.prefill_s / dense["prefill_s"]
+        record.bars[f"exact_vs_hf_offloaded_{args.tokens}"] = hf_ms / report.ms_per_token
+    used = report.decode_h2d_bytes - report.discarded_bytes  # bytes that attention read
+    record.bars["exact_h2d_share"] = used / report.decode_s / rate
+    record.bars[f"prefill_{args.tokens}_vs_dense"] = report.prefill_s / dense["prefill_s"]
     if device.type == "cuda":
-        record.bars["peak_gib_131072"] = peak.nbytes / GIB
+        record.bars[f"peak_gib_{args.tokens}"] = peak.nbytes / GIB
     print(f"written to {record.write(args.out).name}")
 
 
