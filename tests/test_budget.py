@@ -6,6 +6,7 @@ import gc
 from typing import Any
 
 import pytest
+import torch
 from families import FAMILIES, prompts
 
 import offload
@@ -84,7 +85,10 @@ def test_a_cache_without_a_length_grows_as_it_is_used() -> None:
         cache = runtime.new_cache()
         ids = prompts(1, 200)
         for _ in range(3):
-            ids = runtime.generate(ids, past_key_values=cache, **CALL)
+            turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            want = model.generate(**turn, **CALL)
+            ids = runtime.generate(**turn, past_key_values=cache, **CALL)
+            assert torch.equal(ids, want)
         store: Any = cache.stores[0]
         assert store.host_tokens + 16 * 6 >= ids.shape[1] - 1
         assert store.host_tokens <= store._table.capacity * 16 <= 2 * store.host_tokens
