@@ -85,7 +85,7 @@ def test_a_cache_without_a_length_grows_as_it_is_used() -> None:
         cache = runtime.new_cache()
         ids = prompts(1, 200)
         for _ in range(3):
-            turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            turn: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             want = model.generate(**turn, **CALL)
             ids = runtime.generate(**turn, past_key_values=cache, **CALL)
             assert torch.equal(ids, want)

@@ -115,7 +115,7 @@ def test_more_device_memory_than_there_is_is_refused(model: Any) -> None:
     assert caught.value.available < 2**40
 
 
-def seen(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def seen(ids: torch.Tensor) -> dict[str, Any]:
     """Without a mask transformers takes a generated pad token for padding."""
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 

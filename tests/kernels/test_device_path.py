@@ -1,0 +1,299 @@
+"""Scan, select, tail and rows: each equals its reference, and together they are attention over all tokens.
+
+On the CPU the kernels run in Triton's interpreter, in float32; half precision is left to the card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cards import DEVICES, card_id
+from torch import Tensor
+
+from offload.kernels import reference
+from offload.kernels.gather import attend_rows
+from offload.kernels.reference import BLOCK, Codes, Part
+from offload.kernels.scan import ScanScratch, scan, scan_scratch
+from offload.kernels.select import Selection, empty_selection, select
+from offload.kernels.tail import tail, tail_scratch
+
+ON = pytest.mark.parametrize("device", DEVICES)
+SCALE = 0.125
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A shape of the device path."""
+
+    bits: int = 4
+    size: int = 64
+    kv_heads: int = 2
+    groups: int = 3
+    blocks: tuple[int, ...] = (5, 3)  # of each sequence
+    k: int = 16
+
+
+CARDS = [
+    Card(),
+    Card(bits=3),
+    Card(bits=2),
+    Card(size=128, groups=4, blocks=(7,)),
+    Card(size=80, groups=1, blocks=(2, 4)),
+    Card(bits=3, size=128, groups=7, kv_heads=1, blocks=(4,)),
+    Card(blocks=(1,), k=64),  # as many to select as there are
+]
+ALL = pytest.mark.parametrize("card", CARDS, ids=card_id)
+
+
+class Case:
+    """Random tokens on host pages and their replica."""
+
+    def __init__(self, card: Card, device: str, seed: int = 0, sharpness: float = 1.5) -> None:
+        self.card = card
+        random = torch.Generator().manual_seed(seed)
+        batch, capacity = len(card.blocks), max(card.blocks) + 1
+        dtype = torch.float16 if device == "cuda" else torch.float32
+        rows = torch.randn(
+            (batch, capacity * BLOCK, card.kv_heads, 2 * card.size), generator=random
+        )
+        rows[..., : card.size] += torch.randn(card.size, generator=random) * 3  # a bias on the keys
+        rows = rows.to(dtype)
+        order = torch.randperm(batch * capacity, generator=random)
+        self.table = order.view(batch, capacity).int().to(device)
+        self.pool = torch.empty((batch * capacity, BLOCK, *rows.shape[2:]), dtype=dtype)
+        self.pool[order] = rows.view(batch * capacity, BLOCK, *rows.shape[2:])
+        if device == "cuda":
+            self.pool = self.pool.pin_memory()
+        on_device = rows.to(device)
+        self.keys = reference.quantize_keys(on_device[..., : card.size], bits=card.bits)
+        self.values = reference.quantize_values(on_device[..., card.size :], bits=card.bits)
+        self.rows = on_device.float()
+        heads = card.kv_heads * card.groups
+        self.query = (torch.randn((batch, heads, card.size), generator=random) * sharpness).to(
+            device, dtype
+        )
+        self.n_blocks = torch.tensor(card.blocks, dtype=torch.int32, device=device)
+        self.heads, self.batch, self.capacity = heads, batch, capacity
+        self.device = torch.device(device)
+
+    def valid(self, b: int) -> slice:
+        return slice(0, self.card.blocks[b] * BLOCK)
+
+    def cut(self, codes: Codes, b: int, *, keys: bool) -> Codes:
+        """The codes of one sequence's valid tokens."""
+        n = self.card.blocks[b]
+        meta = codes.meta[b : b + 1, :, : n if keys else n * BLOCK]
+        return Codes(tuple(p[b : b + 1, :, : n * BLOCK] for p in codes.planes), meta)
+
+    def scan(self) -> ScanScratch:
+        scratch = scan_scratch(self.batch, self.heads, self.capacity * BLOCK, self.device)
+        for part in scratch:
+            part.fill_(torch.nan)
+        scan(
+            self.query,
+            self.keys,
+            self.n_blocks,
+            scratch,
+            bits=self.card.bits,
+            scale=SCALE,
+            blocks_per_program=2,
+        )
+        return scratch
+
+    def select(self, scratch: ScanScratch) -> Selection:
+        chosen = empty_selection(
+            self.batch, self.heads, self.card.kv_heads, self.card.k, self.device
+        )
+        select(scratch, self.n_blocks, chosen)
+        return chosen
+
+    def tail(self, scratch: ScanScratch, chosen: Selection, share: float) -> tuple[Part, Tensor]:
+        width = self.values.meta.shape[-1] * reference.GROUP
+        partial = tail_scratch(
+            self.batch, self.heads, self.capacity * BLOCK, width, self.card.bits, self.device
+        )
+        for part in partial:
+            part.fill_(torch.nan)
+        return tail(
+            scratch,
+            chosen,
+            self.values,
+            self.n_blocks,
+            partial,
+            bits=self.card.bits,
+            head_size=self.card.size,
+            share=share,
+        )
+
+
+@ON
+@ALL
+def test_scan_scores_every_valid_token_and_nothing_else(card: Card, device: str) -> None:
+    case = Case(card, device)
+    scratch = case.scan()
+    for b in range(case.batch):
+        keys = case.cut(case.keys, b, keys=True)
+        want = reference.scan(case.query[b : b + 1], keys, bits=card.bits, scale=SCALE)[0]
+        got = scratch.scores[b, :, case.valid(b)]
+        # The scaled query is rounded to float16: 2^-11 of products that add up to about 30.
+        torch.testing.assert_close(got, want, atol=1e-2, rtol=2e-3)
+        blocks = got.unflatten(-1, (-1, BLOCK))
+        n = card.blocks[b]
+        torch.testing.assert_close(scratch.top[b, :, :n], blocks.amax(-1))
+        total = (blocks - blocks.amax(-1, keepdim=True)).exp().sum(-1)
+        torch.testing.assert_close(scratch.total[b, :, :n], total, atol=1e-4, rtol=1e-4)
+        assert bool(scratch.scores[b, :, n * BLOCK :].isnan().all())
+
+
+@ON
+@ALL
+def test_select_takes_the_tokens_of_the_reference_out_of_the_scores(
+    card: Card, device: str
+) -> None:
+    case = Case(card, device)
+    scratch = case.scan()
+    before = scratch.scores.clone()
+    chosen = case.select(scratch)
+    for b in range(case.batch):
+        scores = before[b : b + 1, :, case.valid(b)]
+        want = reference.select(scores, kv_heads=card.kv_heads, k=card.k)
+        assert torch.equal(chosen.tokens[b : b + 1], want)
+        torch.testing.assert_close(chosen.lse[b], scores[0].logsumexp(-1), atol=1e-4, rtol=1e-4)
+        rest = scratch.scores[b, :, case.valid(b)]
+        torch.testing.assert_close(chosen.tail_lse[b], rest.logsumexp(-1), atol=1e-4, rtol=1e-4)
+        gone = scratch.scores[b, :, case.valid(b)].isneginf()
+        for head in range(case.heads):
+            taken = chosen.tokens[b, head // card.groups]
+            assert gone[head].nonzero().flatten().tolist() == taken[taken >= 0].tolist()
+
+
+@ON
+def test_equal_votes_go_to_the_lower_token_and_empty_slots_are_marked(device: str) -> None:
+    scratch = scan_scratch(1, 2, 3 * BLOCK, torch.device(device))
+    scratch.scores.fill_(1.0)
+    scratch.top.fill_(1.0)
+    scratch.total.fill_(float(BLOCK))
+    chosen = empty_selection(1, 2, 1, 16, torch.device(device))
+    n_blocks = torch.tensor([3], dtype=torch.int32, device=device)
+    select(scratch, n_blocks, chosen)
+    assert chosen.tokens.flatten().tolist() == list(range(16))
+    # Only ten tokens are left to choose from.
+    scratch.scores.fill_(-torch.inf)
+    scratch.scores[..., 100:110] = 2.0
+    scratch.top.fill_(-torch.inf)
+    scratch.top[..., 1] = 2.0
+    scratch.total.fill_(0.0)
+    scratch.total[..., 1] = 10.0
+    select(scratch, n_blocks, chosen)
+    assert chosen.tokens.flatten().tolist() == [*range(100, 110), *[-1] * 6]
+
+
+@ON
+@ALL
+def test_the_tail_is_attention_over_what_was_not_selected(card: Card, device: str) -> None:
+    case = Case(card, device)
+    scratch = case.scan()
+    scores = scratch.scores.clone()
+    chosen = case.select(scratch)
+    part, skipped = case.tail(scratch, chosen, share=0.0)
+    for b in range(case.batch):
+        values = case.cut(case.values, b, keys=False)
+        want = reference.tail(
+            scores[b : b + 1, :, case.valid(b)],
+            chosen.tokens[b : b + 1],
+            values,
+            bits=card.bits,
+            head_size=card.size,
+        )
+        torch.testing.assert_close(part.lse[b], want.lse[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(part.out[b], want.out[0], atol=5e-3, rtol=5e-3)
+    assert bool((skipped == 0).all())
+
+
+@ON
+def test_skipped_blocks_weigh_less_than_the_share_and_are_counted(device: str) -> None:
+    case = Case(Card(size=128, blocks=(12,), groups=2), device, sharpness=8.0)
+    scratch = case.scan()
+    chosen = case.select(scratch)
+    exact, _ = case.tail(scratch, chosen, share=0.0)
+    part, skipped = case.tail(scratch, chosen, share=0.05)
+    assert 0 < float(skipped.max()) < 0.05
+    missing = exact.lse.exp() - part.lse.exp()
+    everything = chosen.lse.exp().unsqueeze(-1)
+    # A skipped block's weight counts its selected tokens too: never less than what is missing.
+    assert bool((missing / everything <= skipped.unsqueeze(-1) + 1e-4).all())
+
+
+@ON
+def test_a_selected_token_with_nearly_all_the_mass_costs_the_tail_no_precision(
+    device: str,
+) -> None:
+    case = Case(Card(blocks=(3,), groups=1), device)
+    scratch = case.scan()
+    scratch.scores[:, :, 70] += 60.0  # e^60 times the rest
+    blocks = scratch.scores[..., : 3 * BLOCK].unflatten(-1, (-1, BLOCK))
+    scratch.top[..., :3] = blocks.amax(-1)
+    scratch.total[..., :3] = (blocks - blocks.amax(-1, keepdim=True)).exp().sum(-1)
+    scores = scratch.scores.clone()
+    chosen = case.select(scratch)
+    part, _ = case.tail(scratch, chosen, share=0.0)
+    want = reference.tail(
+        scores[..., : 3 * BLOCK],
+        chosen.tokens,
+        case.cut(case.values, 0, keys=False),
+        bits=4,
+        head_size=64,
+    )
+    assert bool(torch.isfinite(part.out).all())
+    torch.testing.assert_close(part.out, want.out, atol=5e-3, rtol=5e-3)
+
+
+@ON
+@ALL
+def test_rows_are_read_from_their_pages_and_attended_to_exactly(card: Card, device: str) -> None:
+    case = Case(card, device)
+    chosen = case.select(case.scan())
+    chosen.tokens[:, :, -3:] = -1  # empty slots
+    part = attend_rows(
+        case.query, case.pool, case.table, chosen.tokens, key_dim=card.size, scale=SCALE
+    )
+    rows = reference.gather(case.pool, case.table.cpu(), chosen.tokens.cpu()).float()
+    rows = rows.to(device)
+    mask = (chosen.tokens >= 0).repeat_interleave(card.groups, dim=1).unsqueeze(2)
+    want = reference.attend(
+        case.query.unsqueeze(2).float(),
+        rows[..., : card.size],
+        rows[..., card.size :],
+        scale=SCALE,
+        mask=mask,
+    )
+    torch.testing.assert_close(part.lse, want.lse, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(part.out, want.out, atol=5e-3, rtol=5e-3)
+
+
+@ON
+def test_selected_rows_and_tail_together_are_close_to_attention_over_all_tokens(
+    device: str,
+) -> None:
+    case = Case(Card(size=128, groups=4, blocks=(12,), k=64), device, sharpness=4.0)
+    scratch = case.scan()
+    scores = scratch.scores[:, :, case.valid(0)].clone()
+    chosen = case.select(scratch)
+    exact = attend_rows(case.query, case.pool, case.table, chosen.tokens, key_dim=128, scale=SCALE)
+    rest, _ = case.tail(scratch, chosen, share=0.0)
+    got = reference.merge([exact, rest])
+    rows = case.rows[:, case.valid(0)].transpose(1, 2)
+    want = reference.attend(
+        case.query.unsqueeze(2).float(), rows[..., :128], rows[..., 128:], scale=SCALE
+    )
+    # What a plain 4-bit cache without exact tokens gives.
+    nothing = torch.full_like(chosen.tokens, -1)
+    plain = reference.tail(
+        scores, nothing, case.cut(case.values, 0, keys=False), bits=4, head_size=128
+    )
+    error = (got.out - want.out).norm() / want.out.norm()
+    plain_error = (plain.out - want.out).norm() / want.out.norm()
+    assert float(error) < 0.02
+    assert float(error) < 0.5 * float(plain_error)

@@ -1,0 +1,95 @@
+"""Codes are half a step from their values at most, and the kernel writes those of the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cards import DEVICES
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from offload.kernels import quantize, reference
+from offload.kernels.reference import BLOCK, GROUP, Codes
+
+BITS = [4, 3, 2]
+SIZES = [64, 80, 96, 128]
+
+
+def values(size: int, dtype: torch.dtype, device: str, blocks: int = 2) -> Tensor:
+    """Rows with outlier channels, as keys with a bias have them: [2, blocks * 64, 3, 2 * size]."""
+    random = torch.Generator().manual_seed(size)
+    rows = torch.randn((2, blocks * BLOCK, 3, 2 * size), generator=random)
+    rows = rows * torch.rand(2 * size, generator=random) * 4
+    return (rows + torch.randn(2 * size, generator=random) * 20).to(device, dtype)
+
+
+def steps(codes: Codes, *, keys: bool, size: int) -> Tensor:
+    """The step of every value, [B, H_kv, N, D]."""
+    scale = codes.meta.float().select(3, 1)
+    if keys:
+        return scale.repeat_interleave(BLOCK, dim=2)[..., :size]
+    return scale.repeat_interleave(GROUP, dim=-1)[..., :size]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("keys", [True, False], ids=["keys", "values"])
+def test_no_value_is_further_than_half_a_step_from_its_code(
+    bits: int, size: int, keys: bool
+) -> None:
+    rows = values(size, torch.float32, "cpu")[..., :size]
+    if keys:
+        codes = reference.quantize_keys(rows, bits=bits)
+        back = reference.dequantize_keys(codes, bits=bits, head_size=size)
+    else:
+        codes = reference.quantize_values(rows, bits=bits)
+        back = reference.dequantize_values(codes, bits=bits, head_size=size)
+    error = (back - rows.transpose(1, 2)).abs()
+    assert bool((error <= steps(codes, keys=keys, size=size) * 0.5 + 1e-5).all())
+
+
+@given(constant=st.floats(-1000, 1000, width=16), bits=st.sampled_from(BITS))
+def test_a_constant_channel_comes_back_within_its_rounding(constant: float, bits: int) -> None:
+    rows = torch.full((1, BLOCK, 1, 32), constant)
+    codes = reference.quantize_keys(rows, bits=bits)
+    back = reference.dequantize_keys(codes, bits=bits, head_size=32)
+    assert bool(((back - constant).abs() <= abs(constant) * 2e-3 + 1e-6).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("keys", [True, False], ids=["keys", "values"])
+def test_the_kernel_writes_the_codes_of_the_reference_where_it_is_told(
+    device: str, bits: int, size: int, keys: bool
+) -> None:
+    whole = values(size, torch.float32, device)
+    rows = whole[..., :size] if keys else whole[..., size:]  # strided, as rows lie in a cache
+    codes = quantize.empty_codes(
+        2, 3, 4 * BLOCK, size, bits=bits, keys=keys, device=torch.device(device)
+    )
+    for plane in codes.planes:
+        plane.fill_(77)
+    codes.meta.fill_(torch.nan)
+    first = torch.tensor(1, dtype=torch.int32, device=device)
+    write = quantize.quantize_keys if keys else quantize.quantize_values
+    write(rows, codes, first, bits=bits)
+    want = (reference.quantize_keys if keys else reference.quantize_values)(rows, bits=bits)
+    meta = codes.meta[:, :, 1:3] if keys else codes.meta[:, :, BLOCK : 3 * BLOCK]
+    assert torch.equal(meta, want.meta)
+    for plane, expected in zip(codes.planes, want.planes, strict=True):
+        # Division is not exact on a card: a value in the middle between two codes may take either.
+        same = plane[:, :, BLOCK : 3 * BLOCK] == expected
+        assert float(same.float().mean()) > (0.999 if device == "cuda" else 0.99999)
+        assert bool((plane[:, :, :BLOCK] == 77).all())  # and nothing else
+        assert bool((plane[:, :, 3 * BLOCK :] == 77).all())
+
+
+def test_parts_of_blocks_and_strided_channels_are_refused() -> None:
+    codes = quantize.empty_codes(1, 1, BLOCK, 32, bits=4, keys=True, device=torch.device("cpu"))
+    first = torch.tensor(0, dtype=torch.int32)
+    with pytest.raises(ValueError, match="whole blocks"):
+        quantize.quantize_keys(torch.randn(1, BLOCK - 1, 1, 32), codes, first, bits=4)
+    with pytest.raises(ValueError, match="stride"):
+        quantize.quantize_keys(torch.randn(1, BLOCK, 1, 64)[..., ::2], codes, first, bits=4)
