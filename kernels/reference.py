@@ -191,7 +191,15 @@ def dequantize_values(codes: Codes, *, bits: int, head_size: int) -> Tensor:
     return values[..., :head_size]
 
 
-def scan(query: Tensor, keys: Codes, *, bits: int, scale: float) -> Tensor:
+def scan(
+    query: Tensor,
+    keys: Codes,
+    *,
+    bits: int,
+    scale: float,
+    padding: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Scores of every query head against all low-bit keys.
 
     Args:
@@ -199,13 +207,22 @@ def scan(query: Tensor, keys: Codes, *, bits: int, scale: float) -> Tensor:
         keys: Codes of N tokens.
         bits: Of the codes.
         scale: Factor on the dot products.
+        padding: int [B]: so many first tokens are padding and get -inf; None for none.
+        softcap: Scores become softcap * tanh(scores / softcap).
 
     Returns:
         float32 [B, H_q, N].
     """
     low = dequantize_keys(keys, bits=bits, head_size=query.shape[-1])
     groups = query.shape[1] // low.shape[1]
-    return (query.float().unsqueeze(2) @ low.repeat_interleave(groups, dim=1).mT).squeeze(2) * scale
+    scores = query.float().unsqueeze(2) @ low.repeat_interleave(groups, dim=1).mT
+    scores = scores.squeeze(2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if padding is None:
+        return scores
+    hidden = torch.arange(scores.shape[-1], device=scores.device) < padding.view(-1, 1, 1)
+    return scores.masked_fill(hidden, -torch.inf)
 
 
 def select(scores: Tensor, *, kv_heads: int, k: int) -> Tensor:

@@ -55,6 +55,8 @@ def scan(
     *,
     bits: int,
     scale: float,
+    padding: Tensor | None = None,
+    softcap: float | None = None,
     blocks_per_program: int = 8,
 ) -> None:
     """Scores every query head against the first blocks of low-bit keys.
@@ -66,6 +68,8 @@ def scan(
         scratch: Written.
         bits: Of the codes.
         scale: Factor on the dot products.
+        padding: int32 [B] on the device: so many first tokens are padding and get -inf; None for none.
+        softcap: Scores become softcap * tanh(scores / softcap).
         blocks_per_program: Launch knob: more means fewer programs, each reading longer.
     """
     batch, heads, head_size = query.shape
@@ -74,11 +78,13 @@ def scan(
     planes = PLANES[bits]
     grid = (triton.cdiv(capacity, blocks_per_program), batch * kv_heads)
     _scan_kernel[grid](
-        query, keys.planes[0], keys.planes[-1], keys.meta, n_blocks, *scratch,
-        kv_heads, capacity, scale, query.stride(0), query.stride(1),
+        query, keys.planes[0], keys.planes[-1], keys.meta, n_blocks,
+        n_blocks if padding is None else padding, *scratch,
+        kv_heads, capacity, scale, 1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
         G=groups, G_P=max(16, triton.next_power_of_2(groups)), D=head_size, D_P=padded(head_size),
         BLOCK=BLOCK, PLANE0=planes[0], PLANE1=planes[1] if len(planes) > 1 else 0,
-        BLOCKS_PER_PROGRAM=blocks_per_program, PLAIN=INTERPRETED,
+        BLOCKS_PER_PROGRAM=blocks_per_program, PADDED=padding is not None, CAPPED=softcap is not None,
+        PLAIN=INTERPRETED,
     )  # fmt: skip
 
 
@@ -159,12 +165,14 @@ def _scan_kernel(
     plane1_ptr,
     meta_ptr,
     n_blocks_ptr,
+    padding_ptr,
     scores_ptr,
     top_ptr,
     total_ptr,
     kv_heads,
     capacity_blocks,
     sm_scale,
+    softcap,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     G: tl.constexpr,
@@ -175,6 +183,8 @@ def _scan_kernel(
     PLANE0: tl.constexpr,
     PLANE1: tl.constexpr,
     BLOCKS_PER_PROGRAM: tl.constexpr,
+    PADDED: tl.constexpr,
+    CAPPED: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     i_row = tl.program_id(1).to(tl.int64)  # sequence and KV head
@@ -204,9 +214,15 @@ def _scan_kernel(
                 False, PLAIN,
             )  # fmt: skip
         score = (acc + bias[:, None]) * sm_scale
+        if CAPPED:  # tanh(x) = 1 - 2 / (exp(2x) + 1), which neither end overflows
+            score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
+        if PADDED:
+            hidden = block * BLOCK + i_t < tl.load(padding_ptr + i_batch)
+            score = tl.where(hidden[None, :], float("-inf"), score)
         o_score = o_head[:, None] * capacity_blocks * BLOCK + block * BLOCK + i_t[None, :]
         tl.store(scores_ptr + o_score, score, mask=m_g[:, None])
         top = tl.max(score, axis=1)
-        total = tl.sum(tl.exp(score - top[:, None]), axis=1)
+        safe = tl.where(top == float("-inf"), 0.0, top)  # a block of padding alone: sum 0, not NaN
+        total = tl.sum(tl.exp(score - safe[:, None]), axis=1)
         tl.store(top_ptr + o_head * capacity_blocks + block, top, mask=m_g)
         tl.store(total_ptr + o_head * capacity_blocks + block, total, mask=m_g)

@@ -7,6 +7,7 @@ device already.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,39 @@ def test_scan_scores_every_valid_token_and_nothing_else(card: Card, device: str)
         total = (blocks - blocks.amax(-1, keepdim=True)).exp().sum(-1)
         torch.testing.assert_close(scratch.total[b, :, :n], total, atol=1e-4, rtol=1e-4)
         assert bool(scratch.scores[b, :, n * BLOCK :].isnan().all())
+
+
+@ON
+def test_padding_and_a_softcap_reach_scores_selection_and_tail(device: str) -> None:
+    card = Card(blocks=(4, 3), groups=2)
+    case = Case(card, device)
+    padding = torch.tensor([0, 70], dtype=torch.int32, device=device)  # a whole block and a part
+    scratch = scan_scratch(2, case.heads, case.capacity * BLOCK, case.device)
+    for memory in scratch:
+        memory.fill_(torch.nan)
+    options: dict[str, Any] = {"bits": 4, "scale": SCALE, "padding": padding, "softcap": 3.0}
+    scan(case.query, case.keys, case.n_blocks, scratch, **options)
+    scores = scratch.scores.clone()
+    chosen = case.select(scratch)
+    part, _ = case.tail(scratch, chosen, share=0.0)
+    for b in range(2):
+        options["padding"] = padding[b : b + 1]
+        want = reference.scan(case.query[b : b + 1], case.cut(case.keys, b, keys=True), **options)
+        got = scores[b : b + 1, :, case.valid(b)]
+        torch.testing.assert_close(got, want, atol=1e-2, rtol=2e-3)
+        assert torch.equal(
+            chosen.tokens[b : b + 1], reference.select(got, kv_heads=card.kv_heads, k=card.k)
+        )
+        rest = reference.tail(
+            got,
+            chosen.tokens[b : b + 1],
+            case.cut(case.values, b, keys=False),
+            bits=4,
+            head_size=card.size,
+        )
+        torch.testing.assert_close(part.out[b], rest.out[0], atol=5e-3, rtol=5e-3)
+        torch.testing.assert_close(part.lse[b], rest.lse[0], atol=1e-3, rtol=1e-3)
+    assert bool((chosen.tokens[1] >= 70).all())
 
 
 @ON
