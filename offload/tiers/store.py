@@ -7,9 +7,10 @@ The sequence, oldest token first:
     | never leave    | the window in order | that fit the device       | tokens        |
 
 A block is P tokens of every sequence; in memory a token of a KV head is one row, its K and V side by side
-(what a zero-copy read of one token wants). New tokens enter the tail; a full block moves on to the window, and
-when that is full its oldest block is copied to a host page. Softmax does not care for the order of keys, so
-window blocks lie in whichever slot was free.
+(what a zero-copy read of one token wants). Softmax does not care for the order of keys, so a block on the device
+lies in whichever slot was free; used slots are a dense prefix, and the tail fills the slot behind them. So all
+keys on the device are one contiguous range, one attention call. A full tail becomes a window block where it lies;
+only when the window is full its oldest block is copied to a host page, and the tail into the slot of that one.
 """
 
 from __future__ import annotations
@@ -130,10 +131,10 @@ class LayerStore:
         self._writer = writer
         device = region.device
         row = (shape.kv_heads, shape.width)
+        # One slot more than blocks: the tail's.
         self._window = torch.empty(
-            (batch, limits.device_blocks, limits.page, *row), dtype=shape.dtype, device=device
+            (batch, limits.device_blocks + 1, limits.page, *row), dtype=shape.dtype, device=device
         )
-        self._tail = torch.empty((batch, limits.page, *row), dtype=shape.dtype, device=device)
         self._tail_length = 0
         self._sinks = 0  # blocks in slots [0, sinks)
         self._slots: deque[int] = (
@@ -209,8 +210,7 @@ class LayerStore:
     @property
     def device_bytes(self) -> int:
         """Bytes allocated on the device for sinks, window, tail and resident pages."""
-        n_values = self._window.numel() + self._tail.numel()
-        return n_values * self._window.element_size() + self.resident_bytes
+        return self._window.nbytes + self.resident_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -269,27 +269,16 @@ class LayerStore:
             self.drop_resident()  # a prefill: its activations need the memory
         merge = RunningMerge()
         page, past = self.limits.page, self.length
-        tail_start = past - self._tail_length
 
         def mask(start: int, stop: int) -> Tensor | None:
             return None if visible is None else visible[:, None, None, start:stop]
 
-        # The new tokens come first and carry the sink logits; host pages come last: their copies need time.
+        # The first part carries the sink logits; host pages come last: their copies need time.
+        sinks = sink_logits
         if n_new == 1:
             rows = self._tail[:, self._tail_length]
             rows[..., : self.shape.key_dim].copy_(key[:, :, 0])
             rows[..., self.shape.key_dim :].copy_(value[:, :, 0])
-            tail = self._split(self._tail[:, : self._tail_length + 1])
-            merge.add(
-                attend(
-                    query,
-                    *tail,
-                    scale=scale,
-                    mask=mask(tail_start, past + 1),
-                    softcap=softcap,
-                    sink_logits=sink_logits,
-                )
-            )
         else:
             merge.add(
                 attend(
@@ -300,20 +289,23 @@ class LayerStore:
                     causal=True,
                     mask=mask(past, past + n_new),
                     softcap=softcap,
-                    sink_logits=sink_logits,
+                    sink_logits=sinks,
                 )
             )
-            if self._tail_length:
-                tail = self._split(self._tail[:, : self._tail_length])
-                merge.add(
-                    attend(query, *tail, scale=scale, mask=mask(tail_start, past), softcap=softcap)
-                )
-        n_blocks = self._sinks + len(self._slots)
-        if n_blocks:
-            window = self._split(self._window[:, :n_blocks].flatten(1, 2))
+            sinks = None
+        n_device = self._used * page + self._tail_length + (1 if n_new == 1 else 0)
+        if n_device:
+            keys, values = self._split(self._window.flatten(1, 2)[:, :n_device])
+            device_mask = self._device_mask(visible, n_device)
             merge.add(
                 attend(
-                    query, *window, scale=scale, mask=self._window_mask(visible), softcap=softcap
+                    query,
+                    keys,
+                    values,
+                    scale=scale,
+                    mask=device_mask,
+                    softcap=softcap,
+                    sink_logits=sinks,
                 )
             )
         first_host = self._sinks * page
@@ -346,16 +338,27 @@ class LayerStore:
         heads_first = rows.transpose(1, 2)
         return heads_first[..., : self.shape.key_dim], heads_first[..., self.shape.key_dim :]
 
-    def _window_mask(self, visible: Tensor | None) -> Tensor | None:
-        """[B, 1, 1, blocks * P] of the window's keys, in the order of their slots."""
+    @property
+    def _used(self) -> int:
+        """Slots that hold whole blocks."""
+        return self._sinks + len(self._slots)
+
+    @property
+    def _tail(self) -> Tensor:
+        """The slot that is being filled: [B, P, H_kv, W]."""
+        return self._window[:, self._used]
+
+    def _device_mask(self, visible: Tensor | None, n_device: int) -> Tensor | None:
+        """[B, 1, 1, n_device] of the keys on the device, in the order in which they lie there."""
         if visible is None:
             return None
-        page = self.limits.page
-        start = {slot: slot * page for slot in range(self._sinks)}
-        first = self.length - self._tail_length - len(self._slots) * page
-        start |= {slot: first + age * page for age, slot in enumerate(self._slots)}
-        starts = torch.tensor([start[slot] for slot in range(len(start))], device=visible.device)
-        positions = (starts[:, None] + torch.arange(page, device=visible.device)).flatten()
+        page, device = self.limits.page, visible.device
+        first = self._sinks + self.columns  # the block after the last one on the host
+        block = {slot: slot for slot in range(self._sinks)}
+        block |= {slot: first + age for age, slot in enumerate(self._slots)}
+        block[self._used] = first + len(self._slots)
+        starts = torch.tensor([block[slot] * page for slot in range(self._used + 1)], device=device)
+        positions = (starts[:, None] + torch.arange(page, device=device)).flatten()[:n_device]
         return visible[:, None, None].index_select(-1, positions)
 
     # Taking in and evicting.
@@ -367,7 +370,7 @@ class LayerStore:
             BudgetError: No more host memory; nothing has changed then.
         """
         n_blocks = (self._tail_length + key.shape[2]) // self.limits.page
-        free = self.limits.device_blocks - self._sinks - len(self._slots)
+        free = self.limits.device_blocks - self._used
         if n_blocks > free:
             self._make_room(n_blocks - free)
         self.damaged = True
@@ -380,8 +383,8 @@ class LayerStore:
         if n_new == 1:
             self._tail_length += 1  # attend has written the row already
             if self._tail_length == page:
-                self._advance(self._tail.unsqueeze(1))
                 self._tail_length = 0
+                self._close_tail()
             return
         total = self._tail_length + n_new
         if total < page:
@@ -395,7 +398,7 @@ class LayerStore:
         while self._tail_length + n_new - taken >= page:
             blocks = min(per_piece, (self._tail_length + n_new - taken) // page)
             n_tokens = blocks * page - self._tail_length
-            rows = self._tail.new_empty((self.batch, blocks * page, *self._tail.shape[2:]))
+            rows = self._window.new_empty((self.batch, blocks * page, *self._window.shape[3:]))
             rows[:, : self._tail_length] = self._tail[:, : self._tail_length]
             piece = slice(taken, taken + n_tokens)
             self._write_rows(rows, self._tail_length, key[:, :, piece], value[:, :, piece])
@@ -409,6 +412,19 @@ class LayerStore:
         target = rows[:, at : at + key.shape[2]].transpose(1, 2)
         target[..., : self.shape.key_dim].copy_(key)
         target[..., self.shape.key_dim :].copy_(value)
+
+    def _close_tail(self) -> None:
+        """Makes the full tail a sink or a window block: where it lies, or in the slot of the oldest one."""
+        if self._sinks < self.limits.sink_blocks:
+            self._sinks += 1
+        elif len(self._slots) < self.limits.window_blocks:
+            self._slots.append(self._used)
+        else:
+            oldest, tail = self._slots[0], self._used
+            self._evict([oldest], self._window[:, :0])
+            self._slots.popleft()
+            self._window[:, oldest] = self._window[:, tail]
+            self._slots.append(oldest)
 
     def _advance(self, blocks: Tensor) -> None:
         """Moves full blocks [B, n, P, H_kv, W] to sinks, window and host, oldest first."""
@@ -425,7 +441,7 @@ class LayerStore:
             self._evict(freed, blocks[:, : overflow - from_window])
         kept = blocks[:, overflow - from_window :]
         if kept.shape[1]:
-            top = self._sinks + len(self._slots) + len(freed)
+            top = self._used + len(freed)
             slots = freed + list(range(top, top + kept.shape[1] - len(freed)))
             for at, slot, n in _runs(slots):
                 self._window[:, slot : slot + n] = kept[:, at : at + n]
@@ -546,7 +562,7 @@ class LayerStore:
 
     def _drop_newest_slot(self) -> None:
         slot = self._slots.pop()
-        last = self._sinks + len(self._slots)
+        last = self._used
         if slot != last:  # keep the slots a dense prefix: the last block moves into the hole
             self._window[:, slot] = self._window[:, last]
             self._slots[self._slots.index(last)] = slot
@@ -582,21 +598,18 @@ class LayerStore:
             self.drop_resident()  # columns that are held once are the same for every sequence
         self._table.select(index)
         on_device = rows.to(self._window.device, torch.long)
-        used = self._sinks + len(self._slots)
         if index.size == self.batch:
             # Block by block, so that a large window needs no second copy of itself.
-            for block in range(used):
-                self._window[:, block] = self._window[:, block].index_select(0, on_device)
-            self._tail.copy_(self._tail.index_select(0, on_device))
+            for slot in range(self._used + 1):
+                self._window[:, slot] = self._window[:, slot].index_select(0, on_device)
         else:
             self._window = self._window.index_select(0, on_device)
-            self._tail = self._tail.index_select(0, on_device)
         self.damaged = False
 
     def check(self) -> None:
         """Raises CacheError unless every token is in exactly one place."""
         self._table.check()
-        blocks = self._sinks + len(self._slots)
+        blocks = self._used
         held = (blocks + self.columns) * self.limits.page + self._tail_length
         dense = sorted(self._slots) == list(range(self._sinks, blocks))
         if held != self.length or not dense or not 0 <= self._tail_length < self.limits.page:
