@@ -29,6 +29,33 @@ _ALLOCATOR_SLACK = 192 * 2**20
 _DRIVER_GROWTH = 96 * 2**20
 
 
+class _Caps:
+    """Caps on torch's allocator, which has one per device and process: the smallest in force holds."""
+
+    def __init__(self) -> None:
+        self._shares: dict[torch.device, list[float]] = {}
+        self._before: dict[torch.device, float] = {}
+
+    def add(self, device: torch.device, share: float) -> Callable[[], None]:
+        """Adds a cap; returns what takes it away again."""
+        read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+        shares = self._shares.setdefault(device, [])
+        if not shares:
+            self._before[device] = 1.0 if read is None else read(device)
+        shares.append(share)
+        torch.cuda.set_per_process_memory_fraction(min(shares), device)
+
+        def remove() -> None:
+            shares.remove(share)
+            left = min(shares, default=self._before[device])
+            torch.cuda.set_per_process_memory_fraction(left, device)
+
+        return remove
+
+
+_caps = _Caps()
+
+
 class Budgets:
     """The budgets of one attached model.
 
@@ -58,7 +85,13 @@ class Budgets:
         pinned = config.memory.pinned
         total = host_memory().total
         self.pins = PinBudget(limit=None if pinned.is_auto else pinned.resolve(total=total, auto=0))
-        self.host = HostBudget(available=self._host_available)
+        available = weakref.WeakMethod(self._host_available)  # no cycle: the cap must end with us
+
+        def host_available(held: int) -> int:
+            method = available()
+            return 0 if method is None else method(held)
+
+        self.host = HostBudget(available=host_available)
         memory = self._device()
         asked = self.device_budget()
         if asked > memory.total:
@@ -143,13 +176,8 @@ class Budgets:
             return
         memory, device = self._device(), self._shape.device
         share = (self.device_budget() - memory.overhead - _DRIVER_GROWTH) / memory.total
-        read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-        before = 1.0 if read is None else read(device)
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-        self._uncap = weakref.finalize(
-            self, torch.cuda.set_per_process_memory_fraction, before, device
-        )
+        self._uncap = weakref.finalize(self, _caps.add(device, min(1.0, share)))
 
     def uncap_allocator(self) -> None:
         """Takes the cap away again."""

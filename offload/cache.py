@@ -6,6 +6,7 @@ keep every token. Sliding, linear, convolution and other layers of bounded size 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
@@ -302,7 +303,7 @@ class OffloadCache(Cache):
         self,
         layers: Sequence[Any],
         offloaded: Sequence[int],
-        build: Callable[[OffloadCache, int, int], Sequence[Store]],
+        build: Callable[[int, int], tuple[Layout | None, Sequence[Store]]],
         *,
         on_settle: Callable[[], None] | None = None,
         on_close: Callable[[], None] | None = None,
@@ -313,8 +314,8 @@ class OffloadCache(Cache):
         Args:
             layers: The stock layers.
             offloaded: Indices of those to replace.
-            build: Called as build(cache, sequences, copies) at the first use; makes one store per replaced
-                layer.
+            build: Called as build(sequences, copies) at the first use; makes a layout and one store per
+                replaced layer.
             on_settle: Called after an exception: copies that were under way must end or be forgotten.
             on_close: Called once, when the cache's memory is given back.
             modules: The attention module of each replaced layer; None where they are not known yet.
@@ -323,8 +324,8 @@ class OffloadCache(Cache):
         self._on_settle = on_settle
         self._on_close = on_close
         self._closed: str | None = None
-        self.layout: Layout | None = None  # set by `build`
-        self.token_ids: Tensor | None = None  # [B, length] on the CPU, where the runtime knows them
+        self.layout: Layout | None = None  # of the stores
+        self._fed: list[Tensor] | None = []  # token ids of every pass, [B, Q] each; None: not known
         mine: list[Any] = list(layers)
         known_modules = modules or [None] * len(offloaded)
         for at, (index, module) in enumerate(zip(offloaded, known_modules, strict=True)):
@@ -351,7 +352,7 @@ class OffloadCache(Cache):
         self.require_open()
         if self.layout is not None or any(layer.store is not None for layer in self._offloaded):
             return
-        stores = self._build(self, sequences, copies)
+        self.layout, stores = self._build(sequences, copies)
         for layer, store in zip(self._offloaded, stores, strict=True):
             layer.store = store
             layer.is_initialized = True
@@ -384,33 +385,66 @@ class OffloadCache(Cache):
             for layer in self.layers
         ]
 
-    # What changes the sequences changes what is known of their tokens.
+    # Which tokens are held. What changes the sequences changes what is known of them.
+
+    def note(self, ids: Tensor | None) -> None:
+        """Notes the token ids of a forward pass over this cache that begins; None if it has none."""
+        if ids is None or ids.dim() != 2:
+            self._fed = None
+        elif self._fed is not None:
+            self._fed.append(ids.detach())
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """The tokens that the cache holds, [B, length] on the CPU, or None if that is not known."""
+        known, length = self._known(), self.get_seq_length()
+        if known is None or known.shape[1] < length:
+            return None
+        return known[:, :length].cpu()  # the last pass may not have been taken in
+
+    def _known(self) -> Tensor | None:
+        if not self._fed:
+            return None
+        if len({len(step) for step in self._fed}) > 1:
+            self._fed = None
+            return None
+        if len(self._fed) > 1:
+            self._fed = [torch.cat(self._fed, dim=1)]
+        return self._fed[0]
+
+    def _rows_become(self, rows: Tensor) -> None:
+        known = self._known()
+        if known is not None:
+            self._fed = [known.index_select(0, rows.to(known.device))]
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forgets the newest tokens; see the layers' `crop`."""
-        remove = int(tokens_to_remove)
+        remove, length = int(tokens_to_remove), self.get_seq_length()
         super().crop(remove)
-        if self.token_ids is not None and remove:
-            self.token_ids = self.token_ids[:, : self.get_seq_length()]
+        known = self._known() if remove else None
+        if known is not None:
+            self._fed = [known[:, : max(0, length + remove)]]
 
     def reset(self) -> None:
         """Forgets all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.token_ids = None
+        self._fed = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes sequence i the former sequence beam_idx[i]."""
         super().reorder_cache(cast(Any, beam_idx))
-        self.token_ids = None
+        self._rows_become(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some sequences."""
         super().batch_select_indices(indices)
-        self.token_ids = None
+        self._rows_become(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence, in stock linear layers too, which know only how to reorder."""
-        self.token_ids = None
+        known = self._known()
+        if known is not None:
+            self._fed = [known.repeat_interleave(repeats, dim=0)]
         for layer in self.layers:
             if hasattr(layer, "batch_repeat_interleave"):
                 layer.batch_repeat_interleave(repeats)
@@ -420,18 +454,25 @@ class OffloadCache(Cache):
             for size in sizes:  # one size, or none in a layer that never held a state
                 layer.reorder_cache(torch.arange(size).repeat_interleave(repeats))
 
-    def can_go_back(self) -> bool:
-        """Whether `crop` can forget tokens: not where a recurrent state or a full sliding window is kept."""
+    def can_go_back(self, tokens: int = 1) -> bool:
+        """Whether `crop` can forget so many tokens: not where a recurrent state or a full window is kept."""
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionLayer) and not (
-                layer.record_past and layer.is_croppable
-            ):
+            recording = getattr(layer, "record_past", False)
+            if isinstance(layer, LinearAttentionLayer) and not (recording and layer.is_croppable):
                 return False
             window = getattr(layer, "sliding_window", None)
-            slid = window is not None and layer.get_seq_length() >= window
-            if slid and not getattr(layer, "record_past", False):
-                return False
+            if window is not None and layer.get_seq_length() >= window:
+                spare = 0 if layer.keys is None else layer.keys.shape[-2] - (window - 1)
+                if not recording or spare < tokens:
+                    return False
         return True
+
+    def stop_recording(self) -> None:
+        """Lets stock layers forget again what lies behind their windows. (Assisted decoding leaves them recording.)"""
+        for layer in self.layers:
+            if getattr(layer, "record_past", False):
+                layer.crop(0)
+                layer.record_past = False
 
     def settle(self) -> None:
         """Makes the cache usable after an exception in the middle of a forward pass, or closes it. Never raises.
@@ -462,7 +503,7 @@ class OffloadCache(Cache):
         stateful = any(isinstance(layer, LinearAttentionLayer) for layer in self.layers)
         if len(set(lengths)) <= 1 and not stateful:
             return None
-        if not self.can_go_back():
+        if not self.can_go_back(max(lengths) - min(lengths)):
             return "an exception left it in the middle of a step, and its states cannot go back"
         for layer, length in zip(attending, lengths, strict=True):
             layer.crop(min(lengths) - length)
@@ -491,8 +532,19 @@ class OffloadCache(Cache):
                 change="Make a new one: runtime.new_cache().",
             )
 
+    def __copy__(self) -> OffloadCache:
+        raise CacheError(
+            "An offload cache cannot be copied: its host pages have one owner",
+            asked="copy",
+            there=None,
+            change="Make a second one with runtime.new_cache() and read the prompt into it.",
+        )
+
+    def __deepcopy__(self, memo: Any) -> OffloadCache:
+        return self.__copy__()
+
     def __del__(self) -> None:
-        if getattr(self, "_closed", "never built") is None:
+        if getattr(self, "_closed", "never built") is None and not sys.is_finalizing():
             self.close("it was deleted")
 
 

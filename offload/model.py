@@ -272,7 +272,7 @@ def restore_attention(model: Any, before: list[tuple[Any, str | None]]) -> None:
 
 
 def examine(model: Any) -> ModelShape:
-    """Runs two short forward passes and reads off the shape. The model must have our attention already.
+    """Runs three short forward passes and reads off the shape. The model must have our attention already.
 
     Raises:
         UnsupportedModelError: Keys do not reach attention as the cache returned them, or the layers are on
@@ -301,7 +301,7 @@ def examine(model: Any) -> ModelShape:
     def run(n_tokens: int) -> tuple[list[_RecordingStore], OffloadCache, int]:
         recorders = [_RecordingStore() for _ in offloaded]
         cache = OffloadCache(
-            stock_layers(config), offloaded, lambda cache, batch, copies: recorders
+            stock_layers(config), offloaded, lambda sequences, copies: (None, recorders)
         )
         ids = torch.zeros((1, n_tokens), dtype=torch.long, device=device)
         keep = {"logits_to_keep": 1} if keeps_logits else {}

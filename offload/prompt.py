@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from offload.cache import OffloadCache
@@ -95,14 +94,7 @@ def read_prompt(model: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> Pr
         InputError: An argument that is not supported or not known, an empty prompt, a mask of another shape, or
             padding on the right.
     """
-    own = set(inspect.signature(model.generate).parameters) - {"inputs", "kwargs"}
-    for_config = {k: v for k, v in kwargs.items() if k not in own and k not in _LOOP_ONLY}
-    for_config.pop("past_key_values", None)
-    generation, model_kwargs = model._prepare_generation_config(
-        kwargs.get("generation_config"), **for_config
-    )
-    _refuse(kwargs, generation)
-    _check_names(model, model_kwargs)
+    generation, model_kwargs = check_arguments(model, kwargs)
     ids, name, model_kwargs = model._prepare_model_inputs(
         inputs, generation.bos_token_id, model_kwargs
     )
@@ -150,6 +142,38 @@ def read_prompt(model: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> Pr
         generation=generation,
         in_chunks=in_chunks,
     )
+
+
+def check_arguments(model: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Checks the arguments of a call, before anything is read.
+
+    Args:
+        model: The transformers model.
+        kwargs: The keyword arguments of the call.
+
+    Returns:
+        The merged generation config, and what goes to the model.
+
+    Raises:
+        InputError: An argument that is not supported or not known, or padding on the right.
+    """
+    own = set(inspect.signature(model.generate).parameters) - {"inputs", "kwargs"}
+    for_config = {k: v for k, v in kwargs.items() if k not in own and k not in _LOOP_ONLY}
+    for_config.pop("past_key_values", None)
+    generation, model_kwargs = model._prepare_generation_config(
+        kwargs.get("generation_config"), **for_config
+    )
+    _refuse(kwargs, generation)
+    _check_names(model, model_kwargs)
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and bool((mask[:, -1:] == 0).any()):
+        raise InputError(
+            "The prompt is padded on the right",
+            asked="attention_mask that ends in 0",
+            there="decoding goes on at the right end",
+            change='Set tokenizer.padding_side = "left".',
+        )
+    return generation, model_kwargs
 
 
 def _refuse(kwargs: dict[str, Any], generation: Any) -> None:
@@ -216,12 +240,12 @@ def reuse(cache: OffloadCache, ids: Tensor) -> None:
         )
     else:
         logger.warning(
-            "Which %d tokens the cache holds is not known (it was used outside Runtime.generate, or with beams): "
-            "they are taken for the first ones of this prompt.",
+            "Which %d tokens the cache holds is not known (it was filled without token ids): they are taken for "
+            "the first ones of this prompt.",
             past,
         )
     if keep < past:
-        if not cache.can_go_back():
+        if not cache.can_go_back(past - keep):
             raise InputError(
                 "The prompt does not begin with the tokens of the cache, whose recurrent states or "
                 "sliding windows cannot go back",
@@ -231,54 +255,6 @@ def reuse(cache: OffloadCache, ids: Tensor) -> None:
             )
         logger.info("The prompt shares %d of %d cached tokens; the rest is read anew.", keep, past)
         cache.crop(keep - past)
-
-
-class FedTokens:
-    """The token ids of every forward pass over one cache, in order."""
-
-    def __init__(self, model: Any, cache: OffloadCache) -> None:
-        """Listens to a model until `stop`.
-
-        Args:
-            model: The transformers model.
-            cache: Passes over other caches (an unconditional pass of guidance, say) do not count.
-        """
-        self.steps: list[Tensor] = []
-        self._cache = cache
-        self._hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if kwargs.get("past_key_values") is self._cache and ids is not None:
-            self.steps.append(ids)
-
-    def stop(self) -> None:
-        """Ends listening."""
-        self._hook.remove()
-
-    def remember(self, ids: Tensor, past: int) -> None:
-        """Notes in the cache what it holds after an interrupted call, so that the next one can check its prompt.
-
-        Args:
-            ids: The prompt [B, N] of the call.
-            past: Tokens that the cache held before it.
-        """
-        cache, length = self._cache, self._cache.get_seq_length()
-        if {len(step) for step in self.steps} == {len(ids)}:
-            known = torch.cat([ids[:, :past], *self.steps], dim=1)
-            # The last pass was taken in, or it was not.
-            if known.shape[1] - length in (0, self.steps[-1].shape[1]):
-                cache.token_ids = known[:, :length].cpu()
-                return
-        # Beams were reordered or drafts rejected: only the prompt is known.
-        if length > ids.shape[1]:
-            if not cache.can_go_back():
-                cache.close("an exception interrupted it, and which tokens it holds is not known")
-                return
-            cache.crop(ids.shape[1] - length)
-            length = ids.shape[1]
-        copies = cache.layer_stores[0].batch // len(ids) if cache.layer_stores else 1
-        cache.token_ids = ids[:, :length].repeat_interleave(copies, dim=0).cpu()
 
 
 @contextmanager
@@ -301,7 +277,8 @@ def first_forward_skips_cached(model: Any, cache: OffloadCache) -> Iterator[None
             kwargs["input_ids"] = ids[:, past:]
         return args, kwargs
 
-    hook = model.register_forward_pre_hook(cut, with_kwargs=True)
+    # First, so that whoever listens to the tokens of a pass hears of those that it really feeds.
+    hook = model.register_forward_pre_hook(cut, with_kwargs=True, prepend=True)
     try:
         yield
     finally:

@@ -29,7 +29,13 @@ from offload.model import (
     text_config,
 )
 from offload.prefill import Progress, prefill, progress_bar
-from offload.prompt import FedTokens, Prompt, first_forward_skips_cached, read_prompt, reuse
+from offload.prompt import (
+    Prompt,
+    check_arguments,
+    first_forward_skips_cached,
+    read_prompt,
+    reuse,
+)
 from offload.report import Report
 from offload.scheduler.layout import AUTO_CHUNK, Layout, budget_for
 from offload.tiers.pinned import HostRegion, commit_regions
@@ -141,6 +147,14 @@ class Runtime:
         self.budgets.lay_out(self.budgets.demand(batch=1, tokens=None))
         self.budgets.cap_allocator()
 
+        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            """Tells a cache of ours which tokens a pass over it feeds, whoever calls the model."""
+            cache = kwargs.get("past_key_values")
+            if isinstance(cache, OffloadCache) and cache in caches:
+                cache.note(kwargs.get("input_ids", args[0] if args else None))
+
+        self._hook = model.register_forward_pre_hook(note, with_kwargs=True)
+
     # What users call.
 
     def generate(
@@ -181,18 +195,17 @@ class Runtime:
                 prompt_tokens=prompt.input_ids.shape[1], tokens=prompt.final_length
             )
         else:
+            self._check_batch(cache, prompt)
             reuse(cache, prompt.input_ids)
-        fed, past = FedTokens(self.model, cache), cache.get_seq_length()
         try:
-            return self._run(prompt, cache, on_progress, kwargs, keep=given is not None)
+            return self._run(prompt, cache, on_progress, kwargs)
         except BaseException:
             if given is not None:
                 cache.settle()
                 if cache.is_open:
-                    fed.remember(prompt.input_ids, past)
+                    cache.stop_recording()
             raise
         finally:
-            fed.stop()
             if given is None and not _is_returned(kwargs, prompt.generation):
                 self._note_tiers(cache)
                 cache.close("its generate call is over")
@@ -249,16 +262,19 @@ class Runtime:
         if not self._attached:
             return
         self._attached = False
-        for cache in list(self._caches):
-            cache.close("its runtime was detached")
-        self._streams.synchronize()
-        self._free_regions.clear()
-        for region in self._regions:
-            region.close()
-        self._regions.clear()
-        restore_attention(self.model, self._before)
-        delattr(self.model, _ATTACHED)
-        self.budgets.uncap_allocator()
+        try:
+            for cache in list(self._caches):
+                cache.close("its runtime was detached")
+            self._streams.synchronize()
+            self._free_regions.clear()
+            for region in self._regions:
+                region.close()
+            self._regions.clear()
+        finally:  # also after a CUDA error: the model is given back whatever happened to its memory
+            self._hook.remove()
+            restore_attention(self.model, self._before)
+            delattr(self.model, _ATTACHED)
+            self.budgets.uncap_allocator()
 
     def __enter__(self) -> Runtime:
         return self
@@ -296,8 +312,8 @@ class Runtime:
         taken: list[tuple[int, HostRegion]] = []
         readers: list[HostReader] = []
 
-        def build(cache: OffloadCache, sequences: int, copies: int) -> list[LayerStore]:
-            for other in self._caches:
+        def build(sequences: int, copies: int) -> tuple[Layout, list[LayerStore]]:
+            for other in list(self._caches):
                 for store in other.layer_stores:
                     store.drop_resident()  # copies that an idle cache does without
             if self._streams.on:
@@ -305,10 +321,8 @@ class Runtime:
             demand = self.budgets.demand(
                 batch=sequences * copies, tokens=tokens, copies=copies, prompt=prompt_tokens
             )
-            idle = sum(r.committed for regions in self._free_regions.values() for r in regions)
+            idle = sum(r.committed for free in list(self._free_regions.values()) for r in free)
             layout = self.budgets.lay_out(demand, idle_host=idle)
-            cache.layout = layout
-            self._current = weakref.ref(cache)
             auto = isinstance(self.config.prefill.chunk, str) and self.shape.fed_whole is None
             if auto and layout.chunk < min(AUTO_CHUNK, tokens or AUTO_CHUNK):
                 note = (
@@ -325,19 +339,25 @@ class Runtime:
                 batch=sequences * copies,
             )
             pages = LayerStore.initial_pages(limits, sequences)
-            for row in self.shape.rows:
-                page_bytes = limits.page * row.token_bytes
-                taken.append((page_bytes, self._take_region(page_bytes)))
-            commit_regions([(region, pages * page_bytes) for page_bytes, region in taken])
-            stores = [
-                LayerStore(
-                    row, limits, batch=sequences, region=region, reader=reader, writer=writer
-                )
-                for row, (_, region) in zip(self.shape.rows, taken, strict=True)
-            ]
+            try:
+                for row in self.shape.rows:
+                    page_bytes = limits.page * row.token_bytes
+                    taken.append((page_bytes, self._take_region(page_bytes)))
+                grow = [(region, pages * page_bytes) for page_bytes, region in taken]
+                self._make_host_room(sum(max(0, size - region.committed) for region, size in grow))
+                commit_regions(grow)
+                stores = [
+                    LayerStore(
+                        row, limits, batch=sequences, region=region, reader=reader, writer=writer
+                    )
+                    for row, (_, region) in zip(self.shape.rows, taken, strict=True)
+                ]
+            except BaseException:
+                give_back()
+                raise
             reader.reset(list(stores))
             readers.append(reader)
-            return stores
+            return layout, stores
 
         def settle() -> None:
             for reader in readers:
@@ -368,12 +388,24 @@ class Runtime:
     def _take_region(self, page_bytes: int) -> HostRegion:
         free = self._free_regions.get(page_bytes)
         if free:
+            free.sort(key=lambda region: region.committed)
             return free.pop()
         region = HostRegion(
             page_bytes, self._reserve, self.shape.device, self.budgets.pins, self.budgets.host
         )
         self._regions.append(region)
         return region
+
+    def _make_host_room(self, nbytes: int) -> None:
+        """Closes idle regions where the host budget has no room beside them."""
+        room = self.budgets.host.room()
+        if room is None or room >= nbytes:
+            return
+        for free in list(self._free_regions.values()):
+            while free:
+                region = free.pop()
+                region.close()
+                self._regions.remove(region)
 
     # One call of generate.
 
@@ -393,6 +425,19 @@ class Runtime:
                 change="Call model.eval() first.",
             )
 
+    def _check_batch(self, cache: OffloadCache, prompt: Prompt) -> None:
+        """Raises CacheError unless a used cache has room for the sequences of a prompt."""
+        if not cache.layer_stores:
+            return
+        rows, store = prompt.input_ids.shape[0], cache.layer_stores[0]
+        if rows != store.batch or rows * prompt.copies > store.limits.batch:
+            raise CacheError(
+                "The cache holds another number of sequences, or has no room for so many beams",
+                asked=f"{rows} x {prompt.copies}",
+                there=f"{store.batch}, laid out for {store.limits.batch}",
+                change="Make a new cache: runtime.new_cache().",
+            )
+
     def _own(self, cache: OffloadCache) -> OffloadCache:
         if cache not in self._caches:
             raise CacheError(
@@ -409,15 +454,12 @@ class Runtime:
         cache: OffloadCache,
         on_progress: Callable[[Progress], None] | None,
         kwargs: dict[str, Any],
-        *,
-        keep: bool,
     ) -> Any:
         cache.start(prompt.input_ids.shape[0], prompt.copies)
         assert cache.layout is not None
         self._current = weakref.ref(cache)
         last = self._last
         last.prompt_tokens, last.reused_tokens = prompt.input_ids.shape[1], cache.get_seq_length()
-        cache.token_ids = None  # until the run has ended well
         trace = self.config.trace
         total = prompt.input_ids.shape[1]
         with (
@@ -445,23 +487,23 @@ class Runtime:
             )
             if prompt.copies > 1:
                 cache.batch_repeat_interleave(prompt.copies)
-            self._keep_pages_resident(cache)
+            lookup = prompt.generation.prompt_lookup_num_tokens
+            assisted = bool(lookup) or kwargs.get("assistant_model") is not None
+            if not assisted:  # its steps of many tokens need their logits' memory
+                self._keep_pages_resident(cache)
         last.prefill_s = done.seconds
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
         call = dict(kwargs)
         call.pop("input_ids", None)
-        lookup = prompt.generation.prompt_lookup_num_tokens
-        assisted = bool(lookup) or kwargs.get("assistant_model") is not None
         with first_forward_skips_cached(self.model, cache) if assisted else nullcontext():
             result = self.model.generate(prompt.input_ids, past_key_values=cache, **call)
+        cache.stop_recording()
         sequences = result if isinstance(result, Tensor) else result.sequences
         if self._streams.on:
             torch.cuda.synchronize(self.shape.device)
         last.decode_s = time.perf_counter() - began
         last.decode_h2d_bytes = self._counters.h2d_bytes - h2d
         last.new_tokens = sequences.shape[1] - total
-        if keep and (prompt.generation.num_beams or 1) == 1:
-            cache.token_ids = sequences[:, : cache.get_seq_length()].cpu()
         self._note_tiers(cache)
         return result
 
@@ -496,6 +538,7 @@ class Runtime:
             "not know.",
             what,
         )
+        check_arguments(self.model, kwargs)
         own = cache if cache is not None else self.new_cache()
         try:
             return self.model.generate(inputs, past_key_values=own, **kwargs)

@@ -278,6 +278,60 @@ def test_host_memory_that_is_not_there_is_refused_before_it_is_taken(
         runtime.generate(prompts(1, N), **CALL)
 
 
+def test_memory_that_runs_out_while_a_cache_is_built_leaves_it_usable(
+    model: Any, runtime: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload.tiers.store import LayerStore
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    cache = runtime.new_cache()
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStore, "__init__", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            runtime.generate(prompts(1, N), past_key_values=cache, **CALL)
+    got = runtime.generate(prompts(1, N), past_key_values=cache, **CALL)
+    assert torch.equal(got, model.generate(prompts(1, N), **CALL))
+
+
+def test_idle_host_memory_makes_room_for_a_larger_run(model: Any) -> None:
+    with offload.attach(model, cpu_memory="400KiB", **SETTINGS) as runtime:
+        caches = [runtime.new_cache() for _ in range(2)]
+        for cache in caches:
+            runtime.generate(prompts(1, 400), past_key_values=cache, **CALL)
+        for cache in caches:
+            cache.close()
+        runtime.generate(prompts(1, 780), **CALL)  # 704 tokens of 512 bytes on the host
+        assert runtime.budgets.host.held <= 400 * 1024
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon_h1"])
+def test_more_beams_than_a_cache_has_room_for_are_refused_before_anything_happens(
+    name: str,
+) -> None:
+    model: Any = FAMILIES[name].build()
+    ids = prompts(1, N)
+    with offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        answer = runtime.generate(ids, past_key_values=cache, **CALL)
+        talk = torch.cat([answer, prompts(1, 20, seed=1)], dim=1)
+        seen: dict[str, Any] = {"input_ids": talk, "attention_mask": torch.ones_like(talk)}
+        with pytest.raises(CacheError, match="room"):
+            runtime.generate(**seen, past_key_values=cache, num_beams=3, **CALL)
+        got = runtime.generate(**seen, past_key_values=cache, **CALL)
+    assert torch.equal(got, model.generate(**seen, **CALL))
+
+
+def test_a_cache_has_one_owner_and_cannot_be_copied(runtime: Any) -> None:
+    import copy
+
+    cache = runtime.new_cache()
+    for make in (copy.copy, copy.deepcopy):
+        with pytest.raises(CacheError, match="cannot be copied"):
+            make(cache)
+
+
 class Interrupted(Exception):
     """Raised by the tests in the middle of things."""
 

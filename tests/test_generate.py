@@ -116,9 +116,10 @@ def test_beams_of_a_generation_config_count_too(model: Any) -> None:
     with attached(model) as runtime:
         cache = runtime.new_cache()
         got = runtime.generate(prompts(1, N), generation_config=config, past_key_values=cache)
-        assert (
-            cache.token_ids is None
-        )  # the beams were reordered: which tokens it holds is not known
+        known = cache.token_ids
+        assert known is not None
+        assert known.shape == (3, N + 9)
+        assert any(torch.equal(beam, got[0, : N + 9]) for beam in known)
     assert torch.equal(got, want)
 
 
@@ -196,6 +197,46 @@ def test_what_a_cache_holds_is_known_after_it_was_used_directly() -> None:
         got = runtime.generate(talk, past_key_values=cache, **call)
         assert runtime.report().reused_tokens == N + 9 - 200
     assert torch.equal(got, model.generate(talk, **call))
+
+
+def test_lookup_on_a_kept_cache_leaves_no_window_growing(model: Any) -> None:
+    ids = prompts(1, N)
+    call: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        answer = runtime.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **call)
+        talk = torch.cat([answer, prompts(1, 200, seed=2)], dim=1)
+        seen: dict[str, Any] = {"input_ids": talk, "attention_mask": torch.ones_like(talk)}
+        got = runtime.generate(**seen, past_key_values=cache, **call)
+        for layer in cache.layers:
+            window = getattr(layer, "sliding_window", None)
+            assert window is None or layer.keys.shape[-2] < window
+    assert torch.equal(got, model.generate(**seen, **call))
+
+
+def test_a_history_changed_after_stock_use_is_noticed() -> None:
+    model: Any = FAMILIES["llama"].build()
+    first = prompts(1, N)
+    changed = first.clone()
+    changed[0, 100:] = prompts(1, N - 100, seed=5)[0]
+    call: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        model.generate(first, past_key_values=cache, **call)
+        longer = torch.cat([changed, prompts(1, 50, seed=6)], dim=1)
+        got = runtime.generate(longer, past_key_values=cache, **call)
+        common = int((first == changed)[0].int().cumprod(0).sum())
+        assert runtime.report().reused_tokens == common
+    assert torch.equal(got, model.generate(longer, **call))
+
+
+def test_a_cache_used_with_gradients_keeps_no_graph() -> None:
+    model: Any = FAMILIES["llama"].build()
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        model(input_ids=prompts(1, 200), past_key_values=cache)
+        assert not any(store._window.requires_grad for store in cache.layer_stores)
+        assert torch.equal(cache.token_ids, prompts(1, 200))
 
 
 def test_prompt_lookup_and_an_assistant_change_no_token(model: Any) -> None:

@@ -264,6 +264,7 @@ class LayerStore:
             [B, Q, H_q, D_v], contiguous, in the dtype of `query`.
         """
         self.busy = True
+        key, value = key.detach(), value.detach()  # what is kept must not keep a graph
         n_new = query.shape[2]
         if n_new > self.limits.page:
             self.drop_resident()  # a prefill: its activations need the memory
