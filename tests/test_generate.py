@@ -236,6 +236,7 @@ def test_a_cache_used_with_gradients_keeps_no_graph() -> None:
         cache = runtime.new_cache()
         model(input_ids=prompts(1, 200), past_key_values=cache)
         assert not any(store._window.requires_grad for store in cache.layer_stores)
+        assert cache.token_ids is not None
         assert torch.equal(cache.token_ids, prompts(1, 200))
 
 
