@@ -383,6 +383,7 @@ class Runtime:
             modules=self.shape.modules,
         )
         self._caches.add(cache)
+        self._current = weakref.ref(cache)
         return cache
 
     def _take_region(self, page_bytes: int) -> HostRegion:

@@ -328,7 +328,8 @@ def test_stock_generate_takes_our_cache(model: Any) -> None:
     with attached(model) as runtime:
         cache = runtime.new_cache()
         got = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=cache)
-        assert all(store.host_tokens > 200 for store in cache.stores)  # type: ignore[attr-defined]
+        assert all(store.host_tokens > 200 for store in cache.layer_stores)
+        assert runtime.report().tokens_on_host > 200
         plain = model.generate(ids, max_new_tokens=20, do_sample=False)  # and none at all
     assert torch.equal(got, want)
     assert torch.equal(plain, want)
