@@ -113,8 +113,10 @@ def attend(
     backend = backend_for(
         query, key, value, masked=mask is not None or bias is not None, softcap=softcap
     )
-    # Every stock kernel but flash aligns a causal mask to the first key; ours is aligned to the last one.
-    if causal and n_queries != n_keys and backend in (Backend.EFFICIENT, Backend.CPU):
+    # Every stock kernel but flash aligns a causal mask to the first key; ours is aligned to the last one. And which
+    # queries see no key at all must be known: stock kernels leave NaN or a log-sum-exp of 0 there.
+    apart = n_queries != n_keys or mask is not None or bias is not None
+    if causal and apart and backend in (Backend.EFFICIENT, Backend.CPU):
         seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device)
         seen = seen.tril(n_keys - n_queries)
         mask = seen if mask is None else mask & seen
@@ -146,11 +148,11 @@ def _additive(mask: Tensor | None, bias: Tensor | None, like: Tensor, n_keys: in
     return padded if mask is None else padded.masked_fill_(~mask, -torch.inf)
 
 
-def _without_dead_queries(part: Part, mask: Tensor | None) -> Part:
-    """Gives queries that see no key zeros and -inf: stock kernels leave NaN or an lse of 0 there."""
-    if mask is None:
+def _without_dead_queries(part: Part, additive: Tensor | None) -> Part:
+    """Gives queries that see no key zeros and -inf."""
+    if additive is None:
         return part
-    dead = ~mask.any(dim=-1).expand(part.lse.shape)
+    dead = additive.isneginf().all(dim=-1).expand(part.lse.shape)
     return Part(
         part.out.masked_fill(dead.unsqueeze(-1), 0.0), part.lse.masked_fill(dead, -torch.inf)
     )
@@ -177,6 +179,7 @@ def _attend_efficient(
         mask = None if mask is None else _as_4d(mask)
         bias = None if bias is None else _as_4d(bias)
         additive = _additive(mask, bias, query, n_keys)
+    whole = additive
     one_row = additive is None or (additive.shape[1] == 1 and additive.shape[2] == 1)
     # The kernel knows no GQA. Where every query of a group sees the same keys, the group's queries are more
     # queries of the KV head; else the heads are repeated (only the chunk's own keys take that way).
@@ -195,7 +198,7 @@ def _attend_efficient(
     part = Part(
         out.reshape(batch, n_heads, n_queries, head_size), lse.reshape(batch, n_heads, n_queries)
     )
-    return _without_dead_queries(part, mask)
+    return _without_dead_queries(part, whole)
 
 
 def _attend_cpu(
@@ -216,7 +219,7 @@ def _attend_cpu(
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=additive, scale=scale
     )
-    return _without_dead_queries(Part(out, lse), mask)
+    return _without_dead_queries(Part(out, lse), additive)
 
 
 def _attend_blocked(

@@ -114,7 +114,7 @@ def _number(path: Path) -> int | None:
 
 def _inactive_file(path: Path) -> int:
     try:
-        lines = path.read_text().splitlines()
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
     except OSError:
         return 0
     names = ("inactive_file", "total_inactive_file")

@@ -97,7 +97,9 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
     """Divides a run between the tiers so that both budgets hold.
 
     Everything stays on the device if it fits. Otherwise the window takes what weights, workspace and buffers
-    leave; the chunk (where it is free) shrinks until a window of at least four blocks fits.
+    leave; the chunk (where it is free) shrinks until a window of at least four blocks fits. So a little more budget
+    can mean a larger chunk and a smaller window: a prefill in small chunks reads the weights and the host pages more
+    often than the window saves.
 
     Args:
         demand: What is asked.

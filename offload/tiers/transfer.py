@@ -260,14 +260,21 @@ class HostReader:
 
     def _top_up(self) -> None:
         while self._free and self._last is not None:
-            following = self._after(self._last)
-            if following is None:
-                return
+            # What was read to its end goes on with the next layer, also where pages have been added behind it.
+            ended = not self._staged and not self._last.pages.busy
+            following = self._after(self._last, ended=ended)
+            if following is None or any(chunk == following for chunk, _ in self._staged):
+                return  # not known yet, or the pass after the next one
             self._issue(following)
 
-    def _after(self, chunk: Chunk) -> Chunk | None:
-        """The chunk that is read after this one, if that is known already."""
-        same = self.plan(chunk.pages)
+    def _after(self, chunk: Chunk, *, ended: bool) -> Chunk | None:
+        """The chunk that is read after this one, if that is known already.
+
+        Args:
+            chunk: Staged, or read.
+            ended: Its layer's step is over.
+        """
+        same = [] if ended else self.plan(chunk.pages)
         for candidate in same:
             if candidate.start >= chunk.stop:
                 return candidate

@@ -73,6 +73,27 @@ def test_a_mask_and_causality_hold_together(card: AttendCard, device: str) -> No
 
 
 @ON
+@pytest.mark.parametrize("length", [2, 5, 17, 64])
+def test_a_query_whose_visible_keys_are_all_padding_is_empty(device: str, length: int) -> None:
+    card = AttendCard(queries=length, keys=length)
+    mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
+    mask[..., 0] = False  # left padding of one token: the first query sees nothing
+    check(card, device, torch.float32, causal=True, mask=mask)
+    query, key, value = card.inputs(device, torch.float32)
+    part = attend(query, key, value, scale=0.125, causal=True, mask=mask)
+    assert bool(part.lse[..., 0].isneginf().all())
+
+
+@ON
+def test_a_bias_may_leave_a_query_without_keys(device: str) -> None:
+    query, key, value = ATTEND[0].inputs(device, torch.float32)
+    bias = torch.full((1, 1, 1, key.shape[2]), -torch.inf, device=device)
+    part = attend(query, key, value, scale=0.125, bias=bias)
+    assert bool(part.lse.isneginf().all())
+    assert bool((part.out == 0).all())
+
+
+@ON
 @CARDS
 def test_a_bias_is_added_to_the_logits(card: AttendCard, device: str) -> None:
     bias = torch.arange(card.keys, device=device).float().mul(0.01).view(1, 1, 1, -1)

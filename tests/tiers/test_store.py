@@ -196,6 +196,14 @@ def test_every_host_byte_crosses_once_a_step(device: str) -> None:
     assert rig.counters.discarded_bytes == 0
 
 
+def test_a_layer_alone_prefetches_its_first_pages_and_not_the_evicted_one() -> None:
+    rig = Rig("cpu", batch=1, layers=1, sinks=0, window=1, staging_pages=8, host_tokens=512)
+    rig.step(64)
+    for _ in range(64):
+        rig.step(1)
+    assert rig.counters.discarded_bytes == 0
+
+
 def test_pages_that_all_sequences_share_cross_once_for_all() -> None:
     rig = Rig("cpu", batch=1, layers=2, seed=2)
     rig.step(200)
