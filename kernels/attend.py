@@ -113,9 +113,10 @@ def attend(
     backend = backend_for(
         query, key, value, masked=mask is not None or bias is not None, softcap=softcap
     )
-    # Every stock kernel but flash aligns a causal mask to the first key; ours is aligned to the last one. And which
-    # queries see no key at all must be known: stock kernels leave NaN or a log-sum-exp of 0 there.
-    apart = n_queries != n_keys or mask is not None or bias is not None
+    # Every stock kernel but flash aligns a causal mask to the first key; ours is aligned to the last one. A mask of keys
+    # alone goes beside a square causal one, which then needs no queries times keys of memory.
+    rows = [t.shape[-2] for t in (mask, bias) if t is not None and t.dim() > 1]
+    apart = n_queries != n_keys or any(n > 1 for n in rows)
     if causal and apart and backend in (Backend.EFFICIENT, Backend.CPU):
         seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device)
         seen = seen.tril(n_keys - n_queries)
@@ -148,11 +149,20 @@ def _additive(mask: Tensor | None, bias: Tensor | None, like: Tensor, n_keys: in
     return padded if mask is None else padded.masked_fill_(~mask, -torch.inf)
 
 
-def _without_dead_queries(part: Part, additive: Tensor | None) -> Part:
-    """Gives queries that see no key zeros and -inf."""
+def _without_dead_queries(part: Part, additive: Tensor | None, *, causal: bool) -> Part:
+    """Gives queries that see no key zeros and -inf: stock kernels leave NaN or an lse of 0 there.
+
+    Args:
+        part: Of a stock kernel.
+        additive: Mask and bias, [..., Q or 1, N].
+        causal: The kernel was causal as well; then Q = N, and `additive` has one row.
+    """
     if additive is None:
         return part
-    dead = additive.isneginf().all(dim=-1).expand(part.lse.shape)
+    visible = ~additive.isneginf()
+    # A causal query i sees keys up to i.
+    seen = visible.cumsum(dim=-1).squeeze(-2) > 0 if causal else visible.any(dim=-1)
+    dead = ~seen.expand(part.lse.shape)
     return Part(
         part.out.masked_fill(dead.unsqueeze(-1), 0.0), part.lse.masked_fill(dead, -torch.inf)
     )
@@ -198,7 +208,7 @@ def _attend_efficient(
     part = Part(
         out.reshape(batch, n_heads, n_queries, head_size), lse.reshape(batch, n_heads, n_queries)
     )
-    return _without_dead_queries(part, whole)
+    return _without_dead_queries(part, whole, causal=causal)
 
 
 def _attend_cpu(
@@ -215,11 +225,16 @@ def _attend_cpu(
     if mask is not None or bias is not None:
         mask = None if mask is None else _as_4d(mask)
         additive = _additive(mask, None if bias is None else _as_4d(bias), query, key.shape[2])
-        additive = additive.expand(batch, -1, n_queries, -1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=additive, scale=scale
+        query,
+        key,
+        value,
+        0.0,
+        causal,
+        attn_mask=None if additive is None else additive.expand(batch, -1, n_queries, -1),
+        scale=scale,
     )
-    return _without_dead_queries(Part(out, lse), additive)
+    return _without_dead_queries(Part(out, lse), additive, causal=causal)
 
 
 def _attend_blocked(
