@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from offload.attention import forget_pending, hand_over
-from offload.errors import CacheError, InputError, OffloadError
+from offload.errors import CacheError, InputError
 from offload.scheduler.layout import Layout
 from offload.tiers.store import LayerStore
 
@@ -471,7 +471,9 @@ class OffloadCache(Cache):
         """Lets stock layers forget again what lies behind their windows. (Assisted decoding leaves them recording.)"""
         for layer in self.layers:
             if getattr(layer, "record_past", False):
-                layer.crop(0)
+                states = [getattr(layer, "keys", None), *getattr(layer, "conv_states", {}).values()]
+                if any(state is not None for state in states):
+                    layer.crop(0)
                 layer.record_past = False
 
     def settle(self) -> None:
@@ -487,7 +489,7 @@ class OffloadCache(Cache):
             for layer in self._offloaded:
                 layer.settle()
             reason = self._unsettled()
-        except (OffloadError, RuntimeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, no cache may stay half changed
             reason = f"an exception interrupted it and it could not be mended ({error})"
         if reason is not None:
             self.close(reason)
@@ -506,7 +508,8 @@ class OffloadCache(Cache):
         if not self.can_go_back(max(lengths) - min(lengths)):
             return "an exception left it in the middle of a step, and its states cannot go back"
         for layer, length in zip(attending, lengths, strict=True):
-            layer.crop(min(lengths) - length)
+            if length > min(lengths):  # stock layers without tokens cannot even crop none
+                layer.crop(min(lengths) - length)
         return None
 
     def close(self, reason: str = "it was closed") -> None:
