@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -298,26 +298,20 @@ def examine(model: Any) -> ModelShape:
         (p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu")
     )
 
-    def run(n_tokens: int) -> tuple[list[_RecordingStore], OffloadCache, int]:
-        recorders = [_RecordingStore() for _ in offloaded]
-        cache = OffloadCache(
-            stock_layers(config), offloaded, lambda sequences, copies: (None, recorders)
+    def run(n_tokens: int) -> _Pass:
+        return _recorded_pass(
+            model,
+            stock_layers(config),
+            offloaded,
+            n_tokens,
+            device=device,
+            keeps_logits=keeps_logits,
         )
-        ids = torch.zeros((1, n_tokens), dtype=torch.long, device=device)
-        keep = {"logits_to_keep": 1} if keeps_logits else {}
-        on_card = device.type == "cuda"
-        if on_card:
-            torch.cuda.reset_peak_memory_stats(device)
-        base = torch.cuda.memory_allocated(device) if on_card else 0
-        with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
-        peak = torch.cuda.max_memory_allocated(device) - base if on_card else 0
-        return recorders, cache, peak
 
     few, many = _examined_lengths(max_positions)
     try:
         run(few)  # lazily allocated workspaces (cuBLAS, bitsandbytes) are not the pass's own
-        _, _, small_peak = run(few)
+        small_peak = run(few).peak
         recorders, cache, large_peak = run(many)
     except OffloadError as error:
         raise UnsupportedModelError(
@@ -339,11 +333,7 @@ def examine(model: Any) -> ModelShape:
     fixed = max(0, small_peak - few * per_token)
     if device.type != "cuda":
         per_token, fixed = _estimated_workspace(config, rows), 0
-    # Attention in parts holds the float32 sum and one part beside the output: not seen by the passes above.
-    widest = max(
-        (store.query_heads * (store.shape.value_dim if store.shape else 0) for store in recorders),
-        default=0,
-    )
+    per_token += _parts_bytes(recorders, rows)
     return ModelShape(
         model_type=model_type,
         offloaded=offloaded,
@@ -353,21 +343,64 @@ def examine(model: Any) -> ModelShape:
         max_positions=max_positions,
         weights=weight_bytes(model, device),
         workspace=fixed,
-        workspace_per_token=per_token + widest * 8 + max((r.token_bytes for r in rows), default=0),
+        workspace_per_token=per_token,
         keeps_logits=keeps_logits,
         fed_whole=FED_WHOLE.get(model_type),
         windows=_windows(cache),
         state_bytes=_state_bytes(cache),
-        longest=min(
-            (
-                layers[index].sliding_window
-                for index in offloaded
-                if getattr(layers[index], "sliding_window", None) is not None
-            ),
-            default=None,
-        ),
+        longest=_longest(layers, offloaded),
         vocabulary=int(getattr(config, "vocab_size", 0) or 0),
     )
+
+
+def _longest(layers: list[Any], offloaded: tuple[int, ...]) -> int | None:
+    """The shortest sliding window among the layers that are taken for full attention."""
+    windows = [getattr(layers[index], "sliding_window", None) for index in offloaded]
+    return min((window for window in windows if window is not None), default=None)
+
+
+def _parts_bytes(recorders: list[_RecordingStore], rows: tuple[RowShape, ...]) -> int:
+    """Bytes per token of attention in parts, which the recorded passes do not show.
+
+    The float32 sum and one part beside the output, and the new tokens packed as rows.
+    """
+    widest = max(
+        (store.query_heads * (store.shape.value_dim if store.shape else 0) for store in recorders),
+        default=0,
+    )
+    return widest * 8 + max((row.token_bytes for row in rows), default=0)
+
+
+class _Pass(NamedTuple):
+    """What a recorded forward pass showed."""
+
+    recorders: list[_RecordingStore]
+    cache: OffloadCache
+    peak: int  # device bytes beyond those held before
+
+
+def _recorded_pass(
+    model: Any,
+    layers: list[Any],
+    offloaded: tuple[int, ...],
+    n_tokens: int,
+    *,
+    device: torch.device,
+    keeps_logits: bool,
+) -> _Pass:
+    """Feeds n tokens through a cache whose full-attention layers only record."""
+    recorders = [_RecordingStore() for _ in offloaded]
+    cache = OffloadCache(layers, offloaded, lambda sequences, copies: (None, recorders))
+    ids = torch.zeros((1, n_tokens), dtype=torch.long, device=device)
+    keep = {"logits_to_keep": 1} if keeps_logits else {}
+    on_card = device.type == "cuda"
+    if on_card:
+        torch.cuda.reset_peak_memory_stats(device)
+    base = torch.cuda.memory_allocated(device) if on_card else 0
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+    peak = torch.cuda.max_memory_allocated(device) - base if on_card else 0
+    return _Pass(recorders, cache, peak)
 
 
 def _examined_lengths(max_positions: int | None) -> tuple[int, int]:
