@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Two pytest-xdist workers on two cores: more threads each would only wait for one another. Before
 # torch, FAISS and Numba are imported, since each reads these once.
@@ -19,6 +20,13 @@ HAS_CUDA = torch.cuda.is_available()
 # Before the kernels are imported: Triton decides at decoration whether a kernel is compiled.
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# The same examples in every run, and no limit on the time of one: a loaded machine must not turn a test red.
+settings.register_profile(
+    "house", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
