@@ -326,6 +326,7 @@ class OffloadCache(Cache):
         self._closed: str | None = None
         self.layout: Layout | None = None  # of the stores
         self._fed: list[Tensor] | None = []  # token ids of every pass, [B, Q] each; None: not known
+        self._in_pass = False  # a forward pass began and has not ended: layers may differ
         mine: list[Any] = list(layers)
         known_modules = modules or [None] * len(offloaded)
         for at, (index, module) in enumerate(zip(offloaded, known_modules, strict=True)):
@@ -387,20 +388,55 @@ class OffloadCache(Cache):
 
     # Which tokens are held. What changes the sequences changes what is known of them.
 
-    def note(self, ids: Tensor | None) -> None:
-        """Notes the token ids of a forward pass over this cache that begins; None if it has none."""
-        if ids is None or ids.dim() != 2:
+    def begin_pass(self, ids: Tensor | None, mask: Any) -> None:
+        """Told of every forward pass over this cache before it begins.
+
+        Args:
+            ids: Its token ids [B, Q], or None if it has none.
+            mask: Its attention mask, [B, past + Q] where it is one of padding.
+
+        Raises:
+            CacheError: The pass before was interrupted and nobody said so (a stock `generate`). Whoever calls
+                has counted tokens that some layers do not hold.
+        """
+        if self._in_pass:
+            length = self.get_seq_length()
+            self.settle()
+            if self.is_open and self.get_seq_length() != length:
+                raise CacheError(
+                    "An exception had left this cache in the middle of a step; it is mended now",
+                    asked=f"tokens behind {length:,}",
+                    there=f"{self.get_seq_length():,} tokens",
+                    change="Call again: it goes on from there.",
+                )
+        self.require_open()
+        self._in_pass = True
+        if ids is None or ids.dim() != 2 or not _is_of_padding(mask, ids):
             self._fed = None
         elif self._fed is not None:
-            self._fed.append(ids.detach())
+            self._fed.append(unpadded(ids.detach(), mask))
+
+    def end_pass(self) -> None:
+        """Told of every forward pass that ended without an exception."""
+        self._in_pass = False
 
     @property
     def token_ids(self) -> Tensor | None:
-        """The tokens that the cache holds, [B, length] on the CPU, or None if that is not known."""
+        """The tokens that the cache holds, [B, length] on the CPU, -1 for padding; None if not known."""
         known, length = self._known(), self.get_seq_length()
         if known is None or known.shape[1] < length:
             return None
         return known[:, :length].cpu()  # the last pass may not have been taken in
+
+    def relabel(self, ids: Tensor) -> None:
+        """Takes over from a prompt which of the tokens held are padding.
+
+        Args:
+            ids: [B, length], the tokens held, -1 for padding.
+        """
+        known = self._known()
+        if known is not None:
+            self._fed = [ids.to(known.device)]
 
     def _known(self) -> Tensor | None:
         if not self._fed:
@@ -427,8 +463,14 @@ class OffloadCache(Cache):
 
     def reset(self) -> None:
         """Forgets all tokens."""
+        self.require_open()
+        for layer in self.layers:
+            # Stock windows keep zeros as if they were tokens (transformers 5.17).
+            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         super().reset()  # type: ignore[no-untyped-call]
-        self._fed = []
+        self._fed, self._in_pass = [], False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes sequence i the former sequence beam_idx[i]."""
@@ -489,6 +531,7 @@ class OffloadCache(Cache):
             for layer in self._offloaded:
                 layer.settle()
             reason = self._unsettled()
+            self._in_pass = False
         except Exception as error:  # noqa: BLE001 - whatever it is, no cache may stay half changed
             reason = f"an exception interrupted it and it could not be mended ({error})"
         if reason is not None:
@@ -502,7 +545,8 @@ class OffloadCache(Cache):
             store.check()
         attending = [layer for layer in self.layers if hasattr(layer, "get_seq_length")]
         lengths = [layer.get_seq_length() for layer in attending]
-        stateful = any(isinstance(layer, LinearAttentionLayer) for layer in self.layers)
+        # A state does not say how many tokens it has seen: some may lie behind the attention of a broken pass.
+        stateful = self._in_pass and any(isinstance(x, LinearAttentionLayer) for x in self.layers)
         if len(set(lengths)) <= 1 and not stateful:
             return None
         if not self.can_go_back(max(lengths) - min(lengths)):
@@ -549,6 +593,20 @@ class OffloadCache(Cache):
     def __del__(self) -> None:
         if getattr(self, "_closed", "never built") is None and not sys.is_finalizing():
             self.close("it was deleted")
+
+
+def _is_of_padding(mask: Any, ids: Tensor) -> bool:
+    """Whether a mask says which tokens are padding, and nothing else (models take masks of other kinds too)."""
+    if not isinstance(mask, Tensor):
+        return mask is None
+    return mask.dim() == 2 and mask.shape[0] == ids.shape[0] and mask.shape[1] >= ids.shape[1]
+
+
+def unpadded(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Token ids with -1 where they are padding: other ids there mean the same, another mask does not."""
+    if mask is None:
+        return ids
+    return ids.masked_fill(mask[:, -ids.shape[1] :].to(ids.device) == 0, -1)
 
 
 def require_ours(cache: Any) -> OffloadCache:

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 
-from offload.cache import OffloadCache
+from offload.cache import OffloadCache, unpadded
 from offload.errors import CacheError, InputError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ _REFUSED = {
     "penalty_alpha": "Contrastive search is not supported.",
     "dola_layers": "DoLa decoding is not supported.",
     "output_attentions": "Attention weights are never made.",
+    "token_healing": "It changes the prompt after that was read.",
 }
 # Arguments that transformers takes out of **kwargs itself, before the model sees them.
 _LOOP_ONLY = ("tokenizer", "assistant_tokenizer")
@@ -56,6 +59,7 @@ class Prompt:
         model_kwargs: What else goes to `prepare_inputs_for_generation`; position_ids where the model takes
             them.
         generation: The merged generation config.
+        is_assisted: Whether candidates come from an assistant, from the prompt, or from the model's first layers.
         in_chunks: Whether it may be read in chunks. Not with images or other inputs of the first pass.
     """
 
@@ -63,6 +67,7 @@ class Prompt:
     attention_mask: Tensor | None
     model_kwargs: dict[str, Any]
     generation: Any
+    is_assisted: bool
     in_chunks: bool
 
     @property
@@ -70,6 +75,11 @@ class Prompt:
         """Sequences that continue each row: beams or returned sequences."""
         config = self.generation
         return int(max(config.num_beams or 1, config.num_return_sequences or 1))
+
+    @property
+    def known_ids(self) -> Tensor:
+        """The tokens as a cache knows them: -1 where they are padding."""
+        return unpadded(self.input_ids, self.attention_mask)
 
     @property
     def final_length(self) -> int:
@@ -94,13 +104,21 @@ def read_prompt(model: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> Pr
         InputError: An argument that is not supported or not known, an empty prompt, a mask of another shape, or
             padding on the right.
     """
+    given = kwargs.get("input_ids") if inputs is None else inputs
+    if given is not None and not (isinstance(given, Tensor) and not given.is_floating_point()):
+        raise InputError(
+            "The prompt is not a tensor of token ids",
+            asked=type(given).__name__,
+            there="token ids [sequences, tokens]",
+            change='Pass **tokenizer(text, return_tensors="pt").',
+        )
     generation, model_kwargs = check_arguments(model, kwargs)
     ids, name, model_kwargs = model._prepare_model_inputs(
         inputs, generation.bos_token_id, model_kwargs
     )
     if name != "input_ids" or ids.dim() != 2 or 0 in ids.shape:
         raise InputError(
-            "The prompt is empty",
+            "The prompt is empty" if 0 in ids.shape else "The prompt has another shape",
             asked=tuple(ids.shape),
             there="token ids [sequences, tokens]",
             change="Pass at least one token.",
@@ -130,6 +148,7 @@ def read_prompt(model: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> Pr
         model_kwargs["position_ids"] = model._prepare_position_ids_for_generation(
             ids, model_kwargs | {"attention_mask": mask}
         )
+    mode = _check_loop(model, ids, generation, model_kwargs, kwargs)
     in_chunks = not any(
         isinstance(value, Tensor) and key not in _TEXT_INPUTS for key, value in model_kwargs.items()
     )
@@ -140,6 +159,7 @@ def read_prompt(model: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> Pr
         attention_mask=mask if bool((mask == 0).any()) else None,
         model_kwargs=model_kwargs,
         generation=generation,
+        is_assisted=mode == GenerationMode.ASSISTED_GENERATION,
         in_chunks=in_chunks,
     )
 
@@ -204,18 +224,73 @@ def _check_names(model: Any, model_kwargs: dict[str, Any]) -> None:
         ) from error
 
 
-def reuse(cache: OffloadCache, ids: Tensor) -> None:
+def _check_loop(
+    model: Any,
+    ids: Tensor,
+    generation: Any,
+    model_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> GenerationMode:
+    """Lets transformers refuse now what its loop would refuse after the prompt was read.
+
+    Returns:
+        Which loop it will be.
+    """
+    asked = {
+        k: kwargs[k]
+        for k in ("assistant_model", "streamer", *_LOOP_ONLY)
+        if kwargs.get(k) is not None
+    }
+    mode: GenerationMode = generation.get_generation_mode(asked.get("assistant_model"))
+    model._validate_generation_mode(mode, generation, asked)
+    model._get_logits_processor(
+        generation_config=generation,
+        input_ids_seq_length=ids.shape[1],
+        encoder_input_ids=ids,
+        prefix_allowed_tokens_fn=kwargs.get("prefix_allowed_tokens_fn"),
+        logits_processor=kwargs.get("logits_processor") or LogitsProcessorList(),
+        device=ids.device,
+        model_kwargs=dict(model_kwargs),
+        negative_prompt_ids=kwargs.get("negative_prompt_ids"),
+        negative_prompt_attention_mask=kwargs.get("negative_prompt_attention_mask"),
+    )
+    model._get_stopping_criteria(
+        generation_config=generation,
+        stopping_criteria=kwargs.get("stopping_criteria") or StoppingCriteriaList(),
+        tokenizer=asked.get("tokenizer"),
+    )
+    too_short = generation.max_new_tokens is None and generation.max_length is not None
+    if too_short and generation.max_length <= ids.shape[1]:
+        raise InputError(
+            "The prompt alone is as long as max_length allows",
+            asked=ids.shape[1],
+            there=generation.max_length,
+            change="Set max_new_tokens instead.",
+        )
+    if mode == GenerationMode.ASSISTED_GENERATION and ids.shape[0] > 1:
+        raise InputError(
+            "Assisted decoding takes one sequence",
+            asked=ids.shape[0],
+            there=1,
+            change="Leave the assistant or prompt_lookup_num_tokens out, or pass one prompt at a time.",
+        )
+    return mode
+
+
+def reuse(cache: OffloadCache, prompt: Prompt) -> None:
     """Makes a used cache hold a prefix of the prompt; forgets what the prompt does not begin with.
 
     Args:
         cache: A cache of this model.
-        ids: The prompt [B, N].
+        prompt: The prompt.
 
     Raises:
         CacheError: It holds another number of sequences.
         InputError: The prompt is not longer than an unknown past, or differs where a state cannot go back.
     """
-    past = cache.get_seq_length()
+    cache.settle()  # a stock generate may have been interrupted
+    cache.require_open()
+    past, ids = cache.get_seq_length(), prompt.known_ids
     if past == 0:
         return
     keep = min(past, ids.shape[1] - 1)
@@ -229,7 +304,10 @@ def reuse(cache: OffloadCache, ids: Tensor) -> None:
                 change="Make a new cache: runtime.new_cache().",
             )
         n = min(keep, known.shape[1])
-        differ = (known[:, :n] != ids[:, :n].cpu()).any(dim=0)
+        now = ids[:, :n].cpu()
+        # Padding up to the end of what is held (a row that ended early): no later token has seen what it hides.
+        hidden = (now == -1).flip(1).cumprod(dim=1).flip(1).bool()
+        differ = ((known[:, :n] != now) & ~hidden).any(dim=0)
         keep = int(differ.int().argmax()) if bool(differ.any()) else n
     elif past >= ids.shape[1]:
         raise InputError(
@@ -247,7 +325,7 @@ def reuse(cache: OffloadCache, ids: Tensor) -> None:
     if keep < past:
         if not cache.can_go_back(past - keep):
             raise InputError(
-                "The prompt does not begin with the tokens of the cache, whose recurrent states or "
+                "The prompt (or its padding) does not begin as the cache does, whose recurrent states or "
                 "sliding windows cannot go back",
                 asked=f"{keep:,} tokens in common",
                 there=f"{past:,} tokens in the cache",
@@ -255,6 +333,7 @@ def reuse(cache: OffloadCache, ids: Tensor) -> None:
             )
         logger.info("The prompt shares %d of %d cached tokens; the rest is read anew.", keep, past)
         cache.crop(keep - past)
+    cache.relabel(ids[:, :keep])
 
 
 @contextmanager

@@ -147,13 +147,22 @@ class Runtime:
         self.budgets.lay_out(self.budgets.demand(batch=1, tokens=None))
         self.budgets.cap_allocator()
 
-        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             """Tells a cache of ours which tokens a pass over it feeds, whoever calls the model."""
             cache = kwargs.get("past_key_values")
             if isinstance(cache, OffloadCache) and cache in caches:
-                cache.note(kwargs.get("input_ids", args[0] if args else None))
+                ids = kwargs.get("input_ids", args[0] if args else None)
+                cache.begin_pass(ids, kwargs.get("attention_mask"))
 
-        self._hook = model.register_forward_pre_hook(note, with_kwargs=True)
+        def end(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+            cache = kwargs.get("past_key_values")
+            if isinstance(cache, OffloadCache) and cache in caches:
+                cache.end_pass()
+
+        self._hooks = (
+            model.register_forward_pre_hook(begin, with_kwargs=True),
+            model.register_forward_hook(end, with_kwargs=True),
+        )
 
     # What users call.
 
@@ -174,7 +183,8 @@ class Runtime:
                 not computed again.
 
         Returns:
-            What transformers' generate returns.
+            What transformers' generate returns. Of the prompt, output_hidden_states has the last token only: the
+            others were read before, in chunks.
 
         Raises:
             InputError: An empty or right-padded prompt, or an argument that is not supported.
@@ -196,7 +206,7 @@ class Runtime:
             )
         else:
             self._check_batch(cache, prompt)
-            reuse(cache, prompt.input_ids)
+            reuse(cache, prompt)
         try:
             return self._run(prompt, cache, on_progress, kwargs)
         except BaseException:
@@ -220,8 +230,19 @@ class Runtime:
         Returns:
             An empty cache. Its device memory is taken at its first use and given back when it is closed or
             deleted; its host memory then waits for the runtime's next cache, until `detach`.
+
+        Raises:
+            InputError: max_tokens is not positive, or the model is in training mode.
+            CacheError: The runtime was detached.
         """
         self._require_ready()
+        if max_tokens is not None and max_tokens < 1:
+            raise InputError(
+                "A cache holds at least one token",
+                asked=max_tokens,
+                there=None,
+                change="Leave max_tokens out for a cache that grows as needed.",
+            )
         return self._make_cache(prompt_tokens=0, tokens=max_tokens)
 
     def report(self) -> Report:
@@ -271,7 +292,8 @@ class Runtime:
                 region.close()
             self._regions.clear()
         finally:  # also after a CUDA error: the model is given back whatever happened to its memory
-            self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
             restore_attention(self.model, self._before)
             delattr(self.model, _ATTACHED)
             self.budgets.uncap_allocator()
@@ -295,7 +317,17 @@ class Runtime:
 
         Returns:
             Bytes, weights and workspace included: a value for memory.gpu.
+
+        Raises:
+            InputError: kv_share is not such a share.
         """
+        if not 0 < kv_share <= 1:
+            raise InputError(
+                "kv_share is not a share",
+                asked=kv_share,
+                there="over 0 and at most 1",
+                change="Write 0.3 for 30 %.",
+            )
         tokens = prompt_tokens + new_tokens
         demand = self.budgets.demand(batch=batch, tokens=tokens)
         return budget_for(demand, device_tokens=int(kv_share * tokens))
@@ -488,8 +520,7 @@ class Runtime:
             )
             if prompt.copies > 1:
                 cache.batch_repeat_interleave(prompt.copies)
-            lookup = prompt.generation.prompt_lookup_num_tokens
-            assisted = bool(lookup) or kwargs.get("assistant_model") is not None
+            assisted = prompt.is_assisted
             if not assisted:  # its steps of many tokens need their logits' memory
                 self._keep_pages_resident(cache)
         last.prefill_s = done.seconds
@@ -541,8 +572,13 @@ class Runtime:
         )
         check_arguments(self.model, kwargs)
         own = cache if cache is not None else self.new_cache()
+        last = self._last = _LastRun(reused_tokens=own.get_seq_length())
+        began, h2d = time.perf_counter(), self._counters.h2d_bytes
         try:
-            return self.model.generate(inputs, past_key_values=own, **kwargs)
+            result = self.model.generate(inputs, past_key_values=own, **kwargs)
+            last.decode_s = time.perf_counter() - began
+            last.decode_h2d_bytes = self._counters.h2d_bytes - h2d
+            return result
         except BaseException:
             own.settle()
             raise

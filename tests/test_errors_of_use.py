@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, PAD, REFUSED, left_padded, prompts
+from families import FAMILIES, REFUSED, left_padded, prompts
 
 import offload
 from offload.errors import (
@@ -155,6 +155,23 @@ def test_a_model_in_training_mode_is_refused(model: Any, runtime: Any) -> None:
 def test_an_empty_prompt_is_refused(runtime: Any) -> None:
     with pytest.raises((InputError, ValueError)):
         runtime.generate(torch.empty((1, 0), dtype=torch.long), **CALL)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["text", [1, 2, 3], {"input_ids": prompts(1, 3)}, torch.rand(1, 3), prompts(1, 3)[0]]
+)
+def test_what_is_no_batch_of_token_ids_is_refused(runtime: Any, prompt: Any) -> None:
+    with pytest.raises(InputError, match=r"not a tensor of token ids|another shape"):
+        runtime.generate(prompt, **CALL)
+
+
+def test_sizes_of_caches_and_shares_that_make_no_sense_are_refused(runtime: Any) -> None:
+    for tokens in (0, -5):
+        with pytest.raises(InputError, match="at least one token"):
+            runtime.new_cache(max_tokens=tokens)
+    for share in (0.0, -1.0, 30.0):
+        with pytest.raises(InputError, match="share"):
+            runtime.budget_for(kv_share=share, prompt_tokens=100, new_tokens=10)
 
 
 def test_a_mask_of_another_shape_is_refused(runtime: Any) -> None:
@@ -476,26 +493,167 @@ def test_an_interrupted_stock_generate_does_not_trip_the_next_one(
     assert torch.equal(got, model.generate(ids, **CALL))
 
 
-def test_a_recurrent_state_that_cannot_go_back_closes_the_cache_and_says_so() -> None:
-    model: Any = FAMILIES["qwen3_next"].build()
+HYBRIDS = ["qwen3_next", "falcon_h1", "lfm2"]
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_an_exception_between_steps_loses_no_recurrent_state(name: str) -> None:
+    model: Any = FAMILIES[name].build()
     ids = prompts(1, N)
+    want = model.generate(ids, **CALL)
     with offload.attach(model, **SETTINGS) as runtime:
         cache = runtime.new_cache()
         with pytest.raises(Interrupted):
             runtime.generate(
                 ids, past_key_values=cache, streamer=raising_streamer(3, Interrupted), **CALL
             )
+        assert cache.get_seq_length() == N + 2
+        talk = torch.cat([want, prompts(1, 9, seed=1)], dim=1)
+        got = runtime.generate(talk, past_key_values=cache, **CALL)
+        assert runtime.report().reused_tokens == N + 2
+    assert torch.equal(got, model.generate(talk, **CALL))
+
+
+def failing_mlp(model: Any, *, layer: int, call: int) -> Any:
+    """A hook that raises when a layer's MLP runs for the `call`-th time."""
+    mlps = [m for name, m in model.named_modules() if name.endswith((".mlp", ".feed_forward"))]
+    seen = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == call:
+            raise Interrupted
+
+    return mlps[layer].register_forward_hook(fail)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_recurrent_state_that_cannot_go_back_closes_the_cache_and_says_so(name: str) -> None:
+    model: Any = FAMILIES[name].build()
+    ids = prompts(1, N)
+    with offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        hook = failing_mlp(model, layer=0, call=6)
+        with pytest.raises(Interrupted):
+            runtime.generate(ids, past_key_values=cache, **CALL)
+        hook.remove()
         with pytest.raises(CacheError, match="cannot go back"):
             runtime.generate(ids, past_key_values=cache, **CALL)
-        runtime.generate(ids, **CALL)
+        assert torch.equal(runtime.generate(ids, **CALL), model.generate(ids, **CALL))
 
 
-def test_detach_leaves_nothing_behind(model: Any) -> None:
-    attributes = set(vars(model))
-    hooks = dict(model._forward_pre_hooks)
+@pytest.mark.parametrize("name", ["llama", "gemma3", *HYBRIDS])
+@pytest.mark.parametrize("layer", [0, -1])
+def test_a_step_of_stock_generate_that_broke_off_gives_no_wrong_tokens(
+    name: str, layer: int
+) -> None:
+    model: Any = FAMILIES[name].build()
+    ids = prompts(1, N)
     with offload.attach(model, **SETTINGS) as runtime:
-        runtime.generate(prompts(1, N), **CALL)
-    assert set(vars(model)) == attributes
-    assert dict(model._forward_pre_hooks) == hooks
-    assert model.config._attn_implementation == "sdpa"
-    assert model.generation_config.pad_token_id == PAD
+
+        def broken() -> tuple[Any, torch.Tensor]:
+            cache = runtime.new_cache()
+            answer = model.generate(ids, past_key_values=cache, **CALL)
+            talk = torch.cat([answer, prompts(1, 30, seed=3)], dim=1)
+            hook = failing_mlp(model, layer=layer, call=1)
+            with pytest.raises(Interrupted):
+                model.generate(talk, past_key_values=cache, **CALL)
+            hook.remove()
+            return cache, torch.cat([talk, prompts(1, 5, seed=8)], dim=1)
+
+        cache, longer = broken()
+        want = model.generate(longer, **CALL)
+        if name == "llama":
+            if layer == 0:  # some layers held a token more: who counted it must count again
+                with pytest.raises(CacheError, match="mended"):
+                    model.generate(longer, past_key_values=cache, **CALL)
+            assert torch.equal(model.generate(longer, past_key_values=cache, **CALL), want)
+            cache, longer = broken()
+            assert torch.equal(runtime.generate(longer, past_key_values=cache, **CALL), want)
+        elif name == "gemma3" and layer == -1:  # every layer has taken the token in: all is well
+            assert torch.equal(model.generate(longer, past_key_values=cache, **CALL), want)
+        else:
+            for run in (model, runtime):
+                with pytest.raises(CacheError, match="cannot go back"):
+                    run.generate(longer, past_key_values=cache, **CALL)
+                cache, longer = broken()
+
+
+@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
+def test_exceptions_of_callbacks_leave_the_runtime_usable(
+    model: Any, runtime: Any, error: type[BaseException]
+) -> None:
+    ids = prompts(1, N)
+    want = model.generate(ids, **CALL)
+    cache = runtime.new_cache()
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    calls: list[dict[str, Any]] = [
+        {"on_progress": fail},
+        {"logits_processor": [fail]},
+        {"stopping_criteria": [fail]},
+        {"prefix_allowed_tokens_fn": fail},
+    ]
+    for call in calls:
+        for kept in ({}, {"past_key_values": cache}):
+            with pytest.raises(error):
+                runtime.generate(ids, **CALL, **call, **kept)
+        assert torch.equal(runtime.generate(ids, **CALL), want)
+        assert torch.equal(runtime.generate(ids, past_key_values=cache, **CALL), want)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"num_beams": 2, "streamer": raising_streamer(0, Interrupted)},
+        {"stop_strings": ["a"]},
+        {"do_sample": True, "temperature": 0.0},
+        {"max_new_tokens": None, "max_length": N - 1},
+        {"num_return_sequences": 2},
+        {"token_healing": True},
+    ],
+    ids=lambda argument: "-".join(argument),
+)
+def test_what_the_loop_would_refuse_is_refused_before_the_prompt_is_read(
+    model: Any, runtime: Any, argument: Any
+) -> None:
+    model.register_forward_hook(lambda *_: pytest.fail("the prompt was read"))
+    with pytest.raises(ValueError, match=r".+"):
+        runtime.generate(prompts(1, N), **{**CALL, **argument})
+
+
+def test_assisted_decoding_of_a_batch_is_refused_before_the_prompt_is_read(
+    model: Any, runtime: Any
+) -> None:
+    model.register_forward_hook(lambda *_: pytest.fail("the prompt was read"))
+    with pytest.raises(InputError, match="one sequence"):
+        runtime.generate(prompts(2, N), prompt_lookup_num_tokens=3, **CALL)
+
+
+def test_a_closed_cache_says_that_it_was_closed(model: Any, runtime: Any) -> None:
+    cache = runtime.new_cache()
+    runtime.generate(prompts(1, N), past_key_values=cache, **CALL)
+    cache.close()
+    cache.close()  # may be repeated
+    for run in (runtime, model):
+        with pytest.raises(CacheError, match="closed"):
+            run.generate(prompts(1, N + 30), past_key_values=cache, **CALL)
+    with pytest.raises(CacheError, match="closed"):
+        cache.reset()
+
+
+def test_a_history_that_a_window_cannot_go_back_to_is_refused_and_the_cache_kept() -> None:
+    model: Any = FAMILIES["gemma3"].build()
+    ids = prompts(1, N)
+    with offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        answer = runtime.generate(ids, past_key_values=cache, **CALL)
+        with pytest.raises(InputError, match="cannot go back"):
+            runtime.generate(ids, past_key_values=cache, **CALL)
+        talk = torch.cat([answer, prompts(1, 20, seed=1)], dim=1)
+        got = runtime.generate(talk, past_key_values=cache, **CALL)
+        assert runtime.report().reused_tokens == answer.shape[1] - 1
+    assert torch.equal(got, model.generate(talk, **CALL))

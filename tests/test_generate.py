@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -248,6 +249,71 @@ def test_prompt_lookup_and_an_assistant_change_no_token(model: Any) -> None:
     assert not model._forward_pre_hooks
 
 
+def test_early_exit_changes_no_token() -> None:
+    model: Any = FAMILIES["llama"].build()  # gemma3 fails with the stock cache of transformers 5.17
+    ids = prompts(1, N)
+    call: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+    want = model.generate(ids, **call)
+    with attached(model) as runtime:
+        assert torch.equal(runtime.generate(ids, assistant_early_exit=1, **call), want)
+
+
+def test_processors_of_scores_see_what_they_would_see(model: Any) -> None:
+    ids = prompts(1, N)
+    same(model, ids, repetition_penalty=1.3, no_repeat_ngram_size=3, bad_words_ids=[[3], [7, 8]])
+    same(model, ids, guidance_scale=1.5, negative_prompt_ids=prompts(1, 50, seed=4))
+    same(model, ids, seed=1, num_beams=3, do_sample=True)
+
+
+def test_masks_and_positions_of_other_kinds_mean_the_same(model: Any) -> None:
+    ids, mask = left_padded(3, N)
+    same(model, ids, attention_mask=mask.bool())
+    holes = mask.clone()
+    holes[:, 120:150] = 0
+    same(model, ids, attention_mask=holes)
+    same(model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) + 4) * mask)
+
+
+def test_scores_in_the_result_are_the_stock_caches(model: Any) -> None:
+    call: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "output_logits": True}
+    call["return_dict_in_generate"] = True
+    want = model.generate(prompts(1, N), **call)
+    with attached(model) as runtime:
+        got = runtime.generate(prompts(1, N), **call)
+    assert len(got.logits) == len(want.logits) == 8
+    for ours, stock in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_of_embeddings_work_and_are_reported(model: Any) -> None:
+    ids = prompts(1, N)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    call: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    want = model.generate(inputs_embeds=embeddings, **call)
+    with attached(model) as runtime:
+        runtime.generate(prompts(1, 200), **call)
+        assert torch.equal(runtime.generate(inputs_embeds=embeddings, **call), want)
+        report = runtime.report()
+    assert report.tokens_on_host > 200
+    assert report.decode_s > 0
+    assert (report.prompt_tokens, report.reused_tokens) == (0, 0)  # not of the run before
+
+
+def test_a_runtime_works_in_another_thread_as_text_iterators_need(model: Any) -> None:
+    ids = prompts(1, N)
+    want = model.generate(ids, max_new_tokens=12, do_sample=False)
+    got: list[Tensor] = []
+    with attached(model) as runtime:
+
+        def work() -> None:
+            got.append(runtime.generate(ids, max_new_tokens=12, do_sample=False))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert torch.equal(got[0], want)
+
+
 def test_max_length_counts_the_prompt(model: Any) -> None:
     assert same(model, prompts(1, N), max_new_tokens=None, max_length=N + 9).shape[1] == N + 9
 
@@ -322,6 +388,77 @@ def test_hybrids_go_on_from_a_warm_cache(name: str) -> None:
     assert torch.equal(got, model.generate(talk, **call))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon_h1"])
+def test_a_padded_conversation_goes_on_from_a_warm_cache(name: str) -> None:
+    model: Any = FAMILIES[name].build()
+    call: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    ids, mask = left_padded(3, N)
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        answer = runtime.generate(ids, attention_mask=mask, past_key_values=cache, **call)
+        talk = torch.cat([answer, prompts(3, 40, seed=2)], dim=1)
+        seen = torch.nn.functional.pad(mask, (0, 50), value=1)
+        got = runtime.generate(talk, attention_mask=seen, past_key_values=cache, **call)
+        assert runtime.report().reused_tokens == N + 9
+    assert torch.equal(got, model.generate(talk, attention_mask=seen, **call))
+
+
+def test_rows_that_ended_early_are_masked_later_and_nothing_is_read_again(model: Any) -> None:
+    call: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    ids, mask = left_padded(3, N)
+    free = model.generate(ids, attention_mask=mask, **call)
+    eos = int(free[1, N + 4])
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        length = 1
+        for turn in range(3):
+            seen: dict[str, Any] = {"attention_mask": mask, **call, "eos_token_id": eos}
+            want = model.generate(ids, pad_token_id=PAD, **seen)
+            answer = runtime.generate(ids, past_key_values=cache, pad_token_id=PAD, **seen)
+            assert torch.equal(answer, want)
+            assert runtime.report().reused_tokens == length - 1
+            length = answer.shape[1]
+            added = (answer[:, ids.shape[1] :] != PAD).long()
+            more = prompts(3, 30, seed=turn)
+            ids = torch.cat([answer, more], dim=1)
+            mask = torch.cat([mask, added, torch.ones_like(more)], dim=1)
+            assert turn or int((added == 0).sum()) > 0
+
+
+def test_tokens_that_were_read_with_another_mask_are_read_anew() -> None:
+    model: Any = FAMILIES["llama"].build()
+    call: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    ids, mask = left_padded(2, N, pads=(0, 90))
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        runtime.generate(ids, attention_mask=torch.ones_like(mask), past_key_values=cache, **call)
+        got = runtime.generate(ids, attention_mask=mask, past_key_values=cache, **call)
+        assert runtime.report().reused_tokens == 0
+        assert cache.token_ids is not None
+        assert (cache.token_ids[1, :90] == -1).all()
+        other = ids.masked_fill(mask == 0, 5)  # another padding token is no other padding
+        again = runtime.generate(other, attention_mask=mask, past_key_values=cache, **call)
+        assert runtime.report().reused_tokens == N - 1
+    want = model.generate(ids, attention_mask=mask, **call)
+    assert torch.equal(got, want)
+    assert torch.equal(again[:, N:], want[:, N:])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon_h1", "qwen3_next"])
+def test_a_cache_that_was_reset_is_as_new(name: str) -> None:
+    model: Any = FAMILIES[name].build()
+    call: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        runtime.generate(prompts(1, N), past_key_values=cache, **call)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        other = prompts(1, N, seed=7)
+        got = runtime.generate(other, past_key_values=cache, **call)
+        assert runtime.report().reused_tokens == 0
+    assert torch.equal(got, model.generate(other, **call))
+
+
 def test_stock_generate_takes_our_cache(model: Any) -> None:
     ids = prompts(1, N)
     want = model.generate(ids, max_new_tokens=20, do_sample=False)
@@ -330,9 +467,22 @@ def test_stock_generate_takes_our_cache(model: Any) -> None:
         got = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=cache)
         assert all(store.host_tokens > 200 for store in cache.layer_stores)
         assert runtime.report().tokens_on_host > 200
+        talk = torch.cat([got, prompts(1, 40, seed=2)], dim=1)
+        longer = model.generate(talk, max_new_tokens=20, do_sample=False, past_key_values=cache)
         plain = model.generate(ids, max_new_tokens=20, do_sample=False)  # and none at all
     assert torch.equal(got, want)
     assert torch.equal(plain, want)
+    assert torch.equal(longer, model.generate(talk, max_new_tokens=20, do_sample=False))
+
+
+def test_stock_beams_over_padding_take_our_cache(model: Any) -> None:
+    ids, mask = left_padded(2, N)
+    call: dict[str, Any] = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 12}
+    want = model.generate(ids, do_sample=False, **call)
+    with attached(model) as runtime:
+        cache = runtime.new_cache()
+        got = model.generate(ids, do_sample=False, past_key_values=cache, **call)
+    assert torch.equal(got, want)
 
 
 def test_a_cache_in_the_result_goes_on_into_the_next_turn(model: Any) -> None:
