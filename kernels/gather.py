@@ -8,49 +8,65 @@ The references are `gather` and `attend` of `offload.kernels.reference`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.kernels.reference import Part, padded
-from offload.kernels.scan import INTERPRETED
+from offload.kernels.combine import Partials
+from offload.kernels.reference import padded
+from offload.kernels.window import capped
+
+WARPS = 4
+TILE = 16
+"""Rows that one program reads: few, so that many programs have reads of the host under way."""
+
+
+def row_slots(k: int) -> int:
+    """Slots that k tokens per KV head take."""
+    return k // TILE
 
 
 def attend_rows(
-    query: Tensor, pool: Tensor, table: Tensor, tokens: Tensor, *, key_dim: int, scale: float
-) -> Part:
+    query: Tensor,
+    pool: Tensor,
+    table: Tensor,
+    tokens: Tensor,
+    partials: Partials,
+    *,
+    first_slot: int,
+    key_dim: int,
+    scale: float,
+    softcap: float | None = None,
+) -> None:
     """Attends to selected tokens of each KV head.
 
     Args:
         query: [B, H_q, D], last stride 1, on the device.
         pool: [pages, P, H_kv, D + D_v] in the dtype of `query`: host pages, pinned (any tensor on a CPU).
         table: int32 [B, columns] on the query's device: the page of each block of P tokens.
-        tokens: int32 [B, H_kv, k], -1 for none; k a power of two of at least 16.
+        tokens: int32 [B, H_kv, k], -1 for none; k a multiple of TILE.
+        partials: `row_slots(k)` slots are written.
+        first_slot: The first of them.
         key_dim: D.
         scale: Factor on the dot products.
-
-    Returns:
-        `out` float32 [B, H_q, 1, D_v], `lse` [B, H_q, 1]; zeros and -inf where nothing was selected.
+        softcap: Logits become softcap * tanh(logits / softcap).
 
     Raises:
-        ValueError: k is not a power of two of at least 16.
+        ValueError: k is not a multiple of TILE.
     """
     batch, heads, _ = query.shape
     page, kv_heads, width = pool.shape[1:]
     k = tokens.shape[-1]
-    if k < 16 or k & (k - 1):
-        raise ValueError(f"k must be a power of two of at least 16, got {k}")
+    if k % TILE:
+        raise ValueError(f"k must be a multiple of {TILE}, got {k}")
     value_dim, groups = width - key_dim, heads // kv_heads
-    out = torch.empty((batch, heads, 1, value_dim), device=query.device)
-    lse = torch.empty((batch, heads, 1), device=query.device)
-    _rows_kernel[(batch * kv_heads,)](
-        query, pool, table, tokens, out, lse, kv_heads, table.shape[1], scale,
+    _rows_kernel[(row_slots(k), batch * kv_heads)](
+        query, pool, table, tokens, *partials, kv_heads, table.stride(0), k,
+        partials.lse.shape[2], first_slot, scale, 1.0 if softcap is None else softcap,
         query.stride(0), query.stride(1), *pool.stride()[:3],
         G=groups, G_P=max(16, triton.next_power_of_2(groups)), D=key_dim, DV=value_dim,
-        D_P=padded(key_dim), DV_P=padded(value_dim), K=k, PAGE=page, PLAIN=INTERPRETED,
+        D_P=padded(key_dim), DV_P=padded(value_dim), TILE=TILE, PAGE=page, CAPPED=softcap is not None, num_warps=WARPS,
     )  # fmt: skip
-    return Part(out, lse)
 
 
 @triton.jit
@@ -59,11 +75,15 @@ def _rows_kernel(
     base_ptr,
     table_ptr,
     ids_ptr,
-    o_ptr,
+    out_ptr,
     lse_ptr,
     kv_heads,
     columns,
+    n_ids,
+    slots,
+    first_slot,
     sm_scale,
+    softcap,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_page: tl.int64,
@@ -75,19 +95,19 @@ def _rows_kernel(
     DV: tl.constexpr,
     D_P: tl.constexpr,
     DV_P: tl.constexpr,
-    K: tl.constexpr,
+    TILE: tl.constexpr,
     PAGE: tl.constexpr,
-    PLAIN: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
-    """Attention over K rows of pinned host memory, read by the kernel itself (zero-copy)."""
-    i_row = tl.program_id(0).to(tl.int64)
+    i_tile = tl.program_id(0)
+    i_row = tl.program_id(1).to(tl.int64)  # sequence and KV head
     i_batch, i_kv = i_row // kv_heads, i_row % kv_heads
-    i_k = tl.arange(0, K)
+    i_k = i_tile * TILE + tl.arange(0, TILE)
     i_d = tl.arange(0, D_P)
     i_v = tl.arange(0, DV_P)
     i_g = tl.arange(0, G_P)
     m_g = i_g < G
-    ids = tl.load(ids_ptr + i_row * K + i_k)
+    ids = tl.load(ids_ptr + i_row * n_ids + i_k)
     m_k = ids >= 0
     page = tl.load(table_ptr + i_batch * columns + ids // PAGE, mask=m_k, other=0).to(tl.int64)
     o_row = page * stride_page + (ids % PAGE).to(tl.int64) * stride_token + i_kv * stride_head
@@ -104,23 +124,19 @@ def _rows_kernel(
         mask=m_g[:, None] & (i_d < D)[None, :],
         other=0.0,
     )
-    if PLAIN:
-        score = tl.dot(q.to(tl.float32), tl.trans(key.to(tl.float32))) * sm_scale
-    else:
-        score = tl.dot(q, tl.trans(key)) * sm_scale
+    score = tl.dot(q, tl.trans(key), input_precision="ieee") * sm_scale
+    if CAPPED:
+        score = capped(score, softcap)
     score = tl.where(m_k[None, :], score, float("-inf"))
     top = tl.max(score, axis=1)
     top = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp(score - top[:, None])
     total = tl.sum(weights, axis=1)
-    if PLAIN:  # noqa: SIM108 - Triton compiles both sides of an expression
-        out = tl.dot(weights, value.to(tl.float32))
-    else:
-        out = tl.dot(weights.to(value.dtype), value)
+    out = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
     out = out / tl.where(total > 0, total, 1.0)[:, None]
-    o_head = i_row * G + i_g
+    o_out = (i_row * G + i_g) * slots + first_slot + i_tile
     tl.store(
-        o_ptr + o_head[:, None] * DV + i_v[None, :], out, mask=m_g[:, None] & (i_v < DV)[None, :]
+        out_ptr + o_out[:, None] * DV + i_v[None, :], out, mask=m_g[:, None] & (i_v < DV)[None, :]
     )
     lse = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
-    tl.store(lse_ptr + o_head, lse, mask=m_g)
+    tl.store(lse_ptr + o_out, lse, mask=m_g)

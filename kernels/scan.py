@@ -19,8 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from offload.kernels.reference import BLOCK, PLANES, Codes, padded
+from offload.kernels.window import capped
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter knows no assembly
+
+
+BLOCKS_PER_PROGRAM, WARPS, STAGES = 8, 4, 3
 
 
 class ScanScratch(NamedTuple):
@@ -57,7 +61,6 @@ def scan(
     scale: float,
     padding: Tensor | None = None,
     softcap: float | None = None,
-    blocks_per_program: int = 8,
 ) -> None:
     """Scores every query head against the first blocks of low-bit keys.
 
@@ -70,21 +73,20 @@ def scan(
         scale: Factor on the dot products.
         padding: int32 [B] on the device: so many first tokens are padding and get -inf; None for none.
         softcap: Scores become softcap * tanh(scores / softcap).
-        blocks_per_program: Launch knob: more means fewer programs, each reading longer.
     """
     batch, heads, head_size = query.shape
     kv_heads, capacity = keys.planes[0].shape[1], keys.planes[0].shape[2] // BLOCK
     groups = heads // kv_heads
     planes = PLANES[bits]
-    grid = (triton.cdiv(capacity, blocks_per_program), batch * kv_heads)
+    grid = (triton.cdiv(capacity, BLOCKS_PER_PROGRAM), batch * kv_heads)
     _scan_kernel[grid](
         query, keys.planes[0], keys.planes[-1], keys.meta, n_blocks,
         n_blocks if padding is None else padding, *scratch,
         kv_heads, capacity, scale, 1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
         G=groups, G_P=max(16, triton.next_power_of_2(groups)), D=head_size, D_P=padded(head_size),
         BLOCK=BLOCK, PLANE0=planes[0], PLANE1=planes[1] if len(planes) > 1 else 0,
-        BLOCKS_PER_PROGRAM=blocks_per_program, PADDED=padding is not None, CAPPED=softcap is not None,
-        PLAIN=INTERPRETED,
+        BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, PADDED=padding is not None, CAPPED=softcap is not None,
+        PLAIN=INTERPRETED, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
 
 
@@ -214,8 +216,8 @@ def _scan_kernel(
                 False, PLAIN,
             )  # fmt: skip
         score = (acc + bias[:, None]) * sm_scale
-        if CAPPED:  # tanh(x) = 1 - 2 / (exp(2x) + 1), which neither end overflows
-            score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
+        if CAPPED:
+            score = capped(score, softcap)
         if PADDED:
             hidden = block * BLOCK + i_t < tl.load(padding_ptr + i_batch)
             score = tl.where(hidden[None, :], float("-inf"), score)

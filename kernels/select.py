@@ -2,8 +2,8 @@
 
 A token's vote is the largest of its softmaxed scores over the group. The k best tokens lie in the k blocks with
 the best block votes, since each of those holds a token with at least that vote; so only k blocks of scores are
-looked into. Nothing is sorted: the k-th largest vote is found bit by bit, by counting. Of equal votes the lower
-token wins, whatever the timing.
+looked into. Nothing is sorted: the k-th largest vote is found a few bits at a time, by counting how many votes
+reach each of several thresholds. Of equal votes the lower token wins, whatever the timing.
 
 The reference is `offload.kernels.reference.select`.
 """
@@ -28,14 +28,11 @@ class Selection(NamedTuple):
         tokens: int32 [B, H_kv, k], ascending; -1 in slots that no token was left for, at the end.
         blocks: int32 [B, H_kv, k]: scratch of the kernel.
         lse: float32 [B, H_q]: log-sum-exp of all scores, selected ones included.
-        tail_lse: float32 [B, H_q]: of those that were not selected. Computed from them, not by subtraction: a
-            selected token with nearly all the mass costs the tail no precision.
     """
 
     tokens: Tensor
     blocks: Tensor
     lse: Tensor
-    tail_lse: Tensor
 
 
 def empty_selection(
@@ -46,16 +43,18 @@ def empty_selection(
         torch.empty((batch, kv_heads, k), dtype=torch.int32, device=device),
         torch.empty((batch, kv_heads, k), dtype=torch.int32, device=device),
         torch.empty((batch, heads), device=device),
-        torch.empty((batch, heads), device=device),
     )
+
+
+# How many counts a program keeps at a time: candidates times thresholds. 16 warps hold 128 in each thread's registers.
+_COUNTS = 65536
 
 
 def select(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) -> None:
     """Selects tokens, and takes them out of the scores: they are no part of the tail.
 
     Args:
-        scratch: Of `scan`; selected tokens get a score of -inf, and their blocks' top and total become those of
-            the other tokens.
+        scratch: Of `scan`; selected tokens get a score of -inf. `top` and `total` stay those of all tokens.
         n_blocks: int32 [B] on the device: valid blocks.
         selection: Written.
 
@@ -66,47 +65,55 @@ def select(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) -> None
     if k & (k - 1):
         raise ValueError(f"k must be a power of two, got {k}")
     heads, capacity = scratch.top.shape[1], scratch.top.shape[2]
+    blocks = triton.next_power_of_2(capacity)
+    candidates = max(blocks, k * BLOCK)
+    digit = max(1, min(4, (_COUNTS // candidates).bit_length() - 1))
     _select_kernel[(batch * kv_heads,)](
         *scratch, n_blocks, *selection, kv_heads, capacity,
-        G=heads // kv_heads, K=k, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(capacity), num_warps=8,
+        G=heads // kv_heads, G_P=triton.next_power_of_2(heads // kv_heads), K=k, BLOCK=BLOCK,
+        BLOCKS=blocks, DIGIT=digit, num_warps=16 if candidates > 2048 else 8,
     )  # fmt: skip
 
 
 @triton.jit
 def _ordered(x):
-    """float32 as int32 of the same order."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    """float32 as uint32 of the same order."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
-def _threshold(keys, K: tl.constexpr):
-    """The largest int32 that at least K keys reach: the K-th largest key, or the least int32 if there are fewer."""
-    limit = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= K, 0, -2147483648).to(tl.int32)
-    for i in range(31):
-        trial = limit + (1 << (30 - i))
-        limit = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= K, trial, limit)
+def _threshold(keys, K: tl.constexpr, DIGIT: tl.constexpr):
+    """The largest uint32 that at least K keys reach: the K-th largest key, or 0 if there are fewer."""
+    limit = tl.full((1,), 0, dtype=tl.uint32)
+    i_trial = tl.arange(0, 2**DIGIT).to(tl.uint32)
+    for i in tl.static_range((32 + DIGIT - 1) // DIGIT):
+        shift = 32 - DIGIT * (i + 1)
+        if shift >= 0:
+            trials = limit + (i_trial << shift)
+            reached = tl.sum((keys[:, None] >= trials[None, :]).to(tl.int32), axis=0) >= K
+            # Fewer and fewer keys reach higher trials, so how many are reached says which is the last one.
+            last = tl.maximum(tl.sum(reached.to(tl.int32), axis=0) - 1, 0).to(tl.uint32)
+            limit = limit + (last << shift)
+        else:  # the bits that are left are fewer than a digit
+            rest: tl.constexpr = 32 - DIGIT * i
+            i_rest = tl.arange(0, 2**rest).to(tl.uint32)
+            trials = limit + i_rest
+            reached = tl.sum((keys[:, None] >= trials[None, :]).to(tl.int32), axis=0) >= K
+            last = tl.maximum(tl.sum(reached.to(tl.int32), axis=0) - 1, 0).to(tl.uint32)
+            limit = limit + last
     return limit
 
 
 @triton.jit
-def _best(votes, valid, K: tl.constexpr):
+def _best(votes, valid, K: tl.constexpr, DIGIT: tl.constexpr):
     """Which K of the votes are the best; of equal ones the first."""
-    keys = tl.where(valid, _ordered(votes), -2147483648)
-    limit = _threshold(keys, K)
+    keys = tl.where(valid, _ordered(votes), 0)
+    limit = _threshold(keys, K, DIGIT)
     above = valid & (keys > limit)
     tied = valid & (keys == limit)
     room = K - tl.sum(above.to(tl.int32))
     return above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
-
-
-@triton.jit
-def _log_sum_exp(top, total):
-    """Of blocks with these best scores and sums relative to them; -inf if all are empty."""
-    peak = tl.max(top, axis=0)
-    safe = tl.where(peak == float("-inf"), 0.0, peak)
-    all_ = tl.sum(total * tl.exp(top - safe), axis=0)
-    return tl.where(all_ > 0, safe + tl.log(tl.where(all_ > 0, all_, 1.0)), float("-inf"))
 
 
 @triton.jit
@@ -118,65 +125,53 @@ def _select_kernel(
     tokens_ptr,
     blocks_ptr,
     lse_ptr,
-    tail_lse_ptr,
     kv_heads,
     capacity_blocks,
     G: tl.constexpr,
+    G_P: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    DIGIT: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)  # sequence and KV head
     n_blocks = tl.load(n_blocks_ptr + i_row // kv_heads)
     i_b = tl.arange(0, BLOCKS)
+    i_g = tl.arange(0, G_P)
     m_b = i_b < n_blocks
-    vote = tl.full((BLOCKS,), float("-inf"), dtype=tl.float32)
-    for g in tl.static_range(G):
-        o_stat = (i_row * G + g) * capacity_blocks + i_b
-        top = tl.load(top_ptr + o_stat, mask=m_b, other=float("-inf"))
-        total = tl.load(total_ptr + o_stat, mask=m_b, other=0.0)
-        lse = _log_sum_exp(top, total)
-        tl.store(lse_ptr + i_row * G + g, lse)
-        vote = tl.maximum(vote, top - tl.where(lse == float("-inf"), 0.0, lse))
-    best = _best(vote, m_b, K)
+    m_stat = (i_g < G)[:, None] & m_b[None, :]
+    o_stat = (i_row * G + i_g)[:, None] * capacity_blocks + i_b[None, :]
+    top = tl.load(top_ptr + o_stat, mask=m_stat, other=float("-inf"))
+    total = tl.load(total_ptr + o_stat, mask=m_stat, other=0.0)
+    peak = tl.max(top, axis=1)
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    mass = tl.sum(total * tl.exp(top - safe[:, None]), axis=1)
+    lse = tl.where(mass > 0, safe + tl.log(tl.where(mass > 0, mass, 1.0)), float("-inf"))
+    tl.store(lse_ptr + i_row * G + i_g, lse, mask=i_g < G)
+    vote = tl.max(top - tl.where(lse == float("-inf"), 0.0, lse)[:, None], axis=0)
+    best = _best(vote, m_b & (vote > float("-inf")), K, DIGIT)
     i_k = tl.arange(0, K)
     tl.store(blocks_ptr + i_row * K + i_k, tl.full((K,), -1, dtype=tl.int32))
     tl.debug_barrier()
     rank = tl.cumsum(best.to(tl.int32), axis=0) - 1
     tl.store(blocks_ptr + i_row * K + rank, i_b, mask=best)
     tl.debug_barrier()
-    block = tl.load(blocks_ptr + i_row * K + i_k)
-    i_t = tl.arange(0, BLOCK)
-    token = block[:, None] * BLOCK + i_t[None, :]
-    m_t = (block >= 0)[:, None] & (i_t >= 0)[None, :]
-    votes = tl.full((K, BLOCK), float("-inf"), dtype=tl.float32)
+    # Only these blocks can hold one of the K best tokens.
+    i_c = tl.arange(0, K * BLOCK)
+    block = tl.load(blocks_ptr + i_row * K + i_c // BLOCK)
+    token = block * BLOCK + i_c % BLOCK
+    votes = tl.full((K * BLOCK,), float("-inf"), dtype=tl.float32)
     for g in tl.static_range(G):
-        lse = tl.load(lse_ptr + i_row * G + g)
+        lse_g = tl.load(lse_ptr + i_row * G + g)
         o_score = (i_row * G + g) * capacity_blocks * BLOCK + token
-        score = tl.load(scores_ptr + o_score, mask=m_t, other=float("-inf"))
-        votes = tl.maximum(votes, score - tl.where(lse == float("-inf"), 0.0, lse))
-    flat = tl.reshape(votes, (K * BLOCK,))
-    ids = tl.reshape(token, (K * BLOCK,))
-    chosen = _best(flat, flat > float("-inf"), K)
+        score = tl.load(scores_ptr + o_score, mask=block >= 0, other=float("-inf"))
+        votes = tl.maximum(votes, score - tl.where(lse_g == float("-inf"), 0.0, lse_g))
+    chosen = _best(votes, votes > float("-inf"), K, DIGIT)
     tl.store(tokens_ptr + i_row * K + i_k, tl.full((K,), -1, dtype=tl.int32))
     tl.debug_barrier()
     rank = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    tl.store(tokens_ptr + i_row * K + rank, ids, mask=chosen)
+    tl.store(tokens_ptr + i_row * K + rank, token, mask=chosen)
     gone = tl.full((K * BLOCK,), float("-inf"), dtype=tl.float32)
-    kept = m_t & (tl.reshape(chosen.to(tl.int32), (K, BLOCK)) == 0)
     for g in tl.static_range(G):
         o_score = (i_row * G + g) * capacity_blocks * BLOCK
-        score = tl.load(scores_ptr + o_score + token, mask=kept, other=float("-inf"))
-        tl.store(scores_ptr + o_score + ids, gone, mask=chosen)
-        top = tl.max(score, axis=1)  # [K], of each block that may have lost tokens
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(tl.exp(score - safe[:, None]), axis=1)
-        o_stat = (i_row * G + g) * capacity_blocks
-        tl.store(top_ptr + o_stat + block, top, mask=block >= 0)
-        tl.store(total_ptr + o_stat + block, total, mask=block >= 0)
-    tl.debug_barrier()
-    for g in tl.static_range(G):
-        o_stat = (i_row * G + g) * capacity_blocks + i_b
-        top = tl.load(top_ptr + o_stat, mask=m_b, other=float("-inf"))
-        total = tl.load(total_ptr + o_stat, mask=m_b, other=0.0)
-        tl.store(tail_lse_ptr + i_row * G + g, _log_sum_exp(top, total))
+        tl.store(scores_ptr + o_score + token, gone, mask=chosen)

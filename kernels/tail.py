@@ -9,45 +9,21 @@ The reference is `offload.kernels.reference.tail`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.kernels.reference import BLOCK, GROUP, PLANES, Codes, Part
+from offload.kernels.combine import Partials
+from offload.kernels.reference import BLOCK, GROUP, PLANES, Codes
 from offload.kernels.scan import INTERPRETED, ScanScratch, unpack
 from offload.kernels.select import Selection
 
-
-class TailScratch(NamedTuple):
-    """Partial sums of one tail, for each split of the blocks.
-
-    Attributes:
-        out: float32 [planes, B, H_q, splits, D_p].
-        total: float32 [B, H_q, splits]: weights added, relative to the tail's log-sum-exp.
-        skipped: float32 [B, H_q, splits]: weights of blocks that were not read, relative to that of all scores.
-    """
-
-    out: Tensor
-    total: Tensor
-    skipped: Tensor
+BLOCKS_PER_SPLIT, WARPS, STAGES = 16, 4, 3
 
 
-BLOCKS_PER_SPLIT = 16
-
-
-def tail_scratch(
-    batch: int, heads: int, n_tokens: int, width: int, bits: int, device: torch.device
-) -> TailScratch:
-    """Scratch for N tokens and padded head size `width`."""
-    splits = triton.cdiv(n_tokens // BLOCK, BLOCKS_PER_SPLIT)
-    return TailScratch(
-        torch.empty((len(PLANES[bits]), batch, heads, splits, width), device=device),
-        torch.empty((batch, heads, splits), device=device),
-        torch.empty((batch, heads, splits), device=device),
-    )
+def tail_slots(n_tokens: int) -> int:
+    """Slots that the tail of N tokens takes."""
+    return triton.cdiv(n_tokens // BLOCK, BLOCKS_PER_SPLIT)
 
 
 def tail(
@@ -55,27 +31,28 @@ def tail(
     selection: Selection,
     values: Codes,
     n_blocks: Tensor,
-    scratch: TailScratch,
+    partials: Partials,
+    skipped: Tensor,
     *,
+    first_slot: int,
     bits: int,
     head_size: int,
     share: float,
-) -> tuple[Part, Tensor]:
+) -> None:
     """Attends to all tokens that are not selected.
 
     Args:
         scores: Of `scan`, after `select` took the selected ones out.
-        selection: Of `select`; its tail_lse is the scale of the weights.
+        selection: Of `select`.
         values: Codes of up to N tokens.
         n_blocks: int32 [B] on the device: valid blocks.
-        scratch: Written.
+        partials: `tail_slots(N)` slots are written, in every plane of the bits.
+        skipped: float32 [B, H_q, tail_slots(N)], written: weights of blocks that were not read, as shares of all
+            weights.
+        first_slot: The first slot.
         bits: Of the codes.
         head_size: D_v.
         share: Blocks whose weights together may be left out, at most, as a share of all weights.
-
-    Returns:
-        The part: `out` float32 [B, H_q, 1, D_v], `lse` [B, H_q, 1], over the blocks that were read; and the share
-        of all weights that was skipped, float32 [B, H_q].
     """
     batch, kv_heads = values.planes[0].shape[:2]
     heads, capacity = scores.top.shape[1], scores.top.shape[2]
@@ -85,22 +62,16 @@ def tail(
     for index, (plane, plane_bits) in enumerate(zip(values.planes, PLANES[bits], strict=True)):
         run = width * plane_bits // 8
         columns = min(run, GROUP)
-        grid = (scratch.total.shape[2], batch * kv_heads, run // columns)
+        # Programs of the same tokens run side by side: each reads a part of every cache line.
+        grid = (skipped.shape[2] * (run // columns), batch * kv_heads)
         _tail_kernel[grid](
-            *scores, selection.lse, selection.tail_lse, n_blocks, plane, values.meta, scratch.out[index], scratch.total,
-            scratch.skipped, kv_heads, capacity, share, float(2**shift),
-            G=groups, G_P=max(16, triton.next_power_of_2(groups)), D_P=width, BLOCK=BLOCK, GROUP=GROUP,
-            PLANE=plane_bits, COLUMNS=columns, BLOCKS_PER_PROGRAM=BLOCKS_PER_SPLIT,
-            WITH_ZERO=index == 0, PLAIN=INTERPRETED,
+            *scores, selection.lse, n_blocks, plane, values.meta, partials.out[index], partials.lse, skipped,
+            kv_heads, capacity, partials.lse.shape[2], first_slot, share, float(2**shift),
+            G=groups, G_P=max(16, triton.next_power_of_2(groups)), DV=head_size, D_P=width, BLOCK=BLOCK,
+            GROUP=GROUP, PLANE=plane_bits, COLUMNS=columns, BLOCKS_PER_PROGRAM=BLOCKS_PER_SPLIT,
+            WITH_ZERO=index == 0, PLAIN=INTERPRETED, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         shift += plane_bits
-    out = scratch.out.sum(dim=(0, 3))[..., :head_size]
-    total = scratch.total.sum(dim=-1)
-    empty = total == 0
-    out = torch.where(empty.unsqueeze(-1), 0.0, out / total.masked_fill(empty, 1.0).unsqueeze(-1))
-    lse = torch.where(empty, -torch.inf, selection.tail_lse + total.masked_fill(empty, 1.0).log())
-    part = Part(out.unsqueeze(2), lse.unsqueeze(2))
-    return part, scratch.skipped.sum(dim=-1)
 
 
 @triton.jit
@@ -132,24 +103,32 @@ def _add_run(
 
 
 @triton.jit
+def _store_run(out_ptr, o_out, i_u, first, acc, m_g, DV: tl.constexpr):
+    i_c = first + i_u
+    tl.store(out_ptr + o_out[:, None] + i_c[None, :], acc, mask=m_g[:, None] & (i_c < DV)[None, :])
+
+
+@triton.jit
 def _tail_kernel(
     scores_ptr,
     top_ptr,
     total_ptr,
     lse_ptr,
-    tail_lse_ptr,
     n_blocks_ptr,
     plane_ptr,
     meta_ptr,
-    o_ptr,
-    l_ptr,
+    out_ptr,
+    out_lse_ptr,
     skipped_ptr,
     kv_heads,
     capacity_blocks,
+    slots,
+    first_slot,
     share,
     factor,
     G: tl.constexpr,
     G_P: tl.constexpr,
+    DV: tl.constexpr,
     D_P: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -161,11 +140,12 @@ def _tail_kernel(
 ):
     RUNS: tl.constexpr = 8 // PLANE
     RUN: tl.constexpr = D_P // RUNS
+    PARTS: tl.constexpr = RUN // COLUMNS
     GROUPS: tl.constexpr = D_P // GROUP
-    i_split = tl.program_id(0)
+    i_split = tl.program_id(0) // PARTS
+    first_column = tl.program_id(0) % PARTS * COLUMNS
+    n_splits = tl.num_programs(0) // PARTS
     i_row = tl.program_id(1).to(tl.int64)
-    first_column = tl.program_id(2) * COLUMNS
-    n_splits = tl.num_programs(0)
     n_blocks = tl.load(n_blocks_ptr + i_row // kv_heads)
     i_g = tl.arange(0, G_P)
     m_g = i_g < G
@@ -173,8 +153,7 @@ def _tail_kernel(
     i_u = first_column + tl.arange(0, COLUMNS)
     o_head = i_row * G + i_g
     lse = tl.load(lse_ptr + o_head, mask=m_g, other=0.0)
-    tail_lse = tl.load(tail_lse_ptr + o_head, mask=m_g, other=0.0)
-    tail_lse = tl.where(tail_lse == float("-inf"), 0.0, tail_lse)  # everything was selected
+    lse = tl.where(lse == float("-inf"), 0.0, lse)
     acc0 = tl.zeros((G_P, COLUMNS), dtype=tl.float32)
     acc1 = tl.zeros((G_P, COLUMNS), dtype=tl.float32)
     acc2 = tl.zeros((G_P, COLUMNS), dtype=tl.float32)
@@ -183,24 +162,24 @@ def _tail_kernel(
     acc5 = tl.zeros((G_P, COLUMNS), dtype=tl.float32)
     acc6 = tl.zeros((G_P, COLUMNS), dtype=tl.float32)
     acc7 = tl.zeros((G_P, COLUMNS), dtype=tl.float32)
-    l = tl.zeros((G_P,), dtype=tl.float32)
+    total = tl.zeros((G_P,), dtype=tl.float32)
     skipped = tl.zeros((G_P,), dtype=tl.float32)
     least = share / tl.maximum(n_blocks, 1)
     first = i_split * BLOCKS_PER_PROGRAM
     for block in range(first, tl.minimum(first + BLOCKS_PER_PROGRAM, n_blocks)):
-        top = tl.load(top_ptr + o_head * capacity_blocks + block, mask=m_g, other=float("-inf"))
-        total = tl.load(total_ptr + o_head * capacity_blocks + block, mask=m_g, other=0.0)
-        block_weight = tl.where(m_g, tl.exp(top - tail_lse), 0.0)
-        mass = tl.where(m_g, tl.exp(top - lse), 0.0) * total
+        o_stat = o_head * capacity_blocks + block
+        mass = tl.load(total_ptr + o_stat, mask=m_g, other=0.0)
+        mass *= tl.exp(tl.load(top_ptr + o_stat, mask=m_g, other=float("-inf")) - lse)
         if tl.max(mass, axis=0) >= least:
             o_score = o_head[:, None] * capacity_blocks * BLOCK + block * BLOCK + i_t[None, :]
             score = tl.load(scores_ptr + o_score, mask=m_g[:, None], other=float("-inf"))
-            weights = tl.where(
-                score > float("-inf"),
-                tl.exp(score - tl.where(m_g & (top > float("-inf")), top, 0.0)[:, None]),
-                0.0,
-            )
-            l += tl.sum(weights, axis=1) * block_weight
+            # Weights are taken relative to the best of those that are left, in float16; what that is against all
+            # the others, in float32. So a selected token of nearly all the mass costs the others no precision.
+            top = tl.max(score, axis=1)
+            safe = tl.where(top == float("-inf"), 0.0, top)
+            weights = tl.exp(score - safe[:, None])
+            block_weight = tl.exp(top - lse)
+            total += tl.sum(weights, axis=1) * block_weight
             o_token = (i_row * capacity_blocks + block) * BLOCK + i_t
             packed = tl.load(plane_ptr + o_token[:, None] * RUN + i_u[None, :])
             o_meta = o_token * 2 * GROUPS
@@ -240,18 +219,21 @@ def _tail_kernel(
                 )  # fmt: skip
         else:
             skipped += mass
-    o_out = (o_head * n_splits + i_split) * D_P
-    tl.store(o_ptr + o_out[:, None] + (0 * RUN + i_u)[None, :], acc0, mask=m_g[:, None])
-    tl.store(o_ptr + o_out[:, None] + (1 * RUN + i_u)[None, :], acc1, mask=m_g[:, None])
+    full = total > 0.0
+    inverse = tl.where(full, 1.0 / tl.where(full, total, 1.0), 0.0)[:, None]
+    o_out = (o_head * slots + first_slot + i_split) * DV
+    _store_run(out_ptr, o_out, i_u, 0 * RUN, acc0 * inverse, m_g, DV)
+    _store_run(out_ptr, o_out, i_u, 1 * RUN, acc1 * inverse, m_g, DV)
     if RUNS > 2:
-        tl.store(o_ptr + o_out[:, None] + (2 * RUN + i_u)[None, :], acc2, mask=m_g[:, None])
-        tl.store(o_ptr + o_out[:, None] + (3 * RUN + i_u)[None, :], acc3, mask=m_g[:, None])
+        _store_run(out_ptr, o_out, i_u, 2 * RUN, acc2 * inverse, m_g, DV)
+        _store_run(out_ptr, o_out, i_u, 3 * RUN, acc3 * inverse, m_g, DV)
     if RUNS > 4:
-        tl.store(o_ptr + o_out[:, None] + (4 * RUN + i_u)[None, :], acc4, mask=m_g[:, None])
-        tl.store(o_ptr + o_out[:, None] + (5 * RUN + i_u)[None, :], acc5, mask=m_g[:, None])
-        tl.store(o_ptr + o_out[:, None] + (6 * RUN + i_u)[None, :], acc6, mask=m_g[:, None])
-        tl.store(o_ptr + o_out[:, None] + (7 * RUN + i_u)[None, :], acc7, mask=m_g[:, None])
+        _store_run(out_ptr, o_out, i_u, 4 * RUN, acc4 * inverse, m_g, DV)
+        _store_run(out_ptr, o_out, i_u, 5 * RUN, acc5 * inverse, m_g, DV)
+        _store_run(out_ptr, o_out, i_u, 6 * RUN, acc6 * inverse, m_g, DV)
+        _store_run(out_ptr, o_out, i_u, 7 * RUN, acc7 * inverse, m_g, DV)
     if WITH_ZERO:
         m_first = m_g & (first_column == 0)
-        tl.store(l_ptr + o_head * n_splits + i_split, l, mask=m_first)
+        out_lse = tl.where(full, lse + tl.log(tl.where(full, total, 1.0)), float("-inf"))
+        tl.store(out_lse_ptr + o_head * slots + first_slot + i_split, out_lse, mask=m_first)
         tl.store(skipped_ptr + o_head * n_splits + i_split, skipped, mask=m_first)

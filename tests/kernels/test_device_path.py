@@ -1,7 +1,6 @@
 """Scan, select, tail and rows: each equals its reference, and together they are attention over all tokens.
 
-They run in Triton's interpreter, in float32. A card's variant joins with the mode that uses them: `Case` takes a
-device already.
+In Triton's interpreter they run in float32, on a card in float16.
 """
 
 from __future__ import annotations
@@ -11,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from cards import card_id
+from cards import DEVICES, card_id
 from torch import Tensor
 
 from offload.kernels import reference
-from offload.kernels.gather import attend_rows
+from offload.kernels.combine import Partials, combine, empty_partials
+from offload.kernels.gather import attend_rows, row_slots
 from offload.kernels.reference import BLOCK, Codes, Part
 from offload.kernels.scan import ScanScratch, scan, scan_scratch
 from offload.kernels.select import Selection, empty_selection, select
-from offload.kernels.tail import tail, tail_scratch
+from offload.kernels.tail import tail, tail_slots
+from offload.kernels.window import attend_window
 
-ON = pytest.mark.parametrize("device", ["cpu"])
+ON = pytest.mark.parametrize("device", DEVICES)
 SCALE = 0.125
 
 
@@ -100,7 +101,6 @@ class Case:
             scratch,
             bits=self.card.bits,
             scale=SCALE,
-            blocks_per_program=2,
         )
         return scratch
 
@@ -111,23 +111,56 @@ class Case:
         select(scratch, self.n_blocks, chosen)
         return chosen
 
-    def tail(self, scratch: ScanScratch, chosen: Selection, share: float) -> tuple[Part, Tensor]:
-        width = self.values.meta.shape[-1] * reference.GROUP
-        partial = tail_scratch(
-            self.batch, self.heads, self.capacity * BLOCK, width, self.card.bits, self.device
+    def partials(self, slots: int) -> Partials:
+        planes = len(reference.PLANES[self.card.bits])
+        made = empty_partials(
+            self.batch, self.heads, slots, self.card.size, planes=planes, device=self.device
         )
-        for part in partial:
-            part.fill_(torch.nan)
-        return tail(
+        made.out.fill_(torch.nan)
+        made.out[1:].zero_()
+        return made
+
+    def tail(self, scratch: ScanScratch, chosen: Selection, share: float) -> tuple[Part, Tensor]:
+        slots = tail_slots(self.capacity * BLOCK)
+        partials = self.partials(slots)
+        skipped = torch.full((self.batch, self.heads, slots), torch.nan, device=self.device)
+        tail(
             scratch,
             chosen,
             self.values,
             self.n_blocks,
-            partial,
+            partials,
+            skipped,
+            first_slot=0,
             bits=self.card.bits,
             head_size=self.card.size,
             share=share,
         )
+        return merged(partials), skipped.sum(-1)
+
+    def attend_rows(self, chosen: Selection, softcap: float | None = None) -> Part:
+        partials = self.partials(row_slots(self.card.k))
+        attend_rows(
+            self.query,
+            self.pool,
+            self.table,
+            chosen.tokens,
+            partials,
+            first_slot=0,
+            key_dim=self.card.size,
+            scale=SCALE,
+            softcap=softcap,
+        )
+        return merged(partials)
+
+
+def merged(partials: Partials) -> Part:
+    """What all slots stand for."""
+    slots = partials.lse.shape[2]
+    out = partials.out.sum(0)
+    return reference.merge(
+        [Part(out[:, :, i : i + 1], partials.lse[:, :, i : i + 1]) for i in range(slots)]
+    )
 
 
 @ON
@@ -196,8 +229,6 @@ def test_select_takes_the_tokens_of_the_reference_out_of_the_scores(
         want = reference.select(scores, kv_heads=card.kv_heads, k=card.k)
         assert torch.equal(chosen.tokens[b : b + 1], want)
         torch.testing.assert_close(chosen.lse[b], scores[0].logsumexp(-1), atol=1e-4, rtol=1e-4)
-        rest = scratch.scores[b, :, case.valid(b)]
-        torch.testing.assert_close(chosen.tail_lse[b], rest.logsumexp(-1), atol=1e-4, rtol=1e-4)
         gone = scratch.scores[b, :, case.valid(b)].isneginf()
         for head in range(case.heads):
             taken = chosen.tokens[b, head // card.groups]
@@ -287,13 +318,14 @@ def test_a_selected_token_with_nearly_all_the_mass_costs_the_tail_no_precision(
 
 @ON
 @ALL
-def test_rows_are_read_from_their_pages_and_attended_to_exactly(card: Card, device: str) -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_rows_are_read_from_their_pages_and_attended_to_exactly(
+    card: Card, device: str, softcap: float | None
+) -> None:
     case = Case(card, device)
     chosen = case.select(case.scan())
     chosen.tokens[:, :, -3:] = -1  # empty slots
-    part = attend_rows(
-        case.query, case.pool, case.table, chosen.tokens, key_dim=card.size, scale=SCALE
-    )
+    part = case.attend_rows(chosen, softcap)
     rows = reference.gather(case.pool, case.table.cpu(), chosen.tokens.cpu()).float()
     rows = rows.to(device)
     mask = (chosen.tokens >= 0).repeat_interleave(card.groups, dim=1).unsqueeze(2)
@@ -303,6 +335,7 @@ def test_rows_are_read_from_their_pages_and_attended_to_exactly(card: Card, devi
         rows[..., card.size :],
         scale=SCALE,
         mask=mask,
+        softcap=softcap,
     )
     torch.testing.assert_close(part.lse, want.lse, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(part.out, want.out, atol=5e-3, rtol=5e-3)
@@ -316,7 +349,7 @@ def test_selected_rows_and_tail_together_are_close_to_attention_over_all_tokens(
     scratch = case.scan()
     scores = scratch.scores[:, :, case.valid(0)].clone()
     chosen = case.select(scratch)
-    exact = attend_rows(case.query, case.pool, case.table, chosen.tokens, key_dim=128, scale=SCALE)
+    exact = case.attend_rows(chosen)
     rest, _ = case.tail(scratch, chosen, share=0.0)
     got = reference.merge([exact, rest])
     rows = case.rows[:, case.valid(0)].transpose(1, 2)
@@ -332,3 +365,118 @@ def test_selected_rows_and_tail_together_are_close_to_attention_over_all_tokens(
     plain_error = (plain.out - want.out).norm() / want.out.norm()
     assert float(error) < 0.02
     assert float(error) < 0.5 * float(plain_error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowCard:
+    """A shape of `attend_window`."""
+
+    size: int = 64
+    kv_heads: int = 2
+    groups: int = 3
+    batch: int = 2
+    page: int = 64
+    rows: int = 200
+    splits: int = 4
+    softcap: float | None = None
+    padding: tuple[int, ...] | None = None
+
+
+WINDOWS = [
+    WindowCard(),
+    WindowCard(rows=0),
+    WindowCard(rows=1, groups=1, size=80),
+    WindowCard(rows=64, splits=1, groups=7),
+    WindowCard(size=128, groups=4, rows=319, splits=8),
+    WindowCard(size=256, rows=70, batch=1),
+    WindowCard(page=16, rows=77, softcap=3.0, splits=2),
+    WindowCard(padding=(0, 150)),
+    WindowCard(rows=100, padding=(100, 3), splits=1),
+]
+
+
+@ON
+@pytest.mark.parametrize("card", WINDOWS, ids=card_id)
+def test_the_window_and_the_new_token_are_attended_to_and_its_row_is_kept(
+    card: WindowCard, device: str
+) -> None:
+    random = torch.Generator().manual_seed(1)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    slots = -(-card.rows // card.page) + 1
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, dtype)
+
+    window = draw(card.batch, slots, card.page, card.kv_heads, 2 * card.size)
+    rows = window.flatten(1, 2)  # a view
+    rows[:, card.rows :] = torch.nan
+    key, value = draw(2, card.batch, card.kv_heads, card.size).unbind(0)
+    heads = card.kv_heads * card.groups
+    query = draw(card.batch, 1, heads, card.size).transpose(1, 2)
+    # The slots hold the blocks in reverse order, but for the last one, which is being filled.
+    order = [*range(slots - 2, -1, -1), slots - 1]
+    starts = torch.tensor([i * card.page for i in order], dtype=torch.int32, device=device)
+    padding = None
+    mask = None
+    if card.padding is not None:
+        padding = torch.tensor(card.padding, dtype=torch.int32, device=device)
+        places = (starts[:, None] + torch.arange(card.page, device=device)).flatten()
+        mask = places[: card.rows + 1] >= padding[:, None]
+        mask[:, -1] = True
+        mask = mask[:, None, None]
+    partials = empty_partials(
+        card.batch, heads, card.splits + 2, card.size, planes=1, device=torch.device(device)
+    )
+    partials.out.fill_(torch.nan)
+    n_rows = torch.tensor([card.rows], dtype=torch.int32, device=device)
+    attend_window(
+        query[:, :, 0],
+        key,
+        value,
+        window,
+        n_rows,
+        partials,
+        scale=SCALE,
+        splits=card.splits,
+        softcap=card.softcap,
+        padding=padding,
+        starts=starts,
+    )
+    got = torch.empty((card.batch, heads, card.size), device=device)
+    combine(partials, got)
+    assert torch.equal(rows[:, card.rows, :, : card.size], key)
+    assert torch.equal(rows[:, card.rows, :, card.size :], value)
+    assert bool(rows[:, card.rows + 1 :].isnan().all())
+    held = rows[:, : card.rows + 1].transpose(1, 2).float()
+    want = reference.attend(
+        query.float(),
+        held[..., : card.size],
+        held[..., card.size :],
+        scale=SCALE,
+        softcap=card.softcap,
+        mask=mask,
+    )
+    tolerance = 2e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(got, want.out[:, :, 0], atol=tolerance, rtol=tolerance)
+    lse = partials.lse.logsumexp(-1)
+    torch.testing.assert_close(lse, want.lse[..., 0], atol=tolerance, rtol=tolerance)
+
+
+@ON
+@pytest.mark.parametrize("sinks", [False, True])
+def test_combine_is_the_merge_of_all_slots(device: str, sinks: bool) -> None:
+    random = torch.Generator().manual_seed(2)
+    partials = empty_partials(2, 3, 37, 80, planes=2, device=torch.device(device))
+    partials.out.copy_(torch.randn(partials.out.shape, generator=random))
+    partials.lse.copy_(torch.randn(partials.lse.shape, generator=random) * 4)
+    empty = torch.rand(partials.lse.shape, generator=random) < 0.3
+    empty[1, 2] = True  # a head that sees nothing
+    partials.lse[empty] = -torch.inf
+    partials.out[:, empty] = torch.nan
+    logits = torch.randn(3, generator=random).to(device) if sinks else None
+    out = torch.full((2, 3, 80), torch.nan, device=device)
+    combine(partials, out, sink_logits=logits)
+    want = merged(partials)
+    if logits is not None:
+        want = reference.with_sink_logits(want, logits)
+    torch.testing.assert_close(out, want.out[:, :, 0], atol=1e-5, rtol=1e-5)

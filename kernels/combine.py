@@ -1,0 +1,109 @@
+"""How do the parts of one decode step become one output? Weighted by their log-sum-exps, in one launch.
+
+Every kernel of the step leaves its parts in slots of one `Partials`: window splits, selected rows, tail splits.
+
+The reference is `offload.kernels.reference.merge`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Partials(NamedTuple):
+    """Parts of attention over disjoint sets of keys, one per slot.
+
+    Attributes:
+        out: float32 [planes, B, H_q, slots, D_v]. What stands for a slot is the sum over the planes: values of two
+            bit planes are attended to in two launches. Slots without a second plane hold zeros there.
+        lse: float32 [B, H_q, slots], natural logarithm; -inf for a slot without keys, whose `out` is not read.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+def empty_partials(
+    batch: int, heads: int, slots: int, value_dim: int, *, planes: int, device: torch.device
+) -> Partials:
+    """Room for the parts of one step; every slot is empty until a kernel writes it.
+
+    Args:
+        batch: Sequences.
+        heads: Query heads.
+        slots: Parts.
+        value_dim: D_v.
+        planes: Bit planes of the values.
+        device: Where.
+    """
+    return Partials(
+        torch.zeros((planes, batch, heads, slots, value_dim), device=device),
+        torch.full((batch, heads, slots), -torch.inf, device=device),
+    )
+
+
+def combine(partials: Partials, out: Tensor, *, sink_logits: Tensor | None = None) -> None:
+    """Merges all slots.
+
+    Args:
+        partials: Of all kernels of the step.
+        out: Written: [B, H_q, D_v], contiguous, floating. Zeros where every slot is empty.
+        sink_logits: [H_q]: one logit per head without a value.
+    """
+    planes, batch, heads, slots, value_dim = partials.out.shape
+    _combine_kernel[(batch * heads,)](
+        partials.out, partials.lse, out, partials.lse if sink_logits is None else sink_logits,
+        heads, slots, partials.out.stride(0),
+        DV=value_dim, DV_P=triton.next_power_of_2(value_dim), SLOTS=triton.next_power_of_2(slots),
+        PLANES=planes, STEP=min(32, triton.next_power_of_2(slots)), SINKS=sink_logits is not None,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combine_kernel(
+    parts_ptr,
+    lse_ptr,
+    out_ptr,
+    sinks_ptr,
+    heads,
+    slots,
+    stride_plane: tl.int64,
+    DV: tl.constexpr,
+    DV_P: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PLANES: tl.constexpr,
+    STEP: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)  # sequence and query head
+    i_s = tl.arange(0, SLOTS)
+    lse = tl.load(lse_ptr + i_row * slots + i_s, mask=i_s < slots, other=float("-inf"))
+    peak = tl.max(lse, axis=0)
+    sink = float("-inf")
+    if SINKS:
+        sink = tl.load(sinks_ptr + i_row % heads).to(tl.float32)
+        peak = tl.maximum(peak, sink)
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp(lse - safe), axis=0)
+    if SINKS:
+        total += tl.exp(sink - safe)
+    i_v = tl.arange(0, DV_P)
+    i_j = tl.arange(0, STEP)
+    acc = tl.zeros((DV_P,), dtype=tl.float32)
+    for first in range(0, slots, STEP):
+        i_p = first + i_j
+        part = tl.load(lse_ptr + i_row * slots + i_p, mask=i_p < slots, other=float("-inf"))
+        weight = tl.exp(part - safe)
+        # A slot of weight 0 may hold anything, NaN too.
+        m_out = (weight > 0.0)[:, None] & (i_v < DV)[None, :]
+        for plane in tl.static_range(PLANES):
+            o_out = plane * stride_plane + (i_row * slots + i_p)[:, None] * DV + i_v[None, :]
+            value = tl.load(parts_ptr + o_out, mask=m_out, other=0.0)
+            acc += tl.sum(value * weight[:, None], axis=0)
+    acc = tl.where(total > 0.0, acc / tl.where(total > 0.0, total, 1.0), 0.0)
+    tl.store(out_ptr + i_row * DV + i_v, acc.to(out_ptr.dtype.element_ty), mask=i_v < DV)
