@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+COLUMNS = 32  # of the output, a program: enough programs to read at the rate of the L2 cache
+
 
 class Partials(NamedTuple):
     """Parts of attention over disjoint sets of keys, one per slot.
 
     Attributes:
-        out: float32 [planes, B, H_q, slots, D_v]. What stands for a slot is the sum over the planes: values of two
-            bit planes are attended to in two launches. Slots without a second plane hold zeros there.
+        out: float32 [B, H_q, slots, D_v].
         lse: float32 [B, H_q, slots], natural logarithm; -inf for a slot without keys, whose `out` is not read.
     """
 
@@ -29,7 +30,7 @@ class Partials(NamedTuple):
 
 
 def empty_partials(
-    batch: int, heads: int, slots: int, value_dim: int, *, planes: int, device: torch.device
+    batch: int, heads: int, slots: int, value_dim: int, device: torch.device
 ) -> Partials:
     """Room for the parts of one step; every slot is empty until a kernel writes it.
 
@@ -38,11 +39,10 @@ def empty_partials(
         heads: Query heads.
         slots: Parts.
         value_dim: D_v.
-        planes: Bit planes of the values.
         device: Where.
     """
     return Partials(
-        torch.zeros((planes, batch, heads, slots, value_dim), device=device),
+        torch.zeros((batch, heads, slots, value_dim), device=device),
         torch.full((batch, heads, slots), -torch.inf, device=device),
     )
 
@@ -55,12 +55,12 @@ def combine(partials: Partials, out: Tensor, *, sink_logits: Tensor | None = Non
         out: Written: [B, H_q, D_v], contiguous, floating. Zeros where every slot is empty.
         sink_logits: [H_q]: one logit per head without a value.
     """
-    planes, batch, heads, slots, value_dim = partials.out.shape
-    _combine_kernel[(batch * heads,)](
-        partials.out, partials.lse, out, partials.lse if sink_logits is None else sink_logits,
-        heads, slots, partials.out.stride(0),
-        DV=value_dim, DV_P=triton.next_power_of_2(value_dim), SLOTS=triton.next_power_of_2(slots),
-        PLANES=planes, STEP=min(32, triton.next_power_of_2(slots)), SINKS=sink_logits is not None,
+    batch, heads, slots, value_dim = partials.out.shape
+    grid = (batch * heads, triton.cdiv(value_dim, COLUMNS))
+    _combine_kernel[grid](
+        *partials, out, partials.lse if sink_logits is None else sink_logits, heads, slots,
+        DV=value_dim, COLUMNS=COLUMNS, SLOTS=triton.next_power_of_2(slots),
+        STEP=min(64, triton.next_power_of_2(slots)), SINKS=sink_logits is not None,
     )  # fmt: skip
 
 
@@ -72,11 +72,9 @@ def _combine_kernel(
     sinks_ptr,
     heads,
     slots,
-    stride_plane: tl.int64,
     DV: tl.constexpr,
-    DV_P: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
-    PLANES: tl.constexpr,
     STEP: tl.constexpr,
     SINKS: tl.constexpr,
 ):
@@ -92,18 +90,17 @@ def _combine_kernel(
     total = tl.sum(tl.exp(lse - safe), axis=0)
     if SINKS:
         total += tl.exp(sink - safe)
-    i_v = tl.arange(0, DV_P)
+    i_v = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     i_j = tl.arange(0, STEP)
-    acc = tl.zeros((DV_P,), dtype=tl.float32)
+    acc = tl.zeros((COLUMNS,), dtype=tl.float32)
     for first in range(0, slots, STEP):
         i_p = first + i_j
         part = tl.load(lse_ptr + i_row * slots + i_p, mask=i_p < slots, other=float("-inf"))
         weight = tl.exp(part - safe)
         # A slot of weight 0 may hold anything, NaN too.
         m_out = (weight > 0.0)[:, None] & (i_v < DV)[None, :]
-        for plane in tl.static_range(PLANES):
-            o_out = plane * stride_plane + (i_row * slots + i_p)[:, None] * DV + i_v[None, :]
-            value = tl.load(parts_ptr + o_out, mask=m_out, other=0.0)
-            acc += tl.sum(value * weight[:, None], axis=0)
+        o_out = (i_row * slots + i_p)[:, None] * DV + i_v[None, :]
+        value = tl.load(parts_ptr + o_out, mask=m_out, other=0.0)
+        acc += tl.sum(value * weight[:, None], axis=0)
     acc = tl.where(total > 0.0, acc / tl.where(total > 0.0, total, 1.0), 0.0)
     tl.store(out_ptr + i_row * DV + i_v, acc.to(out_ptr.dtype.element_ty), mask=i_v < DV)

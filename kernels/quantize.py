@@ -4,13 +4,13 @@ Keys are coded per channel in blocks of `BLOCK` tokens, because their outliers s
 projection, RoPE) and stay there; values per token in groups of `GROUP` channels. Keys are never rotated: that
 spreads the outliers of models with a key bias over all channels.
 
-Zero and scale are rounded to float16 *before* the codes are chosen, outwards, so that no value is further than
+Zero and scale are rounded to 16 bits *before* the codes are chosen, outwards, so that no value is further than
 half a step from its code.
 
-Codes are packed in bytes by *planes*: at 4 bits byte u holds channel u in its low and channel u + D_p/2 in its
-high nibble; at 2 bits it holds channels u + D_p/4 * j at bits 2j; 3 bits are a 2-bit plane and a 1-bit plane. A
-kernel then unpacks a byte into channels that lie far apart, each run of them contiguous: no shuffle. Head sizes
-that are not a power of two are padded to one.
+Codes are packed in bytes by *planes* along the axis that a product sums over, channels of keys, tokens of values: at
+4 bits byte u holds entry u in its low and entry u + L/2 in its high nibble; at 2 bits it holds entries u + L/4 * j at
+bits 2j; 3 bits are a 2-bit plane and a 1-bit plane. A kernel then unpacks a tile of bytes into tiles that lie far
+apart, each contiguous: no shuffle. Head sizes that are not a power of two are padded to one.
 
 The references are `quantize_keys` and `quantize_values` of `offload.kernels.reference`, which return what these
 write in place.
@@ -46,22 +46,23 @@ def empty_codes(
         n_tokens: Tokens, a multiple of BLOCK.
         head_size: D of keys, D_v of values.
         bits: 4, 3 or 2.
-        keys: Whether the codes are of keys (zero and scale per block) or values (per token).
+        keys: Whether the codes are of keys or of values.
         device: Where.
 
     Returns:
         Uninitialised codes.
     """
-    width = padded(head_size)
+    width, blocks = padded(head_size), n_tokens // BLOCK
+    rows, length = (BLOCK, width) if keys else (width, BLOCK)
     planes = tuple(
         torch.empty(
-            (batch, kv_heads, n_tokens, width * plane // 8), dtype=torch.uint8, device=device
+            (batch, kv_heads, blocks, rows, length * plane // 8), dtype=torch.uint8, device=device
         )
         for plane in PLANES[bits]
     )
-    shape = (n_tokens // BLOCK, 2, width) if keys else (n_tokens, 2, width // GROUP)
-    meta = torch.empty((batch, kv_heads, *shape), dtype=torch.float16, device=device)
-    return Codes(planes, meta)
+    shape = (2, width) if keys else (2, width // GROUP, BLOCK)
+    dtype = torch.float16 if keys else torch.bfloat16
+    return Codes(planes, torch.empty((batch, kv_heads, blocks, *shape), dtype=dtype, device=device))
 
 
 def quantize_keys(keys: Tensor, codes: Codes, first_block: Tensor, *, bits: int) -> None:
@@ -93,11 +94,10 @@ def _launch(
             f"whole blocks of {BLOCK} tokens with last stride 1 are quantized, got {tuple(rows.shape)} "
             f"with strides {rows.stride()}"
         )
-    capacity = codes.planes[0].shape[2] // BLOCK
     shift = 0
     for index, (plane, plane_bits) in enumerate(zip(codes.planes, PLANES[bits], strict=True)):
         kernel[(batch * heads, n_tokens // BLOCK)](
-            rows, plane, codes.meta, first_block, heads, capacity, *rows.stride()[:3],
+            rows, plane, codes.meta, first_block, heads, codes.n_blocks, *rows.stride()[:3],
             D=head_size, D_P=padded(head_size), BITS=bits, PLANE=plane_bits, SHIFT=shift,
             BLOCK=BLOCK, WRITE_META=index == 0, **constants,
         )  # fmt: skip
@@ -105,10 +105,22 @@ def _launch(
 
 
 @triton.jit
-def _outward(low, high, LEVELS: tl.constexpr):
-    """Zero and scale of a range as float16 values in float32, rounded so that the range is covered."""
-    zero = (low - tl.abs(low) * 0.0009765625).to(tl.float16).to(tl.float32)
-    scale = ((high - zero) * (1.0009765625 / LEVELS)).to(tl.float16).to(tl.float32)
+def _rounded(x, BF16: tl.constexpr):
+    """float32 rounded to the nearest bfloat16 or float16, still as float32."""
+    if BF16:  # by hand: Triton's interpreter would cut the bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True)
+    else:  # noqa: RET505 - without it Triton compiles both branches
+        return x.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _outward(low, high, LEVELS: tl.constexpr, BF16: tl.constexpr):
+    """Zero and scale of a range as 16-bit values in float32, rounded so that the range is covered."""
+    STEP: tl.constexpr = 0.0078125 if BF16 else 0.0009765625  # from 1 to the next value
+    zero = _rounded(low - tl.abs(low) * STEP, BF16)
+    scale = _rounded((high - zero) * ((1.0 + STEP) / LEVELS), BF16)
     return zero, scale
 
 
@@ -153,7 +165,7 @@ def _quantize_keys_kernel(
         i_c = j * RUN + i_u
         o_x = i_t[:, None] * stride_xt + i_c[None, :]
         x = tl.load(x_ptr + o_x, mask=(i_c < D)[None, :], other=0.0).to(tl.float32)
-        zero, scale = _outward(tl.min(x, axis=0), tl.max(x, axis=0), LEVELS)
+        zero, scale = _outward(tl.min(x, axis=0), tl.max(x, axis=0), LEVELS, False)
         code = _code(x, zero[None, :], scale[None, :], LEVELS)
         packed |= ((code >> SHIFT) & (2**PLANE - 1)) << (PLANE * j)
         if WRITE_META:
@@ -185,38 +197,29 @@ def _quantize_values_kernel(
 ):
     LEVELS: tl.constexpr = 2**BITS - 1
     RUNS: tl.constexpr = 8 // PLANE
-    RUN: tl.constexpr = D_P // RUNS
+    RUN: tl.constexpr = BLOCK // RUNS
     GROUPS: tl.constexpr = D_P // GROUP
-    # A run holds whole groups or lies within one: the range of a group is taken over its own channels.
-    PARTS: tl.constexpr = RUN // GROUP if RUN >= GROUP else 1
-    WIDTH: tl.constexpr = GROUP if RUN >= GROUP else RUN
     i_row = tl.program_id(0).to(tl.int64)  # sequence and KV head
     i_block = tl.program_id(1).to(tl.int64)
     i_batch, i_head = i_row // n_heads, i_row % n_heads
     o_block = i_row * capacity_blocks + tl.load(first_block_ptr).to(tl.int64) + i_block
-    i_t = tl.arange(0, BLOCK)
     i_u = tl.arange(0, RUN)
-    o_row = o_block * BLOCK + i_t
+    i_c = tl.arange(0, D_P)
+    i_g = tl.arange(0, GROUPS)
     x_ptr += i_batch * stride_xb + (i_block * BLOCK) * stride_xt + i_head * stride_xh
-    packed = tl.zeros((BLOCK, RUN), dtype=tl.int32)
+    meta_ptr += o_block * 2 * GROUPS * BLOCK
+    packed = tl.zeros((RUN, D_P), dtype=tl.int32)
     for j in tl.static_range(RUNS):
-        i_c = j * RUN + i_u
-        o_x = i_t[:, None] * stride_xt + i_c[None, :]
+        o_x = (j * RUN + i_u)[:, None] * stride_xt + i_c[None, :]
         x = tl.load(x_ptr + o_x, mask=(i_c < D)[None, :], other=0.0).to(tl.float32)
-        parts = tl.reshape(x, (BLOCK, PARTS, WIDTH))
-        i_g = (j * RUN) // GROUP + tl.arange(0, PARTS)
-        if RUN >= GROUP:
-            low, high = tl.min(parts, axis=2), tl.max(parts, axis=2)
-        else:
-            i_m = (j * RUN) // GROUP * GROUP + tl.arange(0, GROUP)
-            o_m = i_t[:, None] * stride_xt + i_m[None, :]
-            whole = tl.load(x_ptr + o_m, mask=(i_m < D)[None, :], other=0.0).to(tl.float32)
-            low, high = tl.min(whole, axis=1)[:, None], tl.max(whole, axis=1)[:, None]
-        zero, scale = _outward(low, high, LEVELS)
-        code = tl.reshape(_code(parts, zero[:, :, None], scale[:, :, None], LEVELS), (BLOCK, RUN))
+        groups = tl.reshape(x, (RUN, GROUPS, GROUP))
+        low, high = tl.min(groups, axis=2), tl.max(groups, axis=2)
+        zero, scale = _outward(low, high, LEVELS, True)
+        code = tl.reshape(_code(groups, zero[:, :, None], scale[:, :, None], LEVELS), (RUN, D_P))
         packed |= ((code >> SHIFT) & (2**PLANE - 1)) << (PLANE * j)
         if WRITE_META:
-            o_meta = o_row[:, None] * 2 * GROUPS + i_g[None, :]
-            tl.store(meta_ptr + o_meta, zero.to(tl.float16))
-            tl.store(meta_ptr + o_meta + GROUPS, scale.to(tl.float16))
-    tl.store(plane_ptr + o_row[:, None] * RUN + i_u[None, :], packed.to(tl.uint8))
+            o_meta = i_g[None, :] * BLOCK + (j * RUN + i_u)[:, None]
+            tl.store(meta_ptr + o_meta, zero.to(tl.bfloat16))
+            tl.store(meta_ptr + GROUPS * BLOCK + o_meta, scale.to(tl.bfloat16))
+    o_out = (o_block * D_P + i_c[:, None]) * RUN + i_u[None, :]
+    tl.store(plane_ptr + o_out, tl.trans(packed).to(tl.uint8))

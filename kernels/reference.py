@@ -135,20 +135,30 @@ PLANES = {4: (4,), 3: (2, 1), 2: (2,)}
 
 
 class Codes(NamedTuple):
-    """Packed codes of the keys or values of one layer.
+    """Packed codes of the keys or values of one layer, block by block.
+
+    Keys are coded along their channels, values along the tokens of their block: what a product sums over lies side by
+    side. L is the length of the coded axis: D_p, the padded head size, for keys; BLOCK for values.
 
     Attributes:
-        planes: uint8 [B, H_kv, N, D_p * bits / 8] for each plane, D_p the padded head size.
-        meta: float16, zero then scale. Keys: [B, H_kv, N / BLOCK, 2, D_p]. Values: [B, H_kv, N, 2, D_p / GROUP].
+        planes: uint8 for each plane. Keys: [B, H_kv, N / BLOCK, BLOCK, L * bits / 8]. Values:
+            [B, H_kv, N / BLOCK, D_p, L * bits / 8].
+        meta: Zero, then scale. Keys: float16 [B, H_kv, N / BLOCK, 2, D_p]. Values: bfloat16
+            [B, H_kv, N / BLOCK, 2, D_p / GROUP, BLOCK].
     """
 
     planes: tuple[Tensor, ...]
     meta: Tensor
 
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that there is room for."""
+        return int(self.meta.shape[2])
+
 
 def padded(head_size: int) -> int:
-    """The head size of codes in memory: the next power of two, at least 32."""
-    return max(32, 1 << (head_size - 1).bit_length())
+    """The head size of codes in memory: the next power of two, at least 64."""
+    return max(64, 1 << (head_size - 1).bit_length())
 
 
 def quantize_keys(keys: Tensor, *, bits: int) -> Codes:
@@ -161,33 +171,31 @@ def quantize_keys(keys: Tensor, *, bits: int) -> Codes:
     Returns:
         The codes. No value is further than half a step from its code.
     """
-    blocks = _pad_heads(keys).unflatten(2, (-1, BLOCK))  # [B, H_kv, N / BLOCK, BLOCK, D_p]
-    zero, scale = _outward(blocks.amin(3), blocks.amax(3), 2**bits - 1)
-    codes = _codes(blocks, zero.unsqueeze(3), scale.unsqueeze(3), 2**bits - 1).flatten(2, 3)
+    blocks = _in_blocks(keys)  # [B, H_kv, N / BLOCK, BLOCK, D_p]
+    zero, scale = _outward(blocks.amin(3), blocks.amax(3), 2**bits - 1, torch.float16)
+    codes = _codes(blocks, zero.unsqueeze(3), scale.unsqueeze(3), 2**bits - 1)
     return Codes(_pack(codes, bits), torch.stack([zero, scale], dim=3).half())
 
 
 def quantize_values(values: Tensor, *, bits: int) -> Codes:
     """Codes of values, per token over groups of 32 channels; arguments as `quantize_keys`."""
-    groups = _pad_heads(values).unflatten(-1, (-1, GROUP))  # [B, H_kv, N, D_p / GROUP, GROUP]
-    zero, scale = _outward(groups.amin(-1), groups.amax(-1), 2**bits - 1)
-    codes = _codes(groups, zero.unsqueeze(-1), scale.unsqueeze(-1), 2**bits - 1).flatten(-2)
-    return Codes(_pack(codes, bits), torch.stack([zero, scale], dim=3).half())
+    blocks = _in_blocks(values).mT.unflatten(3, (-1, GROUP))  # [.., D_p / GROUP, GROUP, BLOCK]
+    zero, scale = _outward(blocks.amin(4), blocks.amax(4), 2**bits - 1, torch.bfloat16)
+    codes = _codes(blocks, zero.unsqueeze(4), scale.unsqueeze(4), 2**bits - 1).flatten(3, 4)
+    return Codes(_pack(codes, bits), torch.stack([zero, scale], dim=3).bfloat16())
 
 
 def dequantize_keys(codes: Codes, *, bits: int, head_size: int) -> Tensor:
     """The keys that codes stand for: float32 [B, H_kv, N, D]."""
-    values = _unpack(codes.planes, bits).unflatten(2, (-1, BLOCK))
     zero, scale = codes.meta.float().unsqueeze(4).unbind(3)
-    keys: Tensor = (zero + scale * values).flatten(2, 3)
+    keys: Tensor = (zero + scale * _unpack(codes.planes, bits)).flatten(2, 3)
     return keys[..., :head_size]
 
 
 def dequantize_values(codes: Codes, *, bits: int, head_size: int) -> Tensor:
     """The values that codes stand for: float32 [B, H_kv, N, D_v]."""
-    groups = _unpack(codes.planes, bits).unflatten(-1, (-1, GROUP))
-    zero, scale = codes.meta.float().unsqueeze(-1).unbind(3)
-    values: Tensor = (zero + scale * groups).flatten(-2)
+    zero, scale = codes.meta.float().repeat_interleave(GROUP, dim=4).unbind(3)  # [.., D_p, BLOCK]
+    values: Tensor = (zero + scale * _unpack(codes.planes, bits)).mT.flatten(2, 3)
     return values[..., :head_size]
 
 
@@ -292,16 +300,18 @@ def gather(pool: Tensor, table: Tensor, selected: Tensor) -> Tensor:
     return rows.masked_fill((selected < 0).unsqueeze(-1).to(pool.device), 0)
 
 
-def _pad_heads(rows: Tensor) -> Tensor:
-    """[B, N, H_kv, D] as float32 [B, H_kv, N, D_p], zeros behind the head."""
+def _in_blocks(rows: Tensor) -> Tensor:
+    """[B, N, H_kv, D] as float32 [B, H_kv, N / BLOCK, BLOCK, D_p], zeros behind the head."""
     extra = padded(rows.shape[-1]) - rows.shape[-1]
-    return torch.nn.functional.pad(rows.float(), (0, extra)).transpose(1, 2)
+    heads_first = torch.nn.functional.pad(rows.float(), (0, extra)).transpose(1, 2)
+    return heads_first.unflatten(2, (-1, BLOCK))
 
 
-def _outward(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Zero and scale of ranges as float16 values in float32, rounded so that the range is covered."""
-    zero = (low - low.abs() * 2**-10).half().float()
-    return zero, ((high - zero) * ((1 + 2**-10) / levels)).half().float()
+def _outward(low: Tensor, high: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Zero and scale of ranges as values of a dtype in float32, rounded so that the range is covered."""
+    step = torch.finfo(dtype).eps
+    zero = (low - low.abs() * step).to(dtype).float()
+    return zero, ((high - zero) * ((1 + step) / levels)).to(dtype).float()
 
 
 def _codes(values: Tensor, zero: Tensor, scale: Tensor, levels: int) -> Tensor:
@@ -310,6 +320,7 @@ def _codes(values: Tensor, zero: Tensor, scale: Tensor, levels: int) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """Codes of the last axis: byte u of a plane of p bits holds entries u + j * L * p / 8 at bits p * j."""
     planes, shift = [], 0
     for plane in PLANES[bits]:
         part = ((codes >> shift) & (2**plane - 1)).unflatten(-1, (8 // plane, -1))
@@ -324,9 +335,8 @@ def _unpack(planes: Sequence[Tensor], bits: int) -> Tensor:
     shift = 0
     for packed, plane in zip(planes, PLANES[bits], strict=True):
         shifts = torch.arange(8 // plane, device=packed.device).view(-1, 1) * plane
-        part = ((packed.to(torch.int32).unsqueeze(-2) >> shifts) & (2**plane - 1)).flatten(
-            -2
-        ) << shift
+        part = (packed.to(torch.int32).unsqueeze(-2) >> shifts) & (2**plane - 1)
+        part = part.flatten(-2) << shift
         total = part if total is None else total + part
         shift += plane
     assert total is not None

@@ -1,16 +1,13 @@
-"""What does each query head think of every low-bit key? Scores without a dequantized copy.
+"""What does each query head think of every low-bit key? Scores without a dequantized copy in memory.
 
-The scale of a channel goes into the query and the zero into a constant, so a block's scores are one product of
-the scaled query with bare integer codes. A code becomes a float16 by bit operations alone: 0x6400 | code is the
-float16 1024 + code. (Integer-to-float conversions of 268 million codes a layer would take longer than reading
-them does.)
+Tokens are the rows of the product and query heads its columns: eight columns are the least that the tensor cores
+take, and a group rarely has more heads. One warp works on a block: it waits for nobody.
 
 The reference is `offload.kernels.reference.scan`.
 """
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -18,22 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.kernels.reference import BLOCK, PLANES, Codes, padded
+from offload.kernels.decode import INTERPRETED, decoded, exp
+from offload.kernels.reference import BLOCK, Codes, padded
 from offload.kernels.window import capped
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter knows no assembly
-
-
-BLOCKS_PER_PROGRAM, WARPS, STAGES = 8, 4, 3
+BLOCKS_PER_PROGRAM, WARPS, STAGES = 8, 1, 2
 
 
 class ScanScratch(NamedTuple):
     """Memory that one scan writes and the next ones use again; a layer's is free when its step is over.
 
     Attributes:
-        scores: float32 [B, H_q, N].
-        top: float32 [B, H_q, N / BLOCK], the best score of each block.
-        total: float32 [B, H_q, N / BLOCK], the sum of exp(score - top) over the block.
+        scores: float32 [B, H_kv, N, G].
+        top: float32 [B, H_kv, N / BLOCK, G], the best score of each block.
+        total: float32 [B, H_kv, N / BLOCK, G], the sum of exp(score - top) over the block.
     """
 
     scores: Tensor
@@ -41,13 +36,15 @@ class ScanScratch(NamedTuple):
     total: Tensor
 
 
-def scan_scratch(batch: int, heads: int, n_tokens: int, device: torch.device) -> ScanScratch:
+def scan_scratch(
+    batch: int, kv_heads: int, groups: int, n_tokens: int, device: torch.device
+) -> ScanScratch:
     """Scratch for N tokens, a multiple of BLOCK."""
     blocks = n_tokens // BLOCK
     return ScanScratch(
-        torch.empty((batch, heads, n_tokens), device=device),
-        torch.empty((batch, heads, blocks), device=device),
-        torch.empty((batch, heads, blocks), device=device),
+        torch.empty((batch, kv_heads, n_tokens, groups), device=device),
+        torch.empty((batch, kv_heads, blocks, groups), device=device),
+        torch.empty((batch, kv_heads, blocks, groups), device=device),
     )
 
 
@@ -65,7 +62,7 @@ def scan(
     """Scores every query head against the first blocks of low-bit keys.
 
     Args:
-        query: [B, H_q, D], last stride 1.
+        query: [B, H_q, D], last stride 1. Rounded to float16 after scaling.
         keys: Codes of up to N tokens.
         n_blocks: int32 [B] on the device: blocks that are valid; what lies behind is not touched.
         scratch: Written.
@@ -75,96 +72,47 @@ def scan(
         softcap: Scores become softcap * tanh(scores / softcap).
     """
     batch, heads, head_size = query.shape
-    kv_heads, capacity = keys.planes[0].shape[1], keys.planes[0].shape[2] // BLOCK
-    groups = heads // kv_heads
-    planes = PLANES[bits]
+    kv_heads, capacity = keys.meta.shape[1], keys.n_blocks
+    groups, width = heads // kv_heads, padded(head_size)
     grid = (triton.cdiv(capacity, BLOCKS_PER_PROGRAM), batch * kv_heads)
     _scan_kernel[grid](
         query, keys.planes[0], keys.planes[-1], keys.meta, n_blocks,
         n_blocks if padding is None else padding, *scratch,
         kv_heads, capacity, scale, 1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
-        G=groups, G_P=max(16, triton.next_power_of_2(groups)), D=head_size, D_P=padded(head_size),
-        BLOCK=BLOCK, PLANE0=planes[0], PLANE1=planes[1] if len(planes) > 1 else 0,
-        BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, PADDED=padding is not None, CAPPED=softcap is not None,
-        PLAIN=INTERPRETED, num_warps=WARPS, num_stages=STAGES,
+        G=groups, G_P=max(8, triton.next_power_of_2(groups)), D=head_size, D_P=width,
+        BLOCK=BLOCK, BITS=bits, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, PADDED=padding is not None,
+        CAPPED=softcap is not None, PLAIN=INTERPRETED,
+        num_warps=WARPS if width <= 128 else 2 * WARPS, num_stages=STAGES,
     )  # fmt: skip
 
 
-@triton.constexpr_function
-def _unpacking_asm(plane, shift):
-    """Four bytes of codes to the four float16 values of the codes at bit `shift`."""
-    mask = {4: "0x0F0F0F0F", 2: "0x03030303", 1: "0x01010101"}[int(plane)]
-    move = "mov.b32 t, $2;" if int(shift) == 0 else f"shr.u32 t, $2, {int(shift)};"
-    return (
-        "{ .reg .b32 t, m; " + move + f" and.b32 t, t, {mask}; mov.b32 m, 0x64006400;"
-        " prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342;"
-        " sub.f16x2 $0, $0, m; sub.f16x2 $1, $1, m; }"
-    )
+@triton.jit
+def _query(q_ptr, i_g, stride_qg, first, sm_scale, G: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr, PLAIN: tl.constexpr):  # fmt: skip
+    """[RUN, G_P]: channels from `first` on of a group's scaled queries."""
+    i_c = first + tl.arange(0, RUN)
+    mask = (i_c < D)[:, None] & (i_g < G)[None, :]
+    q = tl.load(q_ptr + i_g[None, :] * stride_qg + i_c[:, None], mask=mask, other=0.0)
+    q = q.to(tl.float32) * sm_scale
+    return q if PLAIN else q.to(tl.float16)
 
 
 @triton.jit
-def unpack(packed, PLANE: tl.constexpr, SHIFT: tl.constexpr, PLAIN: tl.constexpr):
-    """The codes at bit SHIFT of each byte, as float16. PLAIN: without assembly."""
-    if PLAIN:
-        return ((packed.to(tl.int32) >> SHIFT) & (2**PLANE - 1)).to(tl.float16)
-    else:  # noqa: RET505 - without it Triton compiles both branches
-        return tl.inline_asm_elementwise(
-            _unpacking_asm(PLANE, SHIFT),
-            "=r,=r,r",
-            args=[packed],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
-
-
-@triton.jit
-def _plane_scores(
-    acc,
-    bias,
-    q_ptr,
-    plane_ptr,
-    meta_ptr,
-    i_g,
-    m_g,
-    stride_qg,
-    weight,
-    D: tl.constexpr,
-    D_P: tl.constexpr,
-    PLANE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WITH_ZERO: tl.constexpr,
+def _add_scores(
+    acc, q, low, high, meta_ptr, BITS: tl.constexpr, J: tl.constexpr, RUN: tl.constexpr, D_P: tl.constexpr,
     PLAIN: tl.constexpr,
-):
-    RUNS: tl.constexpr = 8 // PLANE
-    RUN: tl.constexpr = D_P // RUNS
-    i_t = tl.arange(0, BLOCK)
-    i_u = tl.arange(0, RUN)
-    packed = tl.load(plane_ptr + i_t[:, None] * RUN + i_u[None, :])
-    for j in tl.static_range(RUNS):
-        i_c = j * RUN + i_u
-        m_q = m_g[:, None] & (i_c < D)[None, :]
-        q = tl.load(q_ptr + i_g[:, None] * stride_qg + i_c[None, :], mask=m_q, other=0.0)
-        q = q.to(tl.float32)
-        scale = tl.load(meta_ptr + D_P + i_c).to(tl.float32)
-        if WITH_ZERO:
-            zero = tl.load(meta_ptr + i_c).to(tl.float32)
-            bias += tl.sum(q * zero[None, :], axis=1)
-        code = unpack(packed, PLANE, PLANE * j, PLAIN)  # [BLOCK, RUN]
-        scaled = (q * (scale * weight)[None, :]).to(tl.float16)
-        if RUN >= 16:
-            acc += tl.dot(scaled, tl.trans(code))
-        else:  # too narrow for the tensor cores (the 1-bit plane of 64 channels)
-            product = scaled.to(tl.float32)[:, None, :] * code.to(tl.float32)[None, :, :]
-            acc += tl.sum(product, axis=2)
-    return acc, bias
+):  # fmt: skip
+    i_c = J * RUN + tl.arange(0, RUN)
+    zero = tl.load(meta_ptr + i_c)
+    scale = tl.load(meta_ptr + D_P + i_c)
+    key = decoded(low, high, scale, zero, BITS, J, RUN, False, PLAIN)
+    return tl.dot(key, q, acc, input_precision="ieee")
 
 
 @triton.jit
 def _scan_kernel(
     q_ptr,
-    plane0_ptr,
-    plane1_ptr,
+    low_ptr,
+    high_ptr,
     meta_ptr,
     n_blocks_ptr,
     padding_ptr,
@@ -182,13 +130,14 @@ def _scan_kernel(
     D: tl.constexpr,
     D_P: tl.constexpr,
     BLOCK: tl.constexpr,
-    PLANE0: tl.constexpr,
-    PLANE1: tl.constexpr,
+    BITS: tl.constexpr,
     BLOCKS_PER_PROGRAM: tl.constexpr,
     PADDED: tl.constexpr,
     CAPPED: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
+    RUNS: tl.constexpr = 2 if BITS == 4 else 4
+    RUN: tl.constexpr = D_P // RUNS
     i_row = tl.program_id(1).to(tl.int64)  # sequence and KV head
     i_batch, i_kv = i_row // kv_heads, i_row % kv_heads
     n_blocks = tl.load(n_blocks_ptr + i_batch)
@@ -196,35 +145,39 @@ def _scan_kernel(
     i_g = tl.arange(0, G_P)
     m_g = i_g < G
     i_t = tl.arange(0, BLOCK)
+    i_u = tl.arange(0, RUN)
     q_ptr += i_batch * stride_qb + i_kv * G * stride_qh
-    o_head = i_row * G + i_g  # query head, counted over all sequences
-    R0: tl.constexpr = D_P * PLANE0 // 8
-    R1: tl.constexpr = D_P * PLANE1 // 8
+    q0 = _query(q_ptr, i_g, stride_qh, 0 * RUN, sm_scale, G, D, RUN, PLAIN)
+    q1 = _query(q_ptr, i_g, stride_qh, 1 * RUN, sm_scale, G, D, RUN, PLAIN)
+    if RUNS > 2:
+        q2 = _query(q_ptr, i_g, stride_qh, 2 * RUN, sm_scale, G, D, RUN, PLAIN)
+        q3 = _query(q_ptr, i_g, stride_qh, 3 * RUN, sm_scale, G, D, RUN, PLAIN)
+    hidden = 0
+    if PADDED:
+        hidden = tl.load(padding_ptr + i_batch)
     for block in range(first, tl.minimum(first + BLOCKS_PER_PROGRAM, n_blocks)):
         o_block = i_row * capacity_blocks + block
         meta = meta_ptr + o_block * 2 * D_P
-        acc = tl.zeros((G_P, BLOCK), dtype=tl.float32)
-        bias = tl.zeros((G_P,), dtype=tl.float32)
-        plane0 = plane0_ptr + o_block * BLOCK * R0
-        acc, bias = _plane_scores(
-            acc, bias, q_ptr, plane0, meta, i_g, m_g, stride_qh, 1.0, D, D_P, PLANE0, BLOCK, True, PLAIN
-        )  # fmt: skip
-        if PLANE1 > 0:
-            plane1 = plane1_ptr + o_block * BLOCK * R1
-            acc, bias = _plane_scores(
-                acc, bias, q_ptr, plane1, meta, i_g, m_g, stride_qh, 2.0**PLANE0, D, D_P, PLANE1, BLOCK,
-                False, PLAIN,
-            )  # fmt: skip
-        score = (acc + bias[:, None]) * sm_scale
+        low = tl.load(low_ptr + (o_block * BLOCK + i_t)[:, None] * RUN + i_u[None, :])
+        high = low
+        if BITS == 3:
+            o_high = (o_block * BLOCK + i_t)[:, None] * (RUN // 2) + (i_u % (RUN // 2))[None, :]
+            high = tl.load(high_ptr + o_high)
+        acc = tl.zeros((BLOCK, G_P), dtype=tl.float32)
+        acc = _add_scores(acc, q0, low, high, meta, BITS, 0, RUN, D_P, PLAIN)
+        acc = _add_scores(acc, q1, low, high, meta, BITS, 1, RUN, D_P, PLAIN)
+        if RUNS > 2:
+            acc = _add_scores(acc, q2, low, high, meta, BITS, 2, RUN, D_P, PLAIN)
+            acc = _add_scores(acc, q3, low, high, meta, BITS, 3, RUN, D_P, PLAIN)
+        score = acc
         if CAPPED:
             score = capped(score, softcap)
         if PADDED:
-            hidden = block * BLOCK + i_t < tl.load(padding_ptr + i_batch)
-            score = tl.where(hidden[None, :], float("-inf"), score)
-        o_score = o_head[:, None] * capacity_blocks * BLOCK + block * BLOCK + i_t[None, :]
-        tl.store(scores_ptr + o_score, score, mask=m_g[:, None])
-        top = tl.max(score, axis=1)
+            score = tl.where((block * BLOCK + i_t < hidden)[:, None], float("-inf"), score)
+        o_score = (o_block * BLOCK + i_t)[:, None] * G + i_g[None, :]
+        tl.store(scores_ptr + o_score, score, mask=m_g[None, :])
+        top = tl.max(score, axis=0)
         safe = tl.where(top == float("-inf"), 0.0, top)  # a block of padding alone: sum 0, not NaN
-        total = tl.sum(tl.exp(score - safe[:, None]), axis=1)
-        tl.store(top_ptr + o_head * capacity_blocks + block, top, mask=m_g)
-        tl.store(total_ptr + o_head * capacity_blocks + block, total, mask=m_g)
+        total = tl.sum(exp(score - safe[None, :], PLAIN), axis=0)
+        tl.store(top_ptr + o_block * G + i_g, top, mask=m_g)
+        tl.store(total_ptr + o_block * G + i_g, total, mask=m_g)

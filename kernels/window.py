@@ -16,7 +16,6 @@ from torch import Tensor
 from offload.kernels.combine import Partials
 from offload.kernels.reference import padded
 
-
 WARPS, STAGES = 4, 3
 
 

@@ -84,14 +84,20 @@ class Case:
     def valid(self, b: int) -> slice:
         return slice(0, self.card.blocks[b] * BLOCK)
 
-    def cut(self, codes: Codes, b: int, *, keys: bool) -> Codes:
+    def cut(self, codes: Codes, b: int) -> Codes:
         """The codes of one sequence's valid tokens."""
         n = self.card.blocks[b]
-        meta = codes.meta[b : b + 1, :, : n if keys else n * BLOCK]
-        return Codes(tuple(p[b : b + 1, :, : n * BLOCK] for p in codes.planes), meta)
+        planes = tuple(plane[b : b + 1, :, :n] for plane in codes.planes)
+        return Codes(planes, codes.meta[b : b + 1, :, :n])
 
     def scan(self) -> ScanScratch:
-        scratch = scan_scratch(self.batch, self.heads, self.capacity * BLOCK, self.device)
+        scratch = scan_scratch(
+            self.batch,
+            self.card.kv_heads,
+            self.card.groups,
+            self.capacity * BLOCK,
+            self.device,
+        )
         for part in scratch:
             part.fill_(torch.nan)
         scan(
@@ -112,12 +118,8 @@ class Case:
         return chosen
 
     def partials(self, slots: int) -> Partials:
-        planes = len(reference.PLANES[self.card.bits])
-        made = empty_partials(
-            self.batch, self.heads, slots, self.card.size, planes=planes, device=self.device
-        )
+        made = empty_partials(self.batch, self.heads, slots, self.card.size, self.device)
         made.out.fill_(torch.nan)
-        made.out[1:].zero_()
         return made
 
     def tail(self, scratch: ScanScratch, chosen: Selection, share: float) -> tuple[Part, Tensor]:
@@ -154,12 +156,16 @@ class Case:
         return merged(partials)
 
 
+def by_head(memory: Tensor) -> Tensor:
+    """[B, H_kv, N, G] of a scan's scratch as a new [B, H_q, N]."""
+    return memory.transpose(2, 3).flatten(1, 2).clone()
+
+
 def merged(partials: Partials) -> Part:
     """What all slots stand for."""
     slots = partials.lse.shape[2]
-    out = partials.out.sum(0)
     return reference.merge(
-        [Part(out[:, :, i : i + 1], partials.lse[:, :, i : i + 1]) for i in range(slots)]
+        [Part(partials.out[:, :, i : i + 1], partials.lse[:, :, i : i + 1]) for i in range(slots)]
     )
 
 
@@ -169,16 +175,16 @@ def test_scan_scores_every_valid_token_and_nothing_else(card: Card, device: str)
     case = Case(card, device)
     scratch = case.scan()
     for b in range(case.batch):
-        keys = case.cut(case.keys, b, keys=True)
+        keys = case.cut(case.keys, b)
         want = reference.scan(case.query[b : b + 1], keys, bits=card.bits, scale=SCALE)[0]
-        got = scratch.scores[b, :, case.valid(b)]
+        got = by_head(scratch.scores)[b, :, case.valid(b)]
         # The scaled query is rounded to float16: 2^-11 of products that add up to about 30.
         torch.testing.assert_close(got, want, atol=1e-2, rtol=2e-3)
         blocks = got.unflatten(-1, (-1, BLOCK))
         n = card.blocks[b]
-        torch.testing.assert_close(scratch.top[b, :, :n], blocks.amax(-1))
+        torch.testing.assert_close(by_head(scratch.top)[b, :, :n], blocks.amax(-1))
         total = (blocks - blocks.amax(-1, keepdim=True)).exp().sum(-1)
-        torch.testing.assert_close(scratch.total[b, :, :n], total, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(by_head(scratch.total)[b, :, :n], total, atol=1e-4, rtol=1e-4)
         assert bool(scratch.scores[b, :, n * BLOCK :].isnan().all())
 
 
@@ -187,17 +193,17 @@ def test_padding_and_a_softcap_reach_scores_selection_and_tail(device: str) -> N
     card = Card(blocks=(4, 3), groups=2)
     case = Case(card, device)
     padding = torch.tensor([0, 70], dtype=torch.int32, device=device)  # a whole block and a part
-    scratch = scan_scratch(2, case.heads, case.capacity * BLOCK, case.device)
+    scratch = scan_scratch(2, card.kv_heads, card.groups, case.capacity * BLOCK, case.device)
     for memory in scratch:
         memory.fill_(torch.nan)
     options: dict[str, Any] = {"bits": 4, "scale": SCALE, "padding": padding, "softcap": 3.0}
     scan(case.query, case.keys, case.n_blocks, scratch, **options)
-    scores = scratch.scores.clone()
+    scores = by_head(scratch.scores)
     chosen = case.select(scratch)
     part, _ = case.tail(scratch, chosen, share=0.0)
     for b in range(2):
         options["padding"] = padding[b : b + 1]
-        want = reference.scan(case.query[b : b + 1], case.cut(case.keys, b, keys=True), **options)
+        want = reference.scan(case.query[b : b + 1], case.cut(case.keys, b), **options)
         got = scores[b : b + 1, :, case.valid(b)]
         torch.testing.assert_close(got, want, atol=1e-2, rtol=2e-3)
         assert torch.equal(
@@ -206,7 +212,7 @@ def test_padding_and_a_softcap_reach_scores_selection_and_tail(device: str) -> N
         rest = reference.tail(
             got,
             chosen.tokens[b : b + 1],
-            case.cut(case.values, b, keys=False),
+            case.cut(case.values, b),
             bits=4,
             head_size=card.size,
         )
@@ -222,14 +228,14 @@ def test_select_takes_the_tokens_of_the_reference_out_of_the_scores(
 ) -> None:
     case = Case(card, device)
     scratch = case.scan()
-    before = scratch.scores.clone()
+    before = by_head(scratch.scores)
     chosen = case.select(scratch)
     for b in range(case.batch):
         scores = before[b : b + 1, :, case.valid(b)]
         want = reference.select(scores, kv_heads=card.kv_heads, k=card.k)
         assert torch.equal(chosen.tokens[b : b + 1], want)
         torch.testing.assert_close(chosen.lse[b], scores[0].logsumexp(-1), atol=1e-4, rtol=1e-4)
-        gone = scratch.scores[b, :, case.valid(b)].isneginf()
+        gone = by_head(scratch.scores)[b, :, case.valid(b)].isneginf()
         for head in range(case.heads):
             taken = chosen.tokens[b, head // card.groups]
             assert gone[head].nonzero().flatten().tolist() == taken[taken >= 0].tolist()
@@ -237,7 +243,7 @@ def test_select_takes_the_tokens_of_the_reference_out_of_the_scores(
 
 @ON
 def test_equal_votes_go_to_the_lower_token_and_empty_slots_are_marked(device: str) -> None:
-    scratch = scan_scratch(1, 2, 3 * BLOCK, torch.device(device))
+    scratch = scan_scratch(1, 1, 2, 3 * BLOCK, torch.device(device))
     scratch.scores.fill_(1.0)
     scratch.top.fill_(1.0)
     scratch.total.fill_(float(BLOCK))
@@ -247,11 +253,11 @@ def test_equal_votes_go_to_the_lower_token_and_empty_slots_are_marked(device: st
     assert chosen.tokens.flatten().tolist() == list(range(16))
     # Only ten tokens are left to choose from.
     scratch.scores.fill_(-torch.inf)
-    scratch.scores[..., 100:110] = 2.0
+    scratch.scores[:, :, 100:110] = 2.0
     scratch.top.fill_(-torch.inf)
-    scratch.top[..., 1] = 2.0
+    scratch.top[:, :, 1] = 2.0
     scratch.total.fill_(0.0)
-    scratch.total[..., 1] = 10.0
+    scratch.total[:, :, 1] = 10.0
     select(scratch, n_blocks, chosen)
     assert chosen.tokens.flatten().tolist() == [*range(100, 110), *[-1] * 6]
 
@@ -261,11 +267,11 @@ def test_equal_votes_go_to_the_lower_token_and_empty_slots_are_marked(device: st
 def test_the_tail_is_attention_over_what_was_not_selected(card: Card, device: str) -> None:
     case = Case(card, device)
     scratch = case.scan()
-    scores = scratch.scores.clone()
+    scores = by_head(scratch.scores)
     chosen = case.select(scratch)
     part, skipped = case.tail(scratch, chosen, share=0.0)
     for b in range(case.batch):
-        values = case.cut(case.values, b, keys=False)
+        values = case.cut(case.values, b)
         want = reference.tail(
             scores[b : b + 1, :, case.valid(b)],
             chosen.tokens[b : b + 1],
@@ -299,16 +305,16 @@ def test_a_selected_token_with_nearly_all_the_mass_costs_the_tail_no_precision(
     case = Case(Card(blocks=(3,), groups=1), device)
     scratch = case.scan()
     scratch.scores[:, :, 70] += 60.0  # e^60 times the rest
-    blocks = scratch.scores[..., : 3 * BLOCK].unflatten(-1, (-1, BLOCK))
-    scratch.top[..., :3] = blocks.amax(-1)
-    scratch.total[..., :3] = (blocks - blocks.amax(-1, keepdim=True)).exp().sum(-1)
-    scores = scratch.scores.clone()
+    blocks = scratch.scores[:, :, : 3 * BLOCK].unflatten(2, (-1, BLOCK))
+    scratch.top[:, :, :3] = blocks.amax(3)
+    scratch.total[:, :, :3] = (blocks - blocks.amax(3, keepdim=True)).exp().sum(3)
+    scores = by_head(scratch.scores)
     chosen = case.select(scratch)
     part, _ = case.tail(scratch, chosen, share=0.0)
     want = reference.tail(
         scores[..., : 3 * BLOCK],
         chosen.tokens,
-        case.cut(case.values, 0, keys=False),
+        case.cut(case.values, 0),
         bits=4,
         head_size=64,
     )
@@ -347,7 +353,7 @@ def test_selected_rows_and_tail_together_are_close_to_attention_over_all_tokens(
 ) -> None:
     case = Case(Card(size=128, groups=4, blocks=(12,), k=64), device, sharpness=4.0)
     scratch = case.scan()
-    scores = scratch.scores[:, :, case.valid(0)].clone()
+    scores = by_head(scratch.scores)[:, :, case.valid(0)]
     chosen = case.select(scratch)
     exact = case.attend_rows(chosen)
     rest, _ = case.tail(scratch, chosen, share=0.0)
@@ -358,9 +364,7 @@ def test_selected_rows_and_tail_together_are_close_to_attention_over_all_tokens(
     )
     # What a plain 4-bit cache without exact tokens gives.
     nothing = torch.full_like(chosen.tokens, -1)
-    plain = reference.tail(
-        scores, nothing, case.cut(case.values, 0, keys=False), bits=4, head_size=128
-    )
+    plain = reference.tail(scores, nothing, case.cut(case.values, 0), bits=4, head_size=128)
     error = (got.out - want.out).norm() / want.out.norm()
     plain_error = (plain.out - want.out).norm() / want.out.norm()
     assert float(error) < 0.02
@@ -424,9 +428,7 @@ def test_the_window_and_the_new_token_are_attended_to_and_its_row_is_kept(
         mask = places[: card.rows + 1] >= padding[:, None]
         mask[:, -1] = True
         mask = mask[:, None, None]
-    partials = empty_partials(
-        card.batch, heads, card.splits + 2, card.size, planes=1, device=torch.device(device)
-    )
+    partials = empty_partials(card.batch, heads, card.splits + 2, card.size, torch.device(device))
     partials.out.fill_(torch.nan)
     n_rows = torch.tensor([card.rows], dtype=torch.int32, device=device)
     attend_window(
@@ -466,13 +468,13 @@ def test_the_window_and_the_new_token_are_attended_to_and_its_row_is_kept(
 @pytest.mark.parametrize("sinks", [False, True])
 def test_combine_is_the_merge_of_all_slots(device: str, sinks: bool) -> None:
     random = torch.Generator().manual_seed(2)
-    partials = empty_partials(2, 3, 37, 80, planes=2, device=torch.device(device))
+    partials = empty_partials(2, 3, 37, 80, torch.device(device))
     partials.out.copy_(torch.randn(partials.out.shape, generator=random))
     partials.lse.copy_(torch.randn(partials.lse.shape, generator=random) * 4)
     empty = torch.rand(partials.lse.shape, generator=random) < 0.3
     empty[1, 2] = True  # a head that sees nothing
     partials.lse[empty] = -torch.inf
-    partials.out[:, empty] = torch.nan
+    partials.out[empty] = torch.nan
     logits = torch.randn(3, generator=random).to(device) if sinks else None
     out = torch.full((2, 3, 80), torch.nan, device=device)
     combine(partials, out, sink_logits=logits)
