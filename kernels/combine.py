@@ -47,20 +47,37 @@ def empty_partials(
     )
 
 
-def combine(partials: Partials, out: Tensor, *, sink_logits: Tensor | None = None) -> None:
-    """Merges all slots.
+def combine(
+    partials: Partials,
+    out: Tensor,
+    *,
+    sink_logits: Tensor | None = None,
+    counter: Tensor | None = None,
+    stats: Tensor | None = None,
+    skipped: Tensor | None = None,
+    tail_at: int = 0,
+) -> None:
+    """Merges all slots. The last launch of a step: it may count the step, and what the step left to the tail.
 
     Args:
         partials: Of all kernels of the step.
         out: Written: [B, H_q, D_v], contiguous, floating. Zeros where every slot is empty.
         sink_logits: [H_q]: one logit per head without a value.
+        counter: int32 [1]: grows by one.
+        stats: float32 [2]: the tail's share of all weights and the skipped share, means over B and H_q, are added.
+        skipped: float32 [B, H_q, n] with `stats`: skipped shares of the tail's slots.
+        tail_at: The first slot of the tail.
     """
     batch, heads, slots, value_dim = partials.out.shape
     grid = (batch * heads, triton.cdiv(value_dim, COLUMNS))
+    n_skipped = 1 if skipped is None else skipped.shape[2]
+    lse = partials.lse
     _combine_kernel[grid](
-        *partials, out, partials.lse if sink_logits is None else sink_logits, heads, slots,
+        *partials, out, lse if sink_logits is None else sink_logits, lse if counter is None else counter,
+        lse if stats is None else stats, lse if skipped is None else skipped, heads, slots, tail_at, n_skipped,
         DV=value_dim, COLUMNS=COLUMNS, SLOTS=triton.next_power_of_2(slots),
-        STEP=min(64, triton.next_power_of_2(slots)), SINKS=sink_logits is not None,
+        STEP=min(64, triton.next_power_of_2(slots)), SKIPPED=triton.next_power_of_2(n_skipped),
+        SINKS=sink_logits is not None, COUNTS=counter is not None, STATS=stats is not None,
     )  # fmt: skip
 
 
@@ -70,13 +87,21 @@ def _combine_kernel(
     lse_ptr,
     out_ptr,
     sinks_ptr,
+    counter_ptr,
+    stats_ptr,
+    skipped_ptr,
     heads,
     slots,
+    tail_at,
+    n_skipped,
     DV: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
     STEP: tl.constexpr,
+    SKIPPED: tl.constexpr,
     SINKS: tl.constexpr,
+    COUNTS: tl.constexpr,
+    STATS: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)  # sequence and query head
     i_s = tl.arange(0, SLOTS)
@@ -90,6 +115,17 @@ def _combine_kernel(
     total = tl.sum(tl.exp(lse - safe), axis=0)
     if SINKS:
         total += tl.exp(sink - safe)
+    if COUNTS:  # noqa: SIM102 - a constexpr first, or both are compiled
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    if STATS:  # noqa: SIM102
+        if tl.program_id(1) == 0:
+            tail = tl.sum(tl.where(i_s >= tail_at, tl.exp(lse - safe), 0.0), axis=0)
+            i_k = tl.arange(0, SKIPPED)
+            gone = tl.load(skipped_ptr + i_row * n_skipped + i_k, mask=i_k < n_skipped, other=0.0)
+            share = 1.0 / tl.num_programs(0)
+            tl.atomic_add(stats_ptr, tl.where(total > 0.0, tail / total, 0.0) * share)
+            tl.atomic_add(stats_ptr + 1, tl.sum(gone, axis=0) * share)
     i_v = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     i_j = tl.arange(0, STEP)
     acc = tl.zeros((COLUMNS,), dtype=tl.float32)

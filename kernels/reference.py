@@ -304,7 +304,8 @@ def _in_blocks(rows: Tensor) -> Tensor:
     """[B, N, H_kv, D] as float32 [B, H_kv, N / BLOCK, BLOCK, D_p], zeros behind the head."""
     extra = padded(rows.shape[-1]) - rows.shape[-1]
     heads_first = torch.nn.functional.pad(rows.float(), (0, extra)).transpose(1, 2)
-    return heads_first.unflatten(2, (-1, BLOCK))
+    blocks: Tensor = heads_first.unflatten(2, (-1, BLOCK))
+    return blocks
 
 
 def _outward(low: Tensor, high: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

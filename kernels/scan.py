@@ -149,6 +149,7 @@ def _scan_kernel(
     q_ptr += i_batch * stride_qb + i_kv * G * stride_qh
     q0 = _query(q_ptr, i_g, stride_qh, 0 * RUN, sm_scale, G, D, RUN, PLAIN)
     q1 = _query(q_ptr, i_g, stride_qh, 1 * RUN, sm_scale, G, D, RUN, PLAIN)
+    q2, q3 = q0, q1
     if RUNS > 2:
         q2 = _query(q_ptr, i_g, stride_qh, 2 * RUN, sm_scale, G, D, RUN, PLAIN)
         q3 = _query(q_ptr, i_g, stride_qh, 3 * RUN, sm_scale, G, D, RUN, PLAIN)

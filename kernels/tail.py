@@ -27,7 +27,7 @@ BLOCKS_PER_SPLIT, WARPS, STAGES = 16, 2, 3
 
 def tail_slots(n_tokens: int) -> int:
     """Slots that the tail of N tokens takes."""
-    return triton.cdiv(n_tokens // BLOCK, BLOCKS_PER_SPLIT)
+    return -(-(n_tokens // BLOCK) // BLOCKS_PER_SPLIT)
 
 
 def tail(

@@ -12,7 +12,8 @@ change nothing for models that do not ask for them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -267,3 +268,21 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, lazy_mask)
+
+
+@contextmanager
+def kept_out_of_compiled_code(cache: Any) -> Iterator[None]:
+    """Within, torch.compile leaves our attention and a cache's `update` to Python.
+
+    Args:
+        cache: The cache that the compiled code uses.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, torch.compiler.disable(attention))
+    cache.update = torch.compiler.disable(cache.update)
+    try:
+        yield
+    finally:
+        del cache.update
+        AttentionInterface.register(NAME, attention)

@@ -16,7 +16,8 @@ from offload.config import OffloadConfig
 from offload.errors import BudgetError
 from offload.hardware import DeviceMemory, device_memory, host_memory
 from offload.model import ModelShape
-from offload.scheduler.layout import Demand, Layout, lay_out
+from offload.scheduler.layout import Demand, Layout, RungPrice, lay_out
+from offload.scheduler.rungs import RUNGS, scratch_token_bytes
 from offload.tiers.pinned import HostBudget, PinBudget
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,15 @@ class Budgets:
         auto = memory.total if self._on_card else self._held() + memory.free
         return self._config.memory.gpu.resolve(total=memory.total, auto=auto - reserve)
 
-    def demand(self, *, batch: int, tokens: int | None, copies: int = 1, prompt: int = 0) -> Demand:
+    def demand(
+        self,
+        *,
+        batch: int,
+        tokens: int | None,
+        copies: int = 1,
+        prompt: int = 0,
+        exact: bool = False,
+    ) -> Demand:
         """What a run needs.
 
         Args:
@@ -119,7 +128,10 @@ class Budgets:
             tokens: Tokens per sequence at the end, or None if unknown.
             copies: How many sequences continue one prompt.
             prompt: Tokens of the prompt, where known.
+            exact: No replica, whatever the mode.
         """
+        shape = self._shape
+        fast = self._config.mode == "fast" and not exact
         cache, memory = self._config.cache, self._device()
         staging = self._config.decode.staging
         chunk = self._config.prefill.chunk
@@ -140,6 +152,25 @@ class Budgets:
             workspace=self._shape.workspace,
             workspace_per_token=self._shape.workspace_per_token,
             other_kv=batch * self._shape.other_kv_bytes(tokens),
+            rungs=self._rungs() if fast else (),
+            streams=self._config.replica.rung == "auto",
+            scratch_token_bytes=max(map(scratch_token_bytes, shape.heads), default=0),
+            longest=shape.max_positions or 2**20,
+        )
+
+    def _rungs(self) -> tuple[RungPrice, ...]:
+        """The rungs that the config allows, best first."""
+        asked = self._config.replica.rung
+        return tuple(
+            RungPrice(
+                rung=rung,
+                token_bytes=sum(
+                    rung.token_bytes(row.kv_heads, row.key_dim, row.value_dim)
+                    for row in self._shape.rows
+                ),
+            )
+            for rung in RUNGS
+            if asked in ("auto", rung.name)
         )
 
     def lay_out(self, demand: Demand, *, idle_host: int = 0) -> Layout:
@@ -195,7 +226,7 @@ class Budgets:
 
     def _held(self) -> int:
         """Device bytes of the model and of live caches, where no allocator counts them."""
-        pools = ("sinks and window", "tail", "staging", "eviction", "other KV")
+        pools = ("sinks and window", "tail", "staging", "eviction", "replica", "other KV")
         return self._shape.weights + sum(
             layout.device[pool] for layout in self._layouts() for pool in pools
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -54,6 +55,9 @@ class Store(Protocol):
         sink_logits: Tensor | None,
     ) -> Tensor:
         """Attends to all tokens and takes the new ones in; [B, Q, H_q, D_v]."""
+
+    def settle(self) -> None:
+        """Forgets that a step was under way."""
 
     def crop(self, length: int) -> None:
         """Forgets the tokens from `length` on."""
@@ -167,7 +171,7 @@ class OffloadLayer(CacheLayerMixin):
         """Forgets announced tokens whose attention will not come (an exception came instead)."""
         self._awaited = 0
         if self.store is not None:
-            self.store.busy = False
+            self.store.settle()
 
     def get_seq_length(self) -> int:
         """Tokens of every sequence, announced ones included."""
@@ -326,6 +330,7 @@ class OffloadCache(Cache):
         self._closed: str | None = None
         self.layout: Layout | None = None  # of the stores
         self._fed: list[Tensor] | None = []  # token ids of every pass, [B, Q] each; None: not known
+        self._capturing = False
         self._in_pass = False  # a forward pass began and has not ended: layers may differ
         mine: list[Any] = list(layers)
         known_modules = modules or [None] * len(offloaded)
@@ -399,6 +404,8 @@ class OffloadCache(Cache):
             CacheError: The pass before was interrupted and nobody said so (a stock `generate`). Whoever calls
                 has counted tokens that some layers do not hold.
         """
+        if self._capturing:
+            return
         if self._in_pass:
             length = self.get_seq_length()
             self.settle()
@@ -418,7 +425,48 @@ class OffloadCache(Cache):
 
     def end_pass(self) -> None:
         """Told of every forward pass that ended without an exception."""
+        if not self._capturing:
+            self._in_pass = False
+
+    def forget_pass(self) -> None:
+        """Takes back a pass that began and then did not run at all."""
         self._in_pass = False
+        if self._fed:
+            self._fed.pop()
+
+    @property
+    def decodes_fast(self) -> bool:
+        """Whether steps of one token go through the device path."""
+        stores = self.layer_stores
+        return bool(stores) and all(store.path is not None for store in stores)
+
+    @contextmanager
+    def streaming(self, wanted: bool) -> Iterator[None]:
+        """Within, if that is wanted, every token is streamed even where there is a replica (beams)."""
+        paths = [store.path for store in self.layer_stores if store.path is not None]
+        for path in paths:
+            path.suspend(wanted)
+        try:
+            yield
+        finally:
+            for path in paths:
+                path.suspend(False)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Within, a forward pass makes the launches of a step and changes nothing that Python knows of."""
+        self._capturing = True
+        for store in self.layer_stores:
+            store.capturing = True
+        try:
+            yield
+        finally:
+            self._capturing = False
+            for store in self.layer_stores:
+                store.capturing = False
+            for layer in self._offloaded:
+                layer.settle()
+            forget_pending()
 
     @property
     def token_ids(self) -> Tensor | None:

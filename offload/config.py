@@ -45,6 +45,12 @@ def _auto_or_tokens(value: Any) -> Any:
     return "auto" if isinstance(value, str) and value.strip().lower() == "auto" else _tokens(value)
 
 
+def _auto_or_tokens_or_none(value: Any) -> Any:
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
+    return _tokens_or_none(value)
+
+
 def _tokens(value: Any) -> int:
     return parse_tokens(value)
 
@@ -80,6 +86,7 @@ _BufferSize = Annotated[InstanceOf[Size], BeforeValidator(_auto_or_bytes), _AsTe
 _Tokens = Annotated[int, BeforeValidator(_tokens)]
 _TokensOrNone = Annotated[int, BeforeValidator(_tokens_or_none)]
 _AutoOrTokens = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_tokens)]
+_AutoOrTokensOrNone = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_tokens_or_none)]
 
 
 def _unit(unit: str) -> dict[str, Any]:
@@ -179,11 +186,46 @@ class CacheConfig(_Table):
 
 
 class RetrievalConfig(_Table):
-    """How offloaded tokens are found again. No keys yet: exact mode reads all of them."""
+    """How offloaded tokens are found again. Exact mode reads all of them."""
+
+    tokens: _AutoOrTokensOrNone = Field(
+        default="auto",
+        description="Tokens per KV head that are attended to exactly in each step, beside sinks and "
+        "window. A power of two of at least 16, or 0. auto: 64 on replicas of 4 and 3 bits, 256 on "
+        "2 bits.",
+        json_schema_extra=_unit("tokens, or auto"),
+    )
+
+    @field_validator("tokens")
+    @classmethod
+    def _tokens_are_a_power_of_two(cls, tokens: int | str) -> int | str:
+        if isinstance(tokens, str) or tokens == 0 or (tokens >= 16 and tokens & (tokens - 1) == 0):
+            return tokens
+        below = max(16, 1 << (tokens.bit_length() - 1))
+        raise ConfigError(
+            f"{tokens:,} tokens are not a power of two of at least 16",
+            asked=tokens,
+            change=_write(below, max(16, 1 << tokens.bit_length())),
+        )
 
 
 class ReplicaConfig(_Table):
-    """The low-bit copy of offloaded KV on the device. No keys yet: exact mode needs none."""
+    """The low-bit copy of offloaded KV on the device. Exact mode needs none."""
+
+    rung: Literal["auto", "4k4v", "3k3v", "2k2v"] = Field(
+        default="auto",
+        description="Bits of its keys and values. auto: the most bits that fit the device budget "
+        "beside a small window, and streaming of every token where none do.",
+        json_schema_extra=_unit('"auto", "4k4v", "3k3v" or "2k2v"'),
+    )
+    skipped_mass: float = Field(
+        default=0.001,
+        ge=0.0,
+        lt=1.0,
+        description="Values of blocks whose attention weights together are below this share of all "
+        "weights need not be read. report() says how much was skipped.",
+        json_schema_extra=_unit("share"),
+    )
 
 
 class SchedulerConfig(_Table):
@@ -209,6 +251,20 @@ class DecodeConfig(_Table):
         description="Size of one of the two device buffers through which host pages stream. "
         "auto: chosen from the device budget.",
         json_schema_extra=_unit("bytes, or auto"),
+    )
+    capture: bool = Field(
+        default=True,
+        strict=True,
+        description="Whether the step of one token is captured as a CUDA graph and replayed, in fast "
+        "mode on a CUDA device.",
+        json_schema_extra=_unit("true or false"),
+    )
+    compile: bool = Field(
+        default=True,
+        strict=True,
+        description="Whether the captured layers are compiled first: some seconds once, for a third "
+        "less time a token.",
+        json_schema_extra=_unit("true or false"),
     )
 
 
@@ -256,10 +312,12 @@ class OffloadConfig(_Table):
     takes the sections by name, as their classes or as dicts. Both raise `ConfigError`.
     """
 
-    mode: Literal["exact"] = Field(
+    mode: Literal["exact", "fast"] = Field(
         default="exact",
-        description="What is promised of the tokens. exact: those of the stock cache.",
-        json_schema_extra=_unit('"exact"'),
+        description="What is promised of the tokens. exact: those of the stock cache, every offloaded "
+        "token is streamed for each new one. fast: nearly always the same, from a low-bit replica on "
+        "the device and a few tokens read exactly; beams, and steps of several tokens, are exact.",
+        json_schema_extra=_unit('"exact" or "fast"'),
     )
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
@@ -281,6 +339,11 @@ class OffloadConfig(_Table):
         "window": "cache.window",
         "chunk": "prefill.chunk",
         "staging": "decode.staging",
+        "capture": "decode.capture",
+        "compile": "decode.compile",
+        "rung": "replica.rung",
+        "skipped_mass": "replica.skipped_mass",
+        "retrieved": "retrieval.tokens",
         "progress": "trace.progress",
         "progress_from": "trace.progress_from",
     }

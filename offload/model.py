@@ -20,7 +20,7 @@ from offload.attention import NAME, forget_pending, register
 from offload.cache import OffloadCache, keeps_every_token, stock_layers
 from offload.errors import InputError, OffloadError, UnsupportedModelError
 from offload.kernels.attend import attend
-from offload.tiers.store import RowShape
+from offload.tiers.rows import RowShape
 
 _LATENT = "its cache holds compressed (latent) keys that are expanded before attention"
 _INDEXED = "a trained indexer chooses the keys that each query sees"
@@ -94,6 +94,7 @@ class ModelShape:
         model_type: config.model_type.
         offloaded: Indices of the cache layers that keep every token.
         rows: The shape of each of those.
+        heads: Query heads of each of those.
         modules: The attention module of each of those.
         device: Where their keys are computed.
         max_positions: The context length that the model was made for, if it says so.
@@ -112,6 +113,7 @@ class ModelShape:
     model_type: str
     offloaded: tuple[int, ...]
     rows: tuple[RowShape, ...]
+    heads: tuple[int, ...]
     modules: tuple[Any, ...]
     device: torch.device
     max_positions: int | None
@@ -173,6 +175,9 @@ class _RecordingStore:
         self.query_heads = query.shape[1]
         part = attend(query, key, value, causal=True, mask=None, **kwargs)
         return part.out.transpose(1, 2).contiguous()
+
+    def settle(self) -> None:
+        """Never asked for."""
 
     def crop(self, length: int) -> None:
         """Never asked for."""
@@ -338,6 +343,7 @@ def examine(model: Any) -> ModelShape:
         model_type=model_type,
         offloaded=offloaded,
         rows=rows,
+        heads=tuple(store.query_heads for store in recorders),
         modules=tuple(cache.modules),
         device=next(iter(devices), device) or device,
         max_positions=max_positions,

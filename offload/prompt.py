@@ -77,6 +77,11 @@ class Prompt:
         return int(max(config.num_beams or 1, config.num_return_sequences or 1))
 
     @property
+    def is_beams(self) -> bool:
+        """Whether beams are searched."""
+        return int(self.generation.num_beams or 1) > 1
+
+    @property
     def known_ids(self) -> Tensor:
         """The tokens as a cache knows them: -1 where they are padding."""
         return unpadded(self.input_ids, self.attention_mask)

@@ -17,7 +17,7 @@ class Report:
         model_type: Of the model.
         device: Where the model runs.
         bytes: Bytes by purpose: weights, window (sinks and tail too), resident (device copies of host pages
-            in the memory that prefill needed), staging, eviction, host_pinned, host_pageable.
+            in the memory that prefill needed), replica, staging, eviction, host_pinned, host_pageable.
         tokens_on_device: Tokens per sequence in the device window.
         tokens_on_host: Tokens per sequence in host pages.
         budget: Device bytes allowed, weights included.
@@ -33,6 +33,13 @@ class Report:
         bounced_bytes: Of h2d_bytes, through a bounce buffer because pages are not pinned.
         discarded_bytes: Of h2d_bytes, prefetched and then not needed.
         decode_h2d_bytes: KV bytes copied to the device during the last decode.
+        rung: The replica of offloaded tokens in mode fast, or None without one.
+        selected_bytes: KV bytes that each step of mode fast reads exactly from the host.
+        tail_mass: Share of attention that the replica answered for, mean over the last decode's steps, layers and
+            heads.
+        skipped_mass: Share of attention that was not read at all, likewise.
+        replayed_steps: Steps of the last decode that a captured graph replayed.
+        capture_s: Seconds of decode_s for compiling and capturing.
         notes: Fallbacks and adaptations, a sentence each.
     """
 
@@ -55,6 +62,12 @@ class Report:
     bounced_bytes: int
     discarded_bytes: int
     decode_h2d_bytes: int
+    rung: str | None = None
+    selected_bytes: int = 0
+    tail_mass: float = 0.0
+    skipped_mass: float = 0.0
+    replayed_steps: int = 0
+    capture_s: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -82,6 +95,15 @@ class Report:
             f"  decode  {self.decode_s:>9.2f} s  {self.new_tokens:,} tokens,"
             f" {self.ms_per_token:.1f} ms each, {gib(self.decode_h2d_bytes)} from the host",
         ]
+        if self.rung is not None:
+            lines.append(
+                f"  fast    {self.rung:>10}  replica answered for {self.tail_mass:.2%} of attention, "
+                f"{self.skipped_mass:.3%} skipped, {gib(self.selected_bytes)} a step read exactly"
+            )
+        if self.replayed_steps:
+            lines.append(
+                f"  graph   {self.replayed_steps:>10,}  steps replayed, {self.capture_s:.1f} s to capture"
+            )
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 

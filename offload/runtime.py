@@ -6,7 +6,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor
 from offload.budget import Budgets
 from offload.cache import OffloadCache, require_ours, stock_layers
 from offload.config import OffloadConfig
-from offload.errors import CacheError, InputError
+from offload.decode import captured_steps
+from offload.errors import CacheError, ConfigError, InputError
 from offload.hardware import host_memory
 from offload.model import (
     ModelShape,
@@ -38,7 +39,10 @@ from offload.prompt import (
 )
 from offload.report import Report
 from offload.scheduler.layout import AUTO_CHUNK, Layout, budget_for
+from offload.scheduler.rungs import BLOCK
 from offload.tiers.pinned import HostRegion, commit_regions
+from offload.tiers.replica import DevicePath, PathSettings, StepMemory
+from offload.tiers.rows import RowShape
 from offload.tiers.store import LayerStore, StoreLimits
 from offload.tiers.transfer import HostReader, HostWriter, Streams, TransferCounters
 
@@ -97,6 +101,11 @@ class _LastRun:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     decode_h2d_bytes: int = 0
+    capture_s: float = 0.0
+    replayed_steps: int = 0
+    selected_bytes: int = 0
+    tail_mass: float = 0.0
+    skipped_mass: float = 0.0
 
 
 class Runtime:
@@ -143,6 +152,13 @@ class Runtime:
         self._reserve = max(2**30, host_memory().total // max(1, len(shape.rows)))
         self._last = _LastRun()
         self._current: weakref.ref[OffloadCache] | None = None  # the cache used last
+        if config.mode == "fast" and config.cache.page != BLOCK:
+            raise ConfigError(
+                f"Mode fast works in pages of {BLOCK} tokens, which share the scales of their keys",
+                asked=config.cache.page,
+                there=BLOCK,
+                change="Leave cache.page out, or set mode to 'exact'.",
+            )
         # The smallest run must fit, or attaching was pointless: say so now, not after minutes of loading.
         self.budgets.lay_out(self.budgets.demand(batch=1, tokens=None))
         self.budgets.cap_allocator()
@@ -202,7 +218,9 @@ class Runtime:
         self._check_length(prompt.final_length)
         if cache is None:
             cache = self._make_cache(
-                prompt_tokens=prompt.input_ids.shape[1], tokens=prompt.final_length
+                prompt_tokens=prompt.input_ids.shape[1],
+                tokens=prompt.final_length,
+                exact=prompt.is_beams,
             )
         else:
             self._check_batch(cache, prompt)
@@ -275,6 +293,12 @@ class Runtime:
             bounced_bytes=self._counters.bounced_bytes,
             discarded_bytes=self._counters.discarded_bytes,
             decode_h2d_bytes=last.decode_h2d_bytes,
+            rung=layout.rung.name if layout and layout.rung else None,
+            selected_bytes=last.selected_bytes,
+            tail_mass=last.tail_mass,
+            skipped_mass=last.skipped_mass,
+            replayed_steps=last.replayed_steps,
+            capture_s=last.capture_s,
             notes=notes,
         )
 
@@ -334,13 +358,18 @@ class Runtime:
 
     # Caches.
 
-    def _make_cache(self, *, prompt_tokens: int, tokens: int | None) -> OffloadCache:
+    def _make_cache(
+        self, *, prompt_tokens: int, tokens: int | None, exact: bool = False
+    ) -> OffloadCache:
         """A cache whose stores are built at its first use, when its batch is known.
 
         Args:
             prompt_tokens: Of the first prompt, where known.
             tokens: Tokens per sequence at the end, where known.
+            exact: Every token is streamed, whatever the mode.
         """
+        fast = self.config.mode == "fast" and not exact
+        memory = StepMemory(self.shape.device)
         taken: list[tuple[int, HostRegion]] = []
         readers: list[HostReader] = []
 
@@ -351,7 +380,11 @@ class Runtime:
             if self._streams.on:
                 torch.cuda.empty_cache()
             demand = self.budgets.demand(
-                batch=sequences * copies, tokens=tokens, copies=copies, prompt=prompt_tokens
+                batch=sequences * copies,
+                tokens=tokens,
+                copies=copies,
+                prompt=prompt_tokens,
+                exact=exact,
             )
             idle = sum(r.committed for free in list(self._free_regions.values()) for r in free)
             layout = self.budgets.lay_out(demand, idle_host=idle)
@@ -378,12 +411,22 @@ class Runtime:
                 grow = [(region, pages * page_bytes) for page_bytes, region in taken]
                 self._make_host_room(sum(max(0, size - region.committed) for region, size in grow))
                 commit_regions(grow)
-                stores = [
-                    LayerStore(
-                        row, limits, batch=sequences, region=region, reader=reader, writer=writer
+                stores = []
+                for row, (_, region) in zip(self.shape.rows, taken, strict=True):
+                    path = None
+                    if fast:
+                        path = self._device_path(row, layout, limits, memory, sequences)
+                    stores.append(
+                        LayerStore(
+                            row,
+                            limits,
+                            batch=sequences,
+                            region=region,
+                            reader=reader,
+                            writer=writer,
+                            path=path,
+                        )
                     )
-                    for row, (_, region) in zip(self.shape.rows, taken, strict=True)
-                ]
             except BaseException:
                 give_back()
                 raise
@@ -417,6 +460,33 @@ class Runtime:
         self._caches.add(cache)
         self._current = weakref.ref(cache)
         return cache
+
+    def _device_path(
+        self, row: RowShape, layout: Layout, limits: StoreLimits, memory: StepMemory, batch: int
+    ) -> DevicePath | None:
+        """The device path of one layer, or None where the replica did not fit and every token is streamed."""
+        if layout.rung is None and layout.host_tokens:
+            note = "no replica fits the device budget: every token is streamed"
+            if note not in self._notes:
+                logger.warning("Mode fast: %s.", note)
+            self._notes[note] = None
+            return None
+        asked = self.config.retrieval.tokens
+        automatic = 0 if layout.rung is None else layout.rung.tokens
+        return DevicePath(
+            row,
+            PathSettings(
+                bits=4 if layout.rung is None else layout.rung.bits,
+                tokens=automatic if isinstance(asked, str) else asked,
+                skipped_mass=self.config.replica.skipped_mass,
+            ),
+            memory,
+            batch=batch,
+            blocks=layout.replica_tokens // limits.page,
+            slots=limits.device_blocks + 1,
+            page=limits.page,
+            device=self.shape.device,
+        )
 
     def _take_region(self, page_bytes: int) -> HostRegion:
         free = self._free_regions.get(page_bytes)
@@ -520,14 +590,23 @@ class Runtime:
             )
             if prompt.copies > 1:
                 cache.batch_repeat_interleave(prompt.copies)
-            assisted = prompt.is_assisted
-            if not assisted:  # its steps of many tokens need their logits' memory
+            fast = cache.decodes_fast and not prompt.is_beams
+            if (
+                not prompt.is_assisted and not fast
+            ):  # its steps of many tokens need their logits' memory
                 self._keep_pages_resident(cache)
         last.prefill_s = done.seconds
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
         call = dict(kwargs)
         call.pop("input_ids", None)
-        with first_forward_skips_cached(self.model, cache) if assisted else nullcontext():
+        with ExitStack() as stack:
+            captured = None
+            if prompt.is_assisted:
+                stack.enter_context(first_forward_skips_cached(self.model, cache))
+            elif fast and self._streams.on and self.config.decode.capture:
+                compiles = self.config.decode.compile
+                captured = stack.enter_context(captured_steps(self.model, cache, compiles=compiles))
+            stack.enter_context(cache.streaming(prompt.is_beams))
             result = self.model.generate(prompt.input_ids, past_key_values=cache, **call)
         cache.stop_recording()
         sequences = result if isinstance(result, Tensor) else result.sequences
@@ -536,8 +615,28 @@ class Runtime:
         last.decode_s = time.perf_counter() - began
         last.decode_h2d_bytes = self._counters.h2d_bytes - h2d
         last.new_tokens = sequences.shape[1] - total
+        last.capture_s = last.replayed_steps = 0
+        if captured is not None:
+            last.capture_s, last.replayed_steps = captured.seconds, captured.replays
+            if captured.reason is not None:
+                self._notes[f"decode steps run eagerly: {captured.reason}"] = None
+        if fast:
+            self._note_masses(cache, last.new_tokens)
         self._note_tiers(cache)
         return result
+
+    def _note_masses(self, cache: OffloadCache, steps: int) -> None:
+        """Keeps for `report` what the steps left to the replica, and what they read from the host."""
+        last, selected = self._last, 0
+        masses = torch.zeros(2)
+        for store in cache.layer_stores:
+            path = store.path
+            if path is not None and store.columns:
+                masses += path.stats.cpu() / max(1, steps * len(cache.layer_stores))
+                path.stats.zero_()
+                selected += path.settings.tokens * store.shape.token_bytes * store.batch
+        last.tail_mass, last.skipped_mass = masses.tolist()
+        last.selected_bytes = selected
 
     def _keep_pages_resident(self, cache: OffloadCache) -> None:
         """Fills the memory that prefill needed and decoding does not with the oldest host pages.
@@ -614,8 +713,9 @@ class Runtime:
         pinned = sum(region.pinned for region in regions)
         self._last.bytes = {
             "weights": self.shape.weights,
-            "window": sum(store.device_bytes - store.resident_bytes for store in stores),
+            "window": sum(store.window_bytes for store in stores),
             "resident": sum(store.resident_bytes for store in stores),
+            "replica": sum(store.replica_bytes for store in stores),
             "staging": 2 * layout.staging_bytes,
             "eviction": 2 * layout.eviction_bytes,
             "host_pinned": pinned,

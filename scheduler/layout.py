@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from offload.errors import BudgetError
+from offload.scheduler.rungs import Rung
 
 # Two staging buffers hide the copies behind attention once a copy outlasts the launches of a layer. On an
 # H100 (PCIe 5) 16 MiB copies already run at the full 53 GB/s; 128 MiB (2.5 ms) outlast an eager layer (1-2 ms).
@@ -17,6 +18,24 @@ SMALLEST_CHUNK = 128  # tokens; below this a prefill is bound by reading the wei
 AUTO_CHUNK = 4096
 # `auto` keeps at least this many blocks in the window; fewer and nearly every token is evicted as it comes.
 LEAST_WINDOW_BLOCKS = 4
+# The window beside a replica. It is read in full precision: 256 tokens are what fidelity was measured with, and each
+# further token takes as long as four of the replica.
+REPLICA_WINDOW = 256
+# Parts of a decode step that wait to be merged, and what was selected: under 4 MiB for an 8B model.
+_STEP_BYTES = 2**23
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RungPrice:
+    """A rung of the ladder for one model.
+
+    Attributes:
+        rung: Of `offload.scheduler.rungs`.
+        token_bytes: Device bytes of one token of one sequence, all layers together.
+    """
+
+    rung: Rung
+    token_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +58,10 @@ class Demand:
         workspace: Device bytes of activations that do not depend on the chunk.
         workspace_per_token: Further device bytes per token of the chunk and sequence.
         other_kv: Device bytes of the layers that are not offloaded.
+        rungs: Replicas that may be kept of offloaded tokens, best first; none for exact mode.
+        streams: Whether to stream every token where no rung fits; else that is an error.
+        scratch_token_bytes: Device bytes of a decode step over a replica, per token and sequence.
+        longest: Tokens to make room for where `tokens` is not known.
     """
 
     batch: int
@@ -56,6 +79,10 @@ class Demand:
     workspace: int
     workspace_per_token: int
     other_kv: int = 0
+    rungs: tuple[RungPrice, ...] = ()
+    streams: bool = True
+    scratch_token_bytes: int = 0
+    longest: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +98,8 @@ class Layout:
         eviction_bytes: Of one of the two eviction buffers.
         device: Device bytes by purpose.
         host: Host bytes by purpose.
+        rung: What the replica of offloaded tokens is, or None without one.
+        replica_tokens: Tokens per sequence that it has room for.
     """
 
     chunk: int
@@ -81,6 +110,8 @@ class Layout:
     eviction_bytes: int
     device: dict[str, int]
     host: dict[str, int]
+    rung: Rung | None = None
+    replica_tokens: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -101,6 +132,9 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
     can mean a larger chunk and a smaller window: a prefill in small chunks reads the weights and the host pages more
     often than the window saves.
 
+    With rungs, what does not fit the device gets a replica there: the best rung that fits beside a small window, at
+    any chunk. If none fits, every token is streamed, or it is an error.
+
     Args:
         demand: What is asked.
         device_budget: Bytes, weights included.
@@ -112,25 +146,29 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
     Raises:
         BudgetError: It does not fit; says how much the smallest layout needs.
     """
-    chunks = [demand.chunk] if demand.chunk is not None else _chunks(demand)
     errors = []
-    for chunk in chunks:
-        try:
-            layout = _device_layout(replace(demand, chunk=chunk), device_budget)
-        except BudgetError as error:
-            errors.append(error)
-            continue
-        host_bytes = layout.host_bytes
-        if host_bytes > host_budget:
-            raise BudgetError(
-                f"The KV cache of {demand.batch} x {demand.tokens:,} tokens in host memory",
-                requested=host_bytes,
-                available=host_budget,
-                setting="memory.cpu",
-                change="Shorten the prompt, lower max_new_tokens or raise memory.cpu.",
-            )
-        return layout
+    for rungs in [*((price,) for price in demand.rungs), *([()] if _may_stream(demand) else [])]:
+        chunks = [demand.chunk] if demand.chunk is not None else _chunks(demand)
+        for chunk in chunks:
+            try:
+                layout = _device_layout(replace(demand, chunk=chunk, rungs=rungs), device_budget)
+            except BudgetError as error:
+                errors.append(error)
+                continue
+            if layout.host_bytes > host_budget:
+                raise BudgetError(
+                    f"The KV cache of {demand.batch} x {demand.tokens:,} tokens in host memory",
+                    requested=layout.host_bytes,
+                    available=host_budget,
+                    setting="memory.cpu",
+                    change="Shorten the prompt, lower max_new_tokens or raise memory.cpu.",
+                )
+            return layout
     raise min(errors, key=lambda error: error.requested)
+
+
+def _may_stream(demand: Demand) -> bool:
+    return demand.streams or not demand.rungs
 
 
 def budget_for(demand: Demand, *, device_tokens: int) -> int:
@@ -143,7 +181,7 @@ def budget_for(demand: Demand, *, device_tokens: int) -> int:
     Returns:
         Bytes, weights included.
     """
-    demand = replace(demand, chunk=demand.chunk or _chunks(demand)[0], window=None)
+    demand = replace(demand, chunk=demand.chunk or _chunks(demand)[0], window=None, rungs=())
     blocks = max(LEAST_WINDOW_BLOCKS, -(-(device_tokens - demand.sinks) // demand.page))
     window = (blocks - LEAST_WINDOW_BLOCKS) * _block_bytes(demand)
     # The inverse of `_staging`: buffers take an eighth of what the smallest layout leaves, up to their full size.
@@ -164,14 +202,15 @@ def _chunks(demand: Demand) -> list[int]:
 
 
 def _device_layout(demand: Demand, budget: int) -> Layout:
-    assert demand.chunk is not None
+    chunk = demand.chunk
+    assert chunk is not None
     sink_blocks = demand.sinks // demand.page
     least = _least(demand)
     needed = least.device_bytes
     if demand.tokens is not None and demand.window is None:
         # Does everything fit? Then the buffers are never used and hold one page.
         blocks = max(1, -(-demand.tokens // demand.page) - sink_blocks)
-        whole = _price(demand, _page_bytes(demand), blocks, demand.chunk)
+        whole = _price(replace(demand, rungs=()), _page_bytes(demand), blocks, chunk)
         if whole.device_bytes <= budget:
             return whole
         needed = min(needed, whole.device_bytes)
@@ -179,6 +218,10 @@ def _device_layout(demand: Demand, budget: int) -> Layout:
         if demand.window is None:
             what = "Weights, workspace and the smallest window on the device"
             change = "Raise memory.gpu, lower prefill.chunk, or load the model with fewer bits."
+            if demand.rungs:
+                rung = demand.rungs[0].rung.name
+                what = f"Weights, workspace, a window and the {rung} replica on the device"
+                change = 'Raise memory.gpu, or set replica.rung to "auto" or to one of fewer bits.'
         else:
             what = f"Weights, workspace and a window of {demand.window:,} tokens on the device"
             change = "Raise memory.gpu, or lower cache.window, prefill.chunk or decode.staging."
@@ -189,19 +232,26 @@ def _device_layout(demand: Demand, budget: int) -> Layout:
             setting="memory.gpu",
             change=change,
         )
+    if demand.rungs and demand.tokens is None:
+        # The length is not known: there is room for as many tokens as the budget has bytes for.
+        spare = (budget - least.device_bytes) * 7 // 8
+        room = spare // max(1, _replica_token_bytes(demand)) // demand.page * demand.page
+        demand = replace(demand, longest=min(room, demand.longest))
+        least = _least(demand)
     staging = _staging(demand, budget - least.device_bytes)
-    if demand.window is not None:
-        return _price(demand, staging, least.window_blocks, demand.chunk)
-    spare = budget - _price(demand, staging, least.window_blocks, demand.chunk).device_bytes
+    if demand.window is not None or demand.rungs:
+        return _price(demand, staging, least.window_blocks, chunk)
+    spare = budget - _price(demand, staging, least.window_blocks, chunk).device_bytes
     blocks = least.window_blocks + spare // max(1, _block_bytes(demand))
     if demand.tokens is not None:  # a window longer than the run is never filled
         blocks = min(blocks, max(1, -(-demand.tokens // demand.page) - sink_blocks))
-    return _price(demand, staging, blocks, demand.chunk)
+    return _price(demand, staging, blocks, chunk)
 
 
 def _least(demand: Demand) -> Layout:
     """The smallest layout: the window that was asked or four blocks, buffers of one page or as asked."""
-    assert demand.chunk is not None
+    chunk = demand.chunk
+    assert chunk is not None
     if demand.staging is not None and demand.staging < _page_bytes(demand):
         raise BudgetError(
             "One page of every sequence in a staging buffer",
@@ -210,8 +260,12 @@ def _least(demand: Demand) -> Layout:
             setting="decode.staging",
         )
     blocks = LEAST_WINDOW_BLOCKS if demand.window is None else demand.window // demand.page
+    if demand.rungs and demand.window is None:
+        blocks = max(1, REPLICA_WINDOW // demand.page)
+    if demand.rungs and demand.tokens is None:
+        demand = replace(demand, longest=0)
     staging = _page_bytes(demand) if demand.staging is None else demand.staging
-    return _price(demand, staging, blocks, demand.chunk)
+    return _price(demand, staging, blocks, chunk)
 
 
 def _page_bytes(demand: Demand) -> int:
@@ -257,6 +311,10 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
     if demand.tokens is None:
         evicted = chunk // demand.page + 1
     eviction = evicted * _page_bytes(demand)
+    rung = demand.rungs[0].rung if demand.rungs else None
+    replica_tokens = 0
+    if rung is not None:
+        replica_tokens = host_tokens if demand.tokens is not None else demand.longest
     shared = min(host_tokens, demand.prompt) // demand.page * demand.page
     pages = host_tokens * demand.batch - shared * (demand.batch - demand.batch // demand.copies)
     return Layout(
@@ -272,9 +330,24 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "tail": demand.page * per_token,
             "staging": 2 * staging,
             "eviction": 2 * eviction,
+            "replica": demand.batch * replica_tokens * _replica_bytes(demand),
+            "decode step": demand.batch * replica_tokens * demand.scratch_token_bytes
+            + (_STEP_BYTES if rung is not None else 0),
             "other KV": demand.other_kv,
             "workspace": demand.workspace + demand.batch * chunk * demand.workspace_per_token,
             "overhead": demand.overhead,
         },
         host={"pages": pages * sum(demand.token_bytes)},
+        rung=rung,
+        replica_tokens=replica_tokens,
     )
+
+
+def _replica_bytes(demand: Demand) -> int:
+    """Bytes of one token of one sequence in the replica of the first rung."""
+    return demand.rungs[0].token_bytes if demand.rungs else 0
+
+
+def _replica_token_bytes(demand: Demand) -> int:
+    """Bytes of one more token of every sequence in the replica and in a decode step over it."""
+    return demand.batch * (_replica_bytes(demand) + demand.scratch_token_bytes)

@@ -27,38 +27,13 @@ from offload.kernels.attend import attend
 from offload.kernels.merge import RunningMerge
 from offload.tiers.pages import PageTable, Run
 from offload.tiers.pinned import HostRegion, commit_regions
+from offload.tiers.replica import DevicePath
+from offload.tiers.rows import RowShape
 from offload.tiers.transfer import HostReader, HostWriter
 
 _PIECE_TOKENS = (
     4096  # tokens packed into rows at a time; the usual prefill chunk, so that one piece is all
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowShape:
-    """The rows of one layer.
-
-    Attributes:
-        kv_heads: KV heads, H_kv.
-        key_dim: Head size of the keys, D.
-        value_dim: Head size of the values, D_v.
-        dtype: Of keys and values.
-    """
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-    @property
-    def width(self) -> int:
-        """Values of one row: D + D_v."""
-        return self.key_dim + self.value_dim
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token of one sequence."""
-        return self.kv_heads * self.width * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +70,9 @@ class LayerStore:
         length: Tokens of every sequence.
         busy: Between `attend`'s start and the end of its eviction.
         damaged: Tokens were being taken in when an exception came: what the layer holds is not known.
+        capturing: A graph is being captured: `attend` makes the step's launches and changes nothing else.
         written: The event behind the last copy to a host page.
+        path: The device path of steps of one token, or None.
     """
 
     @torch.inference_mode(False)
@@ -108,6 +85,7 @@ class LayerStore:
         region: HostRegion,
         reader: HostReader,
         writer: HostWriter,
+        path: DevicePath | None = None,
     ) -> None:
         """Allocates the device part and commits the host part.
 
@@ -118,17 +96,21 @@ class LayerStore:
             region: Host memory for the pages; owned by the caller.
             reader: Brings pages back.
             writer: Takes blocks away.
+            path: The device path of steps of one token; None where every token is streamed.
         """
         self.shape = shape
         self.limits = limits
         self.length = 0
         self.busy = False
         self.damaged = False
+        self.capturing = False
         self.written: torch.cuda.Event | None = None
         self.page_bytes = limits.page * shape.token_bytes
         self._region = region
         self._reader = reader
         self._writer = writer
+        self.path = path
+        self._published = False  # what the path may read is what there is
         device = region.device
         row = (shape.kv_heads, shape.width)
         # One slot more than blocks: the tail's.
@@ -209,8 +191,18 @@ class LayerStore:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes allocated on the device for sinks, window, tail and resident pages."""
-        return self._window.nbytes + self.resident_bytes
+        """Bytes allocated on the device for sinks, window, tail, resident pages and replica."""
+        return self.window_bytes + self.resident_bytes + self.replica_bytes
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of sinks, window and tail."""
+        return self._window.nbytes
+
+    @property
+    def replica_bytes(self) -> int:
+        """Bytes of the replica of host pages."""
+        return 0 if self.path is None else self.path.nbytes
 
     @property
     def resident_bytes(self) -> int:
@@ -263,9 +255,23 @@ class LayerStore:
         Returns:
             [B, Q, H_q, D_v], contiguous, in the dtype of `query`.
         """
+        if self.capturing:
+            return self.step(query, key, value, scale=scale, softcap=softcap, sink_logits=sink_logits)  # fmt: skip
         self.busy = True
         key, value = key.detach(), value.detach()  # what is kept must not keep a graph
         n_new = query.shape[2]
+        if n_new == 1 and self.path is not None and self.path.can_step(visible, self.columns):
+            try:
+                self.before_step()
+                out = self.step(
+                    query, key, value, scale=scale, softcap=softcap, sink_logits=sink_logits
+                )
+                self.after_step()
+            except BaseException:
+                self._published = False
+                raise
+            self.busy = False
+            return out
         if n_new > self.limits.page:
             self.drop_resident()  # a prefill: its activations need the memory
         merge = RunningMerge()
@@ -334,6 +340,100 @@ class LayerStore:
         self._reader.prefetch()
         return out
 
+    # A step of one token on the device path, in three: what a captured graph replays is the middle one.
+
+    def before_step(self) -> None:
+        """Makes room for one more token and lets the device path see all there is.
+
+        Raises:
+            BudgetError: No more host memory.
+        """
+        closes = self._tail_length + 1 == self.limits.page
+        if closes and self._used == self.limits.device_blocks:
+            self._make_room(1)
+        assert self.path is not None
+        if not (self._published and self.path.is_published):
+            self._publish()
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Attends with one new token and writes its row; arguments and result as of `attend`.
+
+        Changes nothing that Python knows of: a graph may capture it.
+        """
+        assert self.path is not None
+        out = self.path.step(
+            query[:, :, 0],
+            key[:, :, 0],
+            value[:, :, 0],
+            self._window,
+            self._pool() if self.columns else None,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            pinned=self.all_pinned,
+        )
+        return out.unsqueeze(1)
+
+    def after_step(self) -> None:
+        """Counts the token that a step has written, and moves a full block on."""
+        self.length += 1
+        self._tail_length += 1
+        if self._tail_length == self.limits.page:
+            self.damaged = True
+            self._tail_length = 0
+            self._close_tail()
+            self.damaged = False
+            self._published = False
+
+    def settle(self) -> None:
+        """Forgets that a step was under way: an exception may have come anywhere in it."""
+        self.busy = False
+        self._published = False
+
+    def _publish(self) -> None:
+        assert self.path is not None
+        page, first = self.limits.page, self._sinks + self.columns
+        block = {slot: slot for slot in range(self._sinks)}
+        block |= {slot: first + age for age, slot in enumerate(self._slots)}
+        block[self._used] = first + len(self._slots)
+        self.path.publish(
+            n_rows=self._used * page + self._tail_length,
+            blocks=self.columns,
+            first_token=self._sinks * page,
+            pages=np.stack([self._table.pages(row, 0, self.columns) for row in range(self.batch)]),
+            starts=[block[slot] * page for slot in range(self._used + 1)],
+            written=self.written,
+        )
+        self._published = True
+
+    def _pool(self) -> Tensor:
+        """Host pages as [pages, P, H_kv, D + D_v]."""
+        size = self._region.committed // self.page_bytes * self.page_bytes
+        return (
+            self._region.view(0, size)
+            .view(self.shape.dtype)
+            .view(-1, self.limits.page, self.shape.kv_heads, self.shape.width)
+        )
+
+    @property
+    def all_pinned(self) -> bool:
+        """Whether kernels can read every host page."""
+        return self._region.pinned >= self._table.capacity * self.page_bytes
+
+    @property
+    def address(self) -> int:
+        """Of the window: a graph that has captured steps is void once this changes."""
+        return int(self._window.data_ptr())
+
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B, N, H_kv, D + D_v] as keys [B, H_kv, N, D] and values [B, H_kv, N, D_v], without a copy."""
         heads_first = rows.transpose(1, 2)
@@ -370,6 +470,7 @@ class LayerStore:
         Raises:
             BudgetError: No more host memory; nothing has changed then.
         """
+        self._published = False
         n_blocks = (self._tail_length + key.shape[2]) // self.limits.page
         free = self.limits.device_blocks - self._used
         if n_blocks > free:
@@ -465,6 +566,8 @@ class LayerStore:
                 if old < n:
                     new = at + old - len(slots)
                     target[:, old:] = blocks[:, new : new + n - old]
+                if self.path is not None:
+                    self.path.append(target.flatten(1, 2), first + at)
 
             targets = []
             for row in range(self.batch):
@@ -529,6 +632,7 @@ class LayerStore:
         """
         if length >= self.length:
             return
+        self._published = False
         if (length // self.limits.page) - self._sinks < self.resident_columns:
             self.drop_resident()
         page = self.limits.page
@@ -595,6 +699,9 @@ class LayerStore:
                 change="Make a new cache: runtime.new_cache().",
             )
         self.damaged = True
+        self._published = False
+        if self.path is not None:
+            self.path.select_sequences(rows.to(self._window.device, torch.long))
         if self._resident is not None and self._resident.shape[0] != 1:
             self.drop_resident()  # columns that are held once are the same for every sequence
         self._table.select(index)

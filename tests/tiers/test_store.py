@@ -14,7 +14,8 @@ from torch import Tensor
 from offload.kernels.reference import attend
 from offload.tiers import transfer
 from offload.tiers.pinned import HostRegion, PinBudget
-from offload.tiers.store import LayerStore, RowShape, StoreLimits
+from offload.tiers.rows import RowShape
+from offload.tiers.store import LayerStore, StoreLimits
 from offload.tiers.transfer import HostReader, HostWriter, Streams, TransferCounters
 
 PAGE, KV_HEADS, GROUPS, D = 16, 2, 3, 16

@@ -1,0 +1,224 @@
+"""How is a token made without waiting for the CPU? One forward pass, captured as a CUDA graph and replayed.
+
+A model's decode step is hundreds of launches of a few microseconds each; launched one by one they take longer than
+they run. `captured_steps` puts a `CapturedStep` where `torch.nn.Module.compile` would put a compiled forward, so that
+whoever calls the model, transformers' `generate` first of all, replays the graph without knowing.
+
+The first step of one token runs as it is (compiled, where that is wanted), the second is captured, later ones are
+replayed. A graph is captured anew when an address that it has kept changed, or when the first block went to the host.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.attention import kept_out_of_compiled_code
+from offload.cache import OffloadCache, OffloadLayer
+from offload.tiers.store import LayerStore
+
+logger = logging.getLogger(__name__)
+
+# Inputs of a step that a graph reads from fixed addresses; others must be the same objects in every step.
+_STATIC = ("input_ids", "position_ids")
+# What says only how long the past is, which the stores know.
+_DROPPED = ("attention_mask",)
+
+
+class CapturedStep:
+    """Stands before a model's forward: replays what it can, passes on the rest.
+
+    Attributes:
+        reason: Why steps are not captured, or None.
+        replays: Steps that were replayed.
+        seconds: What compiling and capturing took.
+    """
+
+    def __init__(self, model: Any, cache: OffloadCache, *, compiles: bool) -> None:
+        """For one generate call.
+
+        Args:
+            model: Attached.
+            cache: On a CUDA device; every layer of it ours.
+            compiles: Whether layers are compiled before they are captured.
+        """
+        self._model = model
+        self._cache = cache
+        self._compiles = compiles
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._static: dict[str, Tensor] = {}
+        self._others: dict[str, Any] = {}
+        self._output: Any = None
+        self._key: tuple[Any, ...] | None = None
+        self._warm: set[bool] = set()  # whether anything is on the host, in steps that have run
+        self.reason = _why_not(cache)
+        self.replays = 0
+        self.seconds = 0.0
+
+    @property
+    def _stores(self) -> list[LayerStore]:
+        return self._cache.layer_stores
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        forward = self._model._call_impl
+        if self.reason is not None or not self._is_step(args, kwargs):
+            return forward(*args, **kwargs)
+        on_host = self._stores[0].columns > 0
+        if on_host not in self._warm:  # kernels and scratch are made outside of a graph
+            self._warm.add(on_host)
+            with self._compiled():
+                return forward(*args, **kwargs)
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        self._cache.begin_pass(ids, mask)
+        for store in self._stores:
+            store.before_step()
+        try:
+            if self._key != self._addresses(kwargs) and not self._capture(kwargs):
+                self._cache.forget_pass()  # nothing was run: the pass begins anew
+                return forward(*args, **kwargs)
+            for name, static in self._static.items():
+                static.copy_(kwargs[name])
+            assert self._graph is not None
+            self._graph.replay()
+            self.replays += 1
+            for store in self._stores:
+                store.after_step()
+        except BaseException:
+            for store in self._stores:
+                store.settle()
+            raise
+        self._cache.end_pass()
+        return self._output
+
+    def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        ids = kwargs.get("input_ids")
+        if args or kwargs.get("past_key_values") is not self._cache or not isinstance(ids, Tensor):
+            return False
+        if ids.dim() != 2 or ids.shape[1] != 1 or not self._stores:
+            return False
+        strangers = [
+            name
+            for name, value in kwargs.items()
+            if isinstance(value, Tensor) and name not in (*_STATIC, *_DROPPED)
+        ]
+        if strangers:
+            self.reason = f"a graph does not know its inputs {', '.join(strangers)}"
+            logger.warning("Decode steps run eagerly: %s", self.reason)
+            return False
+        first = self._stores[0]
+        if ids.shape[0] != first.batch or first.path is None:
+            return False
+        return first.path.can_step_now(first.columns)
+
+    def _addresses(self, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """What a graph has kept: it is void when any of it changes."""
+        others = tuple(
+            (name, id(value))
+            for name, value in kwargs.items()
+            if name not in _STATIC and name not in _DROPPED
+        )
+        shapes = tuple(tuple(kwargs[name].shape) for name in _STATIC if kwargs.get(name) is not None)  # fmt: skip
+        stores = tuple((s.address, s.path.epoch if s.path else 0, s.columns > 0) for s in self._stores)  # fmt: skip
+        return others, shapes, stores
+
+    def _capture(self, kwargs: dict[str, Any]) -> bool:
+        """Captures the step; whether that worked."""
+        began = time.perf_counter()
+        self.release()
+        self._static = {
+            name: kwargs[name].clone() for name in _STATIC if isinstance(kwargs.get(name), Tensor)
+        }
+        inputs = {k: v for k, v in kwargs.items() if k not in _DROPPED} | self._static
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with self._cache.capturing(), self._compiled(), torch.cuda.graph(graph):
+                self._output = self._model._call_impl(**inputs)
+        except Exception as error:  # noqa: BLE001 - whatever stops a capture, eager steps work
+            torch.cuda.synchronize()
+            self.reason = f"capturing it failed ({type(error).__name__}: {_first_line(error)})"
+            logger.warning("Decode steps run eagerly: %s", self.reason)
+            self.release()
+            return False
+        self._graph = graph
+        self._key = self._addresses(kwargs)
+        self.seconds += time.perf_counter() - began
+        return True
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Within, decoder layers run compiled, but for what our cache and our attention do."""
+        if not self._compiles:
+            yield
+            return
+        began = time.perf_counter()
+        layers = _decoder_layers(self._model)
+        limits = {"recompile_limit": 4 * len(layers) + 64, "accumulated_recompile_limit": 2**16}
+        try:
+            with torch._dynamo.config.patch(limits), kept_out_of_compiled_code(self._cache):
+                for layer in layers:
+                    layer.compile(dynamic=False)
+                yield
+        finally:
+            for layer in layers:
+                layer._compiled_call_impl = None
+            self.seconds += time.perf_counter() - began
+
+    def release(self) -> None:
+        """Gives the graph's memory back."""
+        self._graph = self._output = self._key = None
+        self._static = {}
+
+
+@contextmanager
+def captured_steps(model: Any, cache: OffloadCache, *, compiles: bool) -> Iterator[CapturedStep]:
+    """Within, the model's steps of one token over a cache are captured and replayed.
+
+    Args:
+        model: Attached.
+        cache: In use.
+        compiles: Whether layers are compiled first.
+
+    Yields:
+        What stands before the model's forward.
+    """
+    step = CapturedStep(model, cache, compiles=compiles)
+    if step.reason is not None or model._compiled_call_impl is not None:
+        step.reason = step.reason or "the model has been compiled by its user"
+        yield step
+        return
+    model._compiled_call_impl = step
+    try:
+        yield step
+    finally:
+        model._compiled_call_impl = None
+        step.release()
+
+
+def _why_not(cache: OffloadCache) -> str | None:
+    strangers = {type(x).__name__ for x in cache.layers if type(x) is not OffloadLayer}
+    if strangers:
+        return f"its cache has layers that a graph cannot replay ({', '.join(sorted(strangers))})"
+    if any(store.path is None for store in cache.layer_stores):
+        return "its tokens are streamed"
+    if not all(store.all_pinned for store in cache.layer_stores):
+        return "not all host pages are pinned"
+    return None
+
+
+def _decoder_layers(model: Any) -> list[Any]:
+    """The modules of the longest list of modules of one class: the decoder's layers."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0]
+    best = max(lists, key=len, default=None)
+    layers = [] if best is None else [x for x in best if type(x) is type(best[0])]
+    return [layer for layer in layers if layer._compiled_call_impl is None]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

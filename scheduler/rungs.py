@@ -1,0 +1,55 @@
+"""Which low-bit copies of offloaded tokens can the device keep, and what do they cost? The ladder, best first.
+
+A rung is a code for keys and values and a number of tokens per KV head that are attended to exactly on top of it.
+The bytes are those of `offload.kernels.quantize`, scales included; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BLOCK = 64  # tokens that share the scales of their keys: what a replica grows by
+_GROUP = 32  # channels that share the scales of a token's values
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One step of the ladder.
+
+    Attributes:
+        name: As in the config.
+        bits: Of the codes of keys and of values.
+        tokens: Attended to exactly per KV head, unless the config says otherwise.
+    """
+
+    name: str
+    bits: int
+    tokens: int
+
+    def token_bytes(self, kv_heads: int, key_dim: int, value_dim: int) -> int:
+        """Device bytes of one token of one layer and sequence, to the next byte.
+
+        Args:
+            kv_heads: KV heads.
+            key_dim: Head size of the keys.
+            value_dim: Head size of the values.
+        """
+        keys, values = _padded(key_dim), _padded(value_dim)
+        # Zero and scale of a channel take four bytes for a block, those of a token's group four for itself.
+        block = BLOCK * self.bits * (keys + values) // 8 + 4 * keys + 4 * BLOCK * (values // _GROUP)
+        return -(-kv_heads * block // BLOCK)
+
+
+RUNGS = (Rung("4k4v", 4, 64), Rung("3k3v", 3, 64), Rung("2k2v", 2, 256))
+
+
+def scratch_token_bytes(query_heads: int) -> int:
+    """Device bytes of one token and sequence that a decode step needs besides: scores, and what a block comes to.
+
+    One layer's serve all.
+    """
+    return query_heads * (4 + -(-3 * 4 // BLOCK))
+
+
+def _padded(head_size: int) -> int:
+    return max(64, 1 << (head_size - 1).bit_length())
