@@ -17,7 +17,7 @@ from offload.errors import BudgetError
 from offload.hardware import DeviceMemory, device_memory, host_memory
 from offload.model import ModelShape
 from offload.scheduler.layout import Demand, Layout, RungPrice, lay_out
-from offload.scheduler.rungs import RUNGS, scratch_token_bytes
+from offload.scheduler.rungs import RUNGS, scratch_bytes, scratch_token_bytes
 from offload.tiers.pinned import HostBudget, PinBudget
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,10 @@ class Budgets:
             other_kv=batch * self._shape.other_kv_bytes(tokens),
             rungs=self._rungs() if fast else (),
             streams=self._config.replica.rung == "auto",
-            scratch_token_bytes=max(map(scratch_token_bytes, shape.heads), default=0),
+            scratch_bytes=max((scratch_bytes(*heads) for heads in shape.heads), default=0),
+            scratch_token_bytes=max(
+                (scratch_token_bytes(*heads) for heads in shape.heads), default=0
+            ),
             longest=shape.max_positions or 2**20,
         )
 

@@ -201,10 +201,135 @@ def captured_steps(model: Any, cache: OffloadCache, *, compiles: bool) -> Iterat
         step.release()
 
 
+def decode(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> Tensor:
+    """Greedy search and sampling as transformers' own loop does them, but never waiting for the device.
+
+    The next step is queued before it is known whether this one was the last; that is found out one step later, and
+    the step too many is taken back. A streamer is one step behind for the same reason. transformers has the same
+    idea for other devices (`DeferredStopCheck`); there it costs a copy of all ids and positions a step besides.
+
+    Args:
+        model: Attached, its cache one of ours that can be cropped.
+        input_ids: [B, N], of which the cache holds all but some.
+        logits_processor: Of transformers, as prepared by `generate`; likewise the further ones.
+        stopping_criteria: With a longest length.
+        generation_config: As merged.
+        streamer: Gets tokens.
+        synced_gpus: Must be False.
+        **model_kwargs: past_key_values, and attention_mask and position_ids where the model takes them.
+
+    Returns:
+        [B, N + new], as `generate` returns it.
+    """
+    assert not synced_gpus
+    cache = model_kwargs["past_key_values"]
+    batch, length = input_ids.shape
+    longest = int(stopping_criteria.max_length)
+    has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad = generation_config._pad_token_tensor
+    ids = input_ids.new_zeros((batch, max(longest, length)))
+    ids[:, :length] = input_ids
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    inputs = model.prepare_inputs_for_generation(
+        input_ids,
+        next_sequence_length=length - cache.get_seq_length(),
+        is_first_iteration=True,
+        **model_kwargs,
+    )
+    unfinished = input_ids.new_ones(batch)
+    flags = _Flags(input_ids, streamer)
+    while True:
+        logits = model(**inputs, return_dict=True).logits[:, -1].to(torch.float32, copy=True)
+        scores = logits_processor(ids[:, :length], logits)
+        if generation_config.do_sample:
+            chances = torch.softmax(scores, dim=-1)
+            token = torch.multinomial(chances, num_samples=1).squeeze(1)
+        else:
+            token = torch.argmax(scores, dim=-1)
+        if has_end:
+            token = token * unfinished + pad * (1 - unfinished)
+        ids[:, length] = token
+        length += 1
+        unfinished = unfinished & ~stopping_criteria(ids[:, :length], None)
+        if flags.send(unfinished, token):  # the step before was the last one
+            cache.crop(-1)
+            length -= 1
+            break
+        if length >= longest:
+            flags.finish()
+            break
+        inputs["input_ids"] = token[:, None]
+        if mask is not None:
+            inputs["attention_mask"] = mask[:, :length]
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
+    if streamer is not None:
+        streamer.end()
+    return ids[:, :length]
+
+
+class _Flags:
+    """Whether all sequences are finished, and their tokens for a streamer, read one step late."""
+
+    def __init__(self, input_ids: Tensor, streamer: Any) -> None:
+        pinned = input_ids.device.type == "cuda"
+        self._streamer = streamer
+        self._slots = [
+            (
+                torch.zeros((), dtype=torch.bool, pin_memory=pinned),
+                torch.zeros(input_ids.shape[0], dtype=torch.long, pin_memory=pinned),
+                torch.cuda.Event() if pinned else None,
+            )
+            for _ in range(2)
+        ]
+        self._sent = 0
+
+    def send(self, unfinished: Tensor, token: Tensor) -> bool:
+        """Sends a step's; waits for the step before.
+
+        Returns:
+            Whether the step before left no sequence unfinished. Then this one is not to be shown.
+        """
+        over, tokens, event = self._slots[self._sent % 2]
+        over.copy_(unfinished.max() == 0, non_blocking=True)
+        if self._streamer is not None:
+            tokens.copy_(token, non_blocking=True)
+        if event is not None:
+            event.record()
+        self._sent += 1
+        return self._sent > 1 and self._receive(self._sent - 2)
+
+    def finish(self) -> None:
+        """Waits for the last step and shows its tokens."""
+        self._receive(self._sent - 1)
+
+    def _receive(self, index: int) -> bool:
+        over, tokens, event = self._slots[index % 2]
+        if event is not None:
+            event.synchronize()
+        if self._streamer is not None:
+            self._streamer.put(tokens.clone())
+        return bool(over)
+
+
 def _why_not(cache: OffloadCache) -> str | None:
     strangers = {type(x).__name__ for x in cache.layers if type(x) is not OffloadLayer}
     if strangers:
         return f"its cache has layers that a graph cannot replay ({', '.join(sorted(strangers))})"
+    if any(store.region.device.type != "cuda" for store in cache.layer_stores):
+        return "graphs are captured on CUDA devices only"
     if any(store.path is None for store in cache.layer_stores):
         return "its tokens are streamed"
     if not all(store.all_pinned for store in cache.layer_stores):

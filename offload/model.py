@@ -94,7 +94,7 @@ class ModelShape:
         model_type: config.model_type.
         offloaded: Indices of the cache layers that keep every token.
         rows: The shape of each of those.
-        heads: Query heads of each of those.
+        heads: Query heads of each of those, and the head size of their values.
         modules: The attention module of each of those.
         device: Where their keys are computed.
         max_positions: The context length that the model was made for, if it says so.
@@ -113,7 +113,7 @@ class ModelShape:
     model_type: str
     offloaded: tuple[int, ...]
     rows: tuple[RowShape, ...]
-    heads: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
     modules: tuple[Any, ...]
     device: torch.device
     max_positions: int | None
@@ -343,7 +343,9 @@ def examine(model: Any) -> ModelShape:
         model_type=model_type,
         offloaded=offloaded,
         rows=rows,
-        heads=tuple(store.query_heads for store in recorders),
+        heads=tuple(
+            (store.query_heads, row.value_dim) for store, row in zip(recorders, rows, strict=True)
+        ),
         modules=tuple(cache.modules),
         device=next(iter(devices), device) or device,
         max_positions=max_positions,

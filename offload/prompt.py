@@ -59,6 +59,7 @@ class Prompt:
         model_kwargs: What else goes to `prepare_inputs_for_generation`; position_ids where the model takes
             them.
         generation: The merged generation config.
+        is_plain: Whether tokens come one by one, by greedy search or sampling, and nothing but tokens is returned.
         is_assisted: Whether candidates come from an assistant, from the prompt, or from the model's first layers.
         in_chunks: Whether it may be read in chunks. Not with images or other inputs of the first pass.
     """
@@ -67,6 +68,7 @@ class Prompt:
     attention_mask: Tensor | None
     model_kwargs: dict[str, Any]
     generation: Any
+    is_plain: bool
     is_assisted: bool
     in_chunks: bool
 
@@ -164,6 +166,10 @@ def read_prompt(model: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> Pr
         attention_mask=mask if bool((mask == 0).any()) else None,
         model_kwargs=model_kwargs,
         generation=generation,
+        is_plain=mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        and not generation.return_dict_in_generate
+        and not generation.stop_strings  # transformers passes no tokenizer on to a loop of one's own
+        and not kwargs.get("synced_gpus"),
         is_assisted=mode == GenerationMode.ASSISTED_GENERATION,
         in_chunks=in_chunks,
     )

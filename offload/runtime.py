@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from offload.budget import Budgets
 from offload.cache import OffloadCache, require_ours, stock_layers
 from offload.config import OffloadConfig
-from offload.decode import captured_steps
+from offload.decode import captured_steps, decode
 from offload.errors import CacheError, ConfigError, InputError
 from offload.hardware import host_memory
 from offload.model import (
@@ -606,6 +607,9 @@ class Runtime:
             elif fast and self._streams.on and self.config.decode.capture:
                 compiles = self.config.decode.compile
                 captured = stack.enter_context(captured_steps(self.model, cache, compiles=compiles))
+                if captured.reason is None and prompt.is_plain and "custom_generate" not in call:
+                    # transformers passes no streamer on to a loop of one's own.
+                    call["custom_generate"] = partial(decode, streamer=call.get("streamer"))
             stack.enter_context(cache.streaming(prompt.is_beams))
             result = self.model.generate(prompt.input_ids, past_key_values=cache, **call)
         cache.stop_recording()

@@ -21,8 +21,6 @@ LEAST_WINDOW_BLOCKS = 4
 # The window beside a replica. It is read in full precision: 256 tokens are what fidelity was measured with, and each
 # further token takes as long as four of the replica.
 REPLICA_WINDOW = 256
-# Parts of a decode step that wait to be merged, and what was selected: under 4 MiB for an 8B model.
-_STEP_BYTES = 2**23
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +58,8 @@ class Demand:
         other_kv: Device bytes of the layers that are not offloaded.
         rungs: Replicas that may be kept of offloaded tokens, best first; none for exact mode.
         streams: Whether to stream every token where no rung fits; else that is an error.
-        scratch_token_bytes: Device bytes of a decode step over a replica, per token and sequence.
+        scratch_bytes: Device bytes of a decode step over a replica, per sequence.
+        scratch_token_bytes: Further ones, per token and sequence.
         longest: Tokens to make room for where `tokens` is not known.
     """
 
@@ -81,6 +80,7 @@ class Demand:
     other_kv: int = 0
     rungs: tuple[RungPrice, ...] = ()
     streams: bool = True
+    scratch_bytes: int = 0
     scratch_token_bytes: int = 0
     longest: int = 0
 
@@ -331,8 +331,10 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "staging": 2 * staging,
             "eviction": 2 * eviction,
             "replica": demand.batch * replica_tokens * _replica_bytes(demand),
-            "decode step": demand.batch * replica_tokens * demand.scratch_token_bytes
-            + (_STEP_BYTES if rung is not None else 0),
+            "decode step": 0
+            if rung is None
+            else demand.batch
+            * (demand.scratch_bytes + replica_tokens * demand.scratch_token_bytes),
             "other KV": demand.other_kv,
             "workspace": demand.workspace + demand.batch * chunk * demand.workspace_per_token,
             "overhead": demand.overhead,

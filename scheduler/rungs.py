@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 BLOCK = 64  # tokens that share the scales of their keys: what a replica grows by
 _GROUP = 32  # channels that share the scales of a token's values
+_PARTS = 64  # parts of window and selected rows, at most
+_TAIL_TOKENS = 1024  # tokens of a part of the tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,21 @@ class Rung:
 RUNGS = (Rung("4k4v", 4, 64), Rung("3k3v", 3, 64), Rung("2k2v", 2, 256))
 
 
-def scratch_token_bytes(query_heads: int) -> int:
-    """Device bytes of one token and sequence that a decode step needs besides: scores, and what a block comes to.
+def scratch_bytes(query_heads: int, value_dim: int) -> int:
+    """Device bytes of one sequence that a decode step needs besides: parts that wait to be merged, a logarithm each.
 
     One layer's serve all.
+
+    Args:
+        query_heads: Query heads.
+        value_dim: Head size of the values.
     """
-    return query_heads * (4 + -(-3 * 4 // BLOCK))
+    return query_heads * (value_dim + 1) * 4 * _PARTS
+
+
+def scratch_token_bytes(query_heads: int, value_dim: int) -> int:
+    """Further ones of each token: its scores, its share of what its block comes to and of a part of the tail."""
+    return query_heads * (5 + -(-value_dim * 4 // _TAIL_TOKENS))
 
 
 def _padded(head_size: int) -> int:

@@ -66,11 +66,20 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "sinks = 64\n"
         'window = "auto"\n'
         "\n"
+        "[retrieval]\n"
+        'tokens = "auto"\n'
+        "\n"
+        "[replica]\n"
+        'rung = "auto"\n'
+        "skipped_mass = 0.001\n"
+        "\n"
         "[prefill]\n"
         'chunk = "auto"\n'
         "\n"
         "[decode]\n"
         'staging = "auto"\n'
+        "capture = true\n"
+        "compile = true\n"
         "\n"
         "[trace]\n"
         "progress = true\n"
@@ -179,12 +188,12 @@ def test_all_mistakes_of_a_call_are_in_one_message() -> None:
     ) == (
         "8 settings cannot be used.\n"
         "  gpu_memroy: unknown setting. Did you mean 'gpu_memory'?\n"
-        "  mode: 'quick' is not one of its values. Write \"exact\".\n"
+        '  mode: \'quick\' is not one of its values. Write "exact" or "fast".\n'
         "  memory.cpu: 'gigs' in '24 gigs' is not a unit of memory. Write \"24GiB\" (1 GiB = "
         '1024^3 bytes) or "24GB" (1 GB = 1000^3).\n'
         "  memory.gup: unknown key. Did you mean 'gpu'?\n"
         "  cache.page: a page of 48 tokens is not a power of two of at least 16. Write 32 or 64.\n"
-        "  retrieval.k: unknown key. This section has no keys yet: leave it out.\n"
+        "  retrieval.k: unknown key. Known are tokens.\n"
         "  prefill: 5 is not a table. Write [prefill] on a line of its own, and its keys below.\n"
         "  progress: 'yes' is not a switch. Write true or false."
     )

@@ -12,7 +12,8 @@ Lengths are read from device memory, so that a captured graph can replay a step.
 else: no allocation that a graph does not own, no synchronisation, no Python branch on a tensor. On a CPU the
 references compute the same.
 
-Ordering. A row may be selected only once `lengths` says so, and `publish` writes it after the current stream has
+Ordering. The second stream waits for the first before the window and before the rows, and the first for the second
+before it combines, so that a step is over when the first stream says so. A row may be selected only once `lengths` says so, and `publish` writes it after the current stream has
 waited for the copy to the host page. Pages and codes of published blocks never change while a step can read them:
 whatever changes them (crop, select) runs on the same stream, behind the last step, and publishes anew.
 """
@@ -83,6 +84,7 @@ class StepMemory:
             while the number of sequences does, so that a graph may keep it.
         version: Grows whenever `padding` means something else.
         is_left: Whether padding is all on the left.
+        beside: A second stream: window and selected rows are attended to while the replica is scanned and read.
         suspended: Every token is streamed for now (beams).
     """
 
@@ -92,6 +94,8 @@ class StepMemory:
         self.padding: Tensor | None = None
         self.version = 0
         self._seen: Tensor | None = None
+        on_card = device.type == "cuda"
+        self.beside = torch.cuda.Stream(device) if on_card else None
         self.is_left = True
         self.suspended = False
 
@@ -355,10 +359,15 @@ class DevicePath:
         k, bits = self.settings.tokens, self.settings.bits
         memory = self._memory.of(batch, heads, self.shape, blocks, self._splits, k)
         padding = self._memory.padding
-        attend_window(
-            query, key, value, window, self.lengths[:1], memory.partials,
-            scale=scale, splits=self._splits, softcap=softcap, padding=padding, starts=self._starts,
-        )  # fmt: skip
+        beside = self._memory.beside
+        assert beside is not None
+        main = torch.cuda.current_stream(self._device)
+        beside.wait_stream(main)
+        with torch.cuda.stream(beside):
+            attend_window(
+                query, key, value, window, self.lengths[:1], memory.partials,
+                scale=scale, splits=self._splits, softcap=softcap, padding=padding, starts=self._starts,
+            )  # fmt: skip
         if pool is not None:
             assert self._keys is not None
             assert self._values is not None
@@ -372,13 +381,15 @@ class DevicePath:
             )  # fmt: skip
             if k:
                 select(memory.scan, n_blocks, memory.selection)
-                if pinned:
-                    attend_rows(
-                        query, pool, self._table, memory.selection.tokens, memory.partials,
-                        first_slot=memory.rows_at, key_dim=self.shape.key_dim, scale=scale, softcap=softcap,
-                    )  # fmt: skip
-                else:
-                    self._attend_fetched(query, pool, memory, scale, softcap)
+                beside.wait_stream(main)
+                with torch.cuda.stream(beside):
+                    if pinned:
+                        attend_rows(
+                            query, pool, self._table, memory.selection.tokens, memory.partials,
+                            first_slot=memory.rows_at, key_dim=self.shape.key_dim, scale=scale, softcap=softcap,
+                        )  # fmt: skip
+                    else:
+                        self._attend_fetched(query, pool, memory, scale, softcap)
             else:
                 _log_sum_exp(memory.scan, n_blocks, memory.selection)
             tail(
@@ -386,6 +397,7 @@ class DevicePath:
                 first_slot=memory.tail_at, bits=bits, head_size=self.shape.value_dim,
                 share=self.settings.skipped_mass,
             )  # fmt: skip
+        main.wait_stream(beside)
         out = torch.empty_like(query[..., :1].expand(-1, -1, self.shape.value_dim), memory_format=torch.contiguous_format)  # fmt: skip
         combine(
             memory.partials, out,

@@ -1,0 +1,273 @@
+"""How long does a token take in mode fast under the 24 GB cap, against all KV on a large card?
+
+An 8B-shaped Llama with random weights; queries of random weights attend to everything alike, so nothing is skipped:
+the time is that of the worst text, and errors of what was timed are logits against dense attention (see
+`tools/fidelity.py` for real models).
+
+- `ours`: `Runtime.generate` in mode fast after our own prefill, wall clock of the decode over its tokens, compiling
+  and capturing apart (they are in the row);
+- `full`: all KV on the card, no cap: layers compiled, torch's flash kernel, the step one CUDA graph with its argmax;
+- `hf_offloaded`: transformers' own offloaded cache.
+
+The 24 GB cap is 22.5 GiB as the driver counts it, the CUDA context included.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import statistics
+from typing import Any
+
+import torch
+from _record import GIB, PeakMemory, Record, arguments, parse, seconds, synchronize
+from generate import (
+    ALONE,
+    CAP_BYTES,
+    build_model,
+    compare,
+    dense_attention,
+    run_dense,
+    run_hf_offloaded,
+)
+from torch import Tensor
+from transformers import AttentionInterface, Cache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface
+
+import offload
+from offload.kernels.quantize import empty_codes
+from offload.kernels.reference import BLOCK
+from offload.kernels.scan import scan, scan_scratch
+from offload.kernels.select import empty_selection, select
+
+CHECKED = 8  # steps whose logits are compared
+
+
+class FullLayer(CacheLayerMixin):
+    """A full cache of fixed length whose last token is written again in every step, as a graph needs it."""
+
+    is_sliding = False
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys: Any = torch.randn(shape, dtype=dtype, device=device)
+        self.values: Any = torch.randn(shape, dtype=dtype, device=device)
+        self.is_initialized = True
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Done."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return int(self.keys.shape[2]), 0
+
+    def get_seq_length(self) -> int:
+        return int(self.keys.shape[2]) - 1
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def full_step_ms(model: Any, tokens: int, device: torch.device) -> float:
+    """Milliseconds of a step with all KV on the card: median of three runs of 100."""
+    model.set_attn_implementation(ALONE)
+    config = model.config
+    size = config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_key_value_heads, tokens, size)
+    cache = Cache(
+        layers=[FullLayer(shape, model.dtype, device) for _ in range(config.num_hidden_layers)]
+    )
+    token = torch.ones((1, 1), dtype=torch.long, device=device)
+    position = torch.full((1, 1), tokens - 1, device=device)
+
+    def step() -> None:
+        out = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+        token.copy_(out.logits[:, -1].argmax(-1, keepdim=True))
+
+    if device.type != "cuda":
+        step()
+        return 1000 * seconds(step)
+    layers = list(model.model.layers)
+    limits = {"recompile_limit": 4 * len(layers) + 64, "accumulated_recompile_limit": 2**16}
+    with torch._dynamo.config.patch(limits):
+        for layer in layers:
+            layer.compile(dynamic=False)
+        for _ in range(3):
+            step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    for layer in layers:
+        layer._compiled_call_impl = None
+
+    def many() -> None:
+        for _ in range(100):
+            graph.replay()
+
+    many()
+    return 1000 * statistics.median(seconds(many) for _ in range(3)) / 100
+
+
+def run_ours(
+    model: Any, ids: Tensor, new: int, settings: dict[str, Any], *, logits: bool
+) -> dict[str, Any]:
+    """Prefill and decode in mode fast; then the first steps once more, with their logits."""
+    short = ids[:, : min(ids.shape[1], 6000)]
+    with offload.attach(model, mode="fast", **(settings | {"window": 256})) as runtime:
+        runtime.generate(short, max_new_tokens=80, do_sample=False)  # compiles what is compiled
+    free()
+    with PeakMemory() as peak, offload.attach(model, mode="fast", **settings) as runtime:
+        cache = runtime.new_cache(ids.shape[1] + new)
+        answer = runtime.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False)
+        report = runtime.report()
+        print(report, flush=True)
+        found: dict[str, Any] = {"answer": answer[:, ids.shape[1] :]}
+        if logits:
+            cache.crop(ids.shape[1] - 1 - cache.get_seq_length())
+            again = runtime.generate(
+                ids, past_key_values=cache, max_new_tokens=CHECKED, do_sample=False,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+            found["logits"] = torch.stack([step.float().cpu() for step in again.logits])
+            found["answer"] = again.sequences[:, ids.shape[1] :]
+        cache.close()
+    ms = 1000 * (report.decode_s - report.capture_s) / report.new_tokens
+    return found | {
+        "peak": peak.nbytes,
+        "prefill_s": report.prefill_s,
+        "row": {
+            "ms_per_token": ms, "new_tokens": report.new_tokens, "capture_s": report.capture_s,
+            "replayed_steps": report.replayed_steps, "prefill_s": report.prefill_s, "rung": report.rung,
+            "tail_mass": report.tail_mass, "skipped_mass": report.skipped_mass,
+            "selected_bytes": report.selected_bytes, "peak_bytes": peak.nbytes, "bytes": report.bytes,
+            "planned": report.planned, "tokens_on_host": report.tokens_on_host, "notes": report.notes,
+        },
+    }  # fmt: skip
+
+
+def measure_kernels(record: Record, tokens: int, device: torch.device) -> None:
+    """The rate of the scan and the time of a selection, six layers in turn so that no cache is warm."""
+    kv_heads, groups, size, layers = 8, 4, 128, 6
+    keys = []
+    for _ in range(layers):
+        codes = empty_codes(1, kv_heads, tokens, size, bits=4, keys=True, device=device)
+        for plane in codes.planes:
+            plane.random_(0, 256)
+        codes.meta.normal_(0, 0.1).abs_()
+        keys.append(codes)
+    query = torch.randn((1, kv_heads * groups, size), device=device, dtype=torch.bfloat16)
+    n_blocks = torch.full((1,), tokens // BLOCK, dtype=torch.int32, device=device)
+    scratch = scan_scratch(1, kv_heads, groups, tokens, device)
+    chosen = empty_selection(1, kv_heads * groups, kv_heads, 64, device)
+    large = torch.empty(2**30, dtype=torch.uint8, device=device)
+    other = torch.empty_like(large)
+
+    def us(run: Any, repeats: int) -> float:
+        run(0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(repeats):
+                run(i % layers)
+        graph.replay()
+        return 1e6 * statistics.median(seconds(graph.replay) for _ in range(9)) / repeats
+
+    copy_us = us(lambda i: other.copy_(large), 2)
+    bandwidth = 2 * large.nbytes / copy_us * 1e6
+    scan_us = us(lambda i: scan(query, keys[i], n_blocks, scratch, bits=4, scale=0.088), 60)
+    select_us = us(lambda i: select(scratch, n_blocks, chosen), 60)
+    nbytes = sum(t.nbytes for t in (*keys[0].planes, keys[0].meta))
+    record.row(
+        "kernels", tokens=tokens, device_bytes_per_s=bandwidth, scan_us=scan_us, scan_bytes=nbytes,
+        select_us=select_us, error="tests/kernels/test_device_path.py compares with the references",
+    )  # fmt: skip
+    record.bars["scan_bandwidth_share"] = nbytes / scan_us * 1e6 / bandwidth
+    record.bars["select_us"] = select_us
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--new", type=int, default=544, help="tokens that ours decodes")
+    parser.add_argument("--chunk", type=int, default=4096, help="prefill chunk")
+    parser.add_argument("--hf-steps", type=int, default=8, help="steps of the offloaded cache")
+    parser.add_argument(
+        "--only", nargs="*", default=["kernels", "131072", "32768", "fits", "262144", "hf"],
+        help="parts to run",
+    )  # fmt: skip
+    args = parse(parser)
+    logging.basicConfig(level=logging.WARNING)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lengths = {"131072": 131072, "32768": 32768, "fits": 8192, "262144": 262144}
+    if args.smoke:
+        args.new, args.chunk, args.hf_steps = 70, 256, 3
+        lengths = {"131072": 1024, "32768": 640, "fits": 512, "262144": 1280}
+    record = Record("decode", settings={**vars(args), "out": None, "cap_bytes": CAP_BYTES})
+    AttentionInterface.register(ALONE, dense_attention)
+    AttentionMaskInterface.register(ALONE, lambda **kwargs: None)
+    if "kernels" in args.only and device.type == "cuda":
+        measure_kernels(record, 131072, device)
+        free()
+    model = build_model(args.smoke, device)
+    torch.manual_seed(1)
+    text = torch.randint(1, model.config.vocab_size, (1, max(lengths.values())), device=device)
+    base: dict[str, Any] = {"chunk": args.chunk}
+    if device.type == "cuda":
+        base["gpu_memory"] = CAP_BYTES
+    offloaded = base | {"window": 256}  # also where everything would fit
+    hf_ms = None
+
+    if "131072" in args.only:
+        ids = text[:, : lengths["131072"]]
+        got = run_ours(model, ids, args.new, base | {"rung": "4k4v"} if not args.smoke else offloaded, logits=True)  # fmt: skip
+        free()
+        reference = run_dense(model, ids, args.chunk, got["answer"], CHECKED)
+        free()
+        full = full_step_ms(model, ids.shape[1], device)
+        free()
+        record.row("ours 131072", **got["row"], **compare(got["logits"], reference["logits"]))
+        record.row("dense prefill 131072", prefill_s=reference["prefill_s"], logit_error=0.0)
+        record.row("full 131072", ms_per_token=full, error="exact attention")
+        record.bars["decode_131072_vs_full"] = got["row"]["ms_per_token"] / full
+        record.bars["prefill_with_replica_vs_dense"] = got["prefill_s"] / reference["prefill_s"]
+        if device.type == "cuda":
+            record.bars["peak_gib_131072"] = got["peak"] / GIB
+        if "hf" in args.only:
+            steps = run_hf_offloaded(model, ids, args.hf_steps)
+            hf_ms = 1000 * statistics.median(steps[len(steps) // 2 :])
+            record.row("transformers offloaded", ms_per_token=hf_ms, step_s=steps, error="exact")
+            record.bars["hf_offloaded_over_ours_131072"] = hf_ms / got["row"]["ms_per_token"]
+            free()
+    for part, rung, settings in (
+        ("32768", "4k4v", offloaded), ("fits", None, base), ("262144", "2k2v", base),
+    ):  # fmt: skip
+        if part not in args.only:
+            continue
+        ids = text[:, : lengths[part]]
+        more = settings if rung is None else settings | {"rung": rung}
+        if args.smoke and part == "262144":
+            more = offloaded
+        got = run_ours(model, ids, args.new, more, logits=False)
+        free()
+        full = full_step_ms(model, ids.shape[1], device)
+        free()
+        record.row(f"ours {lengths[part]}", **got["row"], error="see tools/fidelity.py")
+        record.row(f"full {lengths[part]}", ms_per_token=full, error="exact attention")
+        bar = "fits_step_overhead" if part == "fits" else f"decode_{part}_vs_full"
+        record.bars[bar] = got["row"]["ms_per_token"] / full
+    synchronize()
+    print(f"written to {record.write(args.out).name}")
+
+
+if __name__ == "__main__":
+    main()
