@@ -60,7 +60,7 @@ def empty_codes(
         )
         for plane in PLANES[bits]
     )
-    shape = (2, width) if keys else (2, width // GROUP, BLOCK)
+    shape = (2, width) if keys else (width // GROUP, BLOCK, 2)
     dtype = torch.float16 if keys else torch.bfloat16
     return Codes(planes, torch.empty((batch, kv_heads, blocks, *shape), dtype=dtype, device=device))
 
@@ -218,8 +218,8 @@ def _quantize_values_kernel(
         code = tl.reshape(_code(groups, zero[:, :, None], scale[:, :, None], LEVELS), (RUN, D_P))
         packed |= ((code >> SHIFT) & (2**PLANE - 1)) << (PLANE * j)
         if WRITE_META:
-            o_meta = i_g[None, :] * BLOCK + (j * RUN + i_u)[:, None]
+            o_meta = (i_g[None, :] * BLOCK + (j * RUN + i_u)[:, None]) * 2
             tl.store(meta_ptr + o_meta, zero.to(tl.bfloat16))
-            tl.store(meta_ptr + GROUPS * BLOCK + o_meta, scale.to(tl.bfloat16))
+            tl.store(meta_ptr + o_meta + 1, scale.to(tl.bfloat16))
     o_out = (o_block * D_P + i_c[:, None]) * RUN + i_u[None, :]
     tl.store(plane_ptr + o_out, tl.trans(packed).to(tl.uint8))

@@ -144,7 +144,7 @@ class Codes(NamedTuple):
         planes: uint8 for each plane. Keys: [B, H_kv, N / BLOCK, BLOCK, L * bits / 8]. Values:
             [B, H_kv, N / BLOCK, D_p, L * bits / 8].
         meta: Zero, then scale. Keys: float16 [B, H_kv, N / BLOCK, 2, D_p]. Values: bfloat16
-            [B, H_kv, N / BLOCK, 2, D_p / GROUP, BLOCK].
+            [B, H_kv, N / BLOCK, D_p / GROUP, BLOCK, 2], both of a token in one word.
     """
 
     planes: tuple[Tensor, ...]
@@ -182,7 +182,7 @@ def quantize_values(values: Tensor, *, bits: int) -> Codes:
     blocks = _in_blocks(values).mT.unflatten(3, (-1, GROUP))  # [.., D_p / GROUP, GROUP, BLOCK]
     zero, scale = _outward(blocks.amin(4), blocks.amax(4), 2**bits - 1, torch.bfloat16)
     codes = _codes(blocks, zero.unsqueeze(4), scale.unsqueeze(4), 2**bits - 1).flatten(3, 4)
-    return Codes(_pack(codes, bits), torch.stack([zero, scale], dim=3).bfloat16())
+    return Codes(_pack(codes, bits), torch.stack([zero, scale], dim=5).bfloat16())
 
 
 def dequantize_keys(codes: Codes, *, bits: int, head_size: int) -> Tensor:
@@ -194,7 +194,7 @@ def dequantize_keys(codes: Codes, *, bits: int, head_size: int) -> Tensor:
 
 def dequantize_values(codes: Codes, *, bits: int, head_size: int) -> Tensor:
     """The values that codes stand for: float32 [B, H_kv, N, D_v]."""
-    zero, scale = codes.meta.float().repeat_interleave(GROUP, dim=4).unbind(3)  # [.., D_p, BLOCK]
+    zero, scale = codes.meta.float().repeat_interleave(GROUP, dim=3).unbind(5)  # [.., D_p, BLOCK]
     values: Tensor = (zero + scale * _unpack(codes.planes, bits)).mT.flatten(2, 3)
     return values[..., :head_size]
 
@@ -242,11 +242,17 @@ def select(scores: Tensor, *, kv_heads: int, k: int) -> Tensor:
         k: Tokens per KV head.
 
     Returns:
-        int32 [B, H_kv, k], ascending; -1 in slots that no token is left for. Of equal votes the lower token wins.
+        int32 [B, H_kv, k], ascending; -1 in slots that no token is left for. Votes are compared in steps of 1/256
+        of their logarithm, down to 16 below the best; of equal ones the lower token wins.
     """
-    votes = scores - torch.logsumexp(scores, dim=-1, keepdim=True)
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    votes = scores - lse.masked_fill(lse.isneginf(), 0.0)
     votes = votes.unflatten(1, (kv_heads, -1)).amax(2)  # [B, H_kv, N]
-    order = torch.argsort(votes, dim=-1, descending=True, stable=True)[..., :k]
+    best = votes.amax(-1, keepdim=True)
+    steps = ((votes - best.masked_fill(best.isneginf(), 0.0)) * 256 + 4094).clamp(0, 4094).floor()
+    order = torch.argsort(
+        steps.masked_fill(votes.isneginf(), -1), dim=-1, descending=True, stable=True
+    )[..., :k]
     usable = votes.gather(-1, order) > -torch.inf
     chosen = torch.where(usable, order, votes.shape[-1]).sort(dim=-1).values
     chosen = torch.where(chosen == votes.shape[-1], -1, chosen).int()

@@ -36,6 +36,7 @@ class CapturedStep:
 
     Attributes:
         reason: Why steps are not captured, or None.
+        not_compiled: Why layers are captured as they are, though they should be compiled, or None.
         replays: Steps that were replayed.
         seconds: What compiling and capturing took.
     """
@@ -58,6 +59,7 @@ class CapturedStep:
         self._key: tuple[Any, ...] | None = None
         self._warm: set[bool] = set()  # whether anything is on the host, in steps that have run
         self.reason = _why_not(cache)
+        self.not_compiled: str | None = None
         self.replays = 0
         self.seconds = 0.0
 
@@ -73,8 +75,7 @@ class CapturedStep:
         on_host = self._stores[0].columns > 0
         if on_host not in self._warm:  # kernels and scratch are made outside of a graph
             self._warm.add(on_host)
-            with self._compiled():
-                return forward(*args, **kwargs)
+            return self._first_step(args, kwargs)
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         self._cache.begin_pass(ids, mask)
         for store in self._stores:
@@ -96,6 +97,22 @@ class CapturedStep:
             raise
         self._cache.end_pass()
         return self._output
+
+    def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a step as it is, compiled if that is wanted and works."""
+        if self._compiles:
+            length = self._cache.get_seq_length()
+            try:
+                with self._compiled():
+                    return self._model._call_impl(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                self._compiles = False
+                self.not_compiled = f"compiling failed ({_first_line(error)})"
+                logger.warning("Layers run as they are: %s", self.not_compiled)
+                self._cache.settle()  # some layers had taken the token in
+                if self._cache.get_seq_length() != length:
+                    raise
+        return self._model._call_impl(*args, **kwargs)
 
     def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids")

@@ -624,6 +624,8 @@ class Runtime:
             last.capture_s, last.replayed_steps = captured.seconds, captured.replays
             if captured.reason is not None:
                 self._notes[f"decode steps run eagerly: {captured.reason}"] = None
+            if captured.not_compiled is not None:
+                self._notes[f"layers are not compiled: {captured.not_compiled}"] = None
         if fast:
             self._note_masses(cache, last.new_tokens)
         self._note_tiers(cache)

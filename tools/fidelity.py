@@ -130,12 +130,12 @@ def ours(case: Case, rung: str, tokens: int, skipped: float) -> dict[str, Any]:
     model, ids = case.model, case.ids
     on_card = ids.device.type == "cuda"
     settings: dict[str, Any] = {"mode": "fast", "window": WINDOW, "rung": rung, "retrieved": tokens, "skipped_mass": skipped}  # fmt: skip
-    with offload.attach(model, **settings, chunk=1024) as runtime:
+    with offload.attach(model, **settings, chunk=1024, capture=False) as runtime:
         cache = runtime.new_cache(ids.shape[1] + 64)
         runtime.generate(
             ids[:, : case.context], past_key_values=cache, max_new_tokens=1, do_sample=False
         )
-        cache.crop(cache.get_seq_length() - case.context or 0)
+        cache.crop(case.context - cache.get_seq_length())
         logits, hidden = [], []
         began = 0.0
 

@@ -26,10 +26,12 @@ def values(size: int, dtype: torch.dtype, device: str, blocks: int = 2) -> Tenso
 
 def steps(codes: Codes, *, keys: bool, size: int) -> Tensor:
     """The step of every value, [B, H_kv, N, D]."""
-    scale = codes.meta.float().select(3, 1)
     if keys:
+        scale = codes.meta.float().select(3, 1)
         return scale.repeat_interleave(BLOCK, dim=2)[..., :size]
-    return scale.repeat_interleave(GROUP, dim=3).mT.flatten(2, 3)[..., :size]
+    return (
+        codes.meta.float().select(5, 1).repeat_interleave(GROUP, dim=3).mT.flatten(2, 3)[..., :size]
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)
