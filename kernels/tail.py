@@ -23,7 +23,8 @@ from offload.kernels.reference import BLOCK, GROUP, Codes
 from offload.kernels.scan import ScanScratch
 from offload.kernels.select import Selection
 
-BLOCKS_PER_SPLIT, WARPS, STAGES = 16, 2, 3
+# On an H100, 131,072 tokens of 8 KV heads: 46 us; with 2 warps and 16 blocks 51 us, with 4 warps 86 us.
+BLOCKS_PER_SPLIT, WARPS, STAGES = 8, 1, 2
 
 
 def tail_slots(n_tokens: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 BLOCK = 64  # tokens that share the scales of their keys: what a replica grows by
 _GROUP = 32  # channels that share the scales of a token's values
 _PARTS = 64  # parts of window and selected rows, at most
-_TAIL_TOKENS = 1024  # tokens of a part of the tail
+_TAIL_TOKENS = 512  # tokens of a part of the tail
 
 
 @dataclass(frozen=True, slots=True)
