@@ -1,10 +1,12 @@
 """How does a kernel turn a tile of bytes into numbers? With bit operations and one multiply-add for two values.
 
-A code becomes a 16-bit float without a conversion: 0x6400 | code is the float16 1024 + code, 0x4300 | code the
-bfloat16 128 + code. (Integer-to-float conversions of 268 million codes a layer would take longer than reading them
-does.) Four codes that lie in four consecutive bytes are decoded at once.
+A code becomes a 16-bit float without a conversion: its bits are set into those of a power of two. 0x6400 | c << 4 is
+the float16 1024 + 16 c, 0x4300 | c << 3 the bfloat16 128 + 8 c. (Integer-to-float conversions of 268 million codes a
+layer would take longer than reading them does.) The higher a code is set, the smaller the power of two is against it,
+and with it the rounding of the offset that takes the power away again: under a thirtieth of a step.
 
-`offload.kernels.quantize` says how codes are packed.
+Four codes that lie in four consecutive bytes are decoded at once; so their offsets and slopes are four words, which
+need no shuffling. `offload.kernels.quantize` says how codes are packed.
 """
 
 from __future__ import annotations
@@ -19,45 +21,38 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter 
 
 @triton.constexpr_function
 def _assembly(bits, run, bf16):
-    """Four bytes of codes to four values zero + scale * code.
+    """Four bytes of codes to four values offset + slope * (base + unit * code).
 
     Operands: $0, $1 the values; then a register each of the low plane and, at 3 bits, of the high plane and of the
-    bit of it that each byte's code has; then two registers of scales and two of zeros.
+    bit of it that each byte's code has; then the words of offsets and slopes.
     """
     bits, run, bf16 = int(bits), int(run), bool(bf16)
     plane = 4 if bits == 4 else 2
-    first = 5 if bits == 3 else 3  # operand of the scales
-    mask = "0x0F0F0F0F" if bits == 4 else "0x03030303"
-    magic, one, minus = (
-        ("0x43", "0x3F803F80", "0xC300C300") if bf16 else ("0x64", "0x3C003C00", "0xE400E400")
-    )
-    kind = "bf16x2" if bf16 else "f16x2"
-    code = [
-        f"shr.u32 t, $2, {plane * run};" if run else "mov.b32 t, $2;",
-        f"and.b32 t, t, {mask};",
-    ]
+    place = (7 if bf16 else 8) - bits  # where the lowest bit of a code goes
+    mask = ((2**plane - 1) << place) * 0x01010101
+    first = 5 if bits == 3 else 3  # operand of the first word
+    shift = place - plane * run
+    code = [f"shl.b32 t, $2, {shift};" if shift >= 0 else f"shr.u32 t, $2, {-shift};"]
+    code += [f"and.b32 t, t, {mask:#x};"]
     if (
         bits == 3
-    ):  # its bit is bit 0 or bit 1 of the pair that this run has; either way it becomes bit 2
+    ):  # its bit is bit 0 or bit 1 of the pair that this run has; either way it goes above the others
         code += [
             f"shr.u32 h, $3, {2 * run};",
             "and.b32 h, h, $4;",
-            "shl.b32 a, h, 2;",
-            "shl.b32 h, h, 1;",
+            f"shl.b32 a, h, {place + 2};",
+            f"shl.b32 h, h, {place + 1};",
             "or.b32 h, h, a;",
-            "and.b32 h, h, 0x04040404;",
+            f"and.b32 h, h, {(4 << place) * 0x01010101:#x};",
             "or.b32 t, t, h;",
         ]
+    kind = "bf16x2" if bf16 else "f16x2"
     code += [
-        f"mov.b32 m, {magic * 1}{magic[2:] * 3};",
+        f"mov.b32 m, {'0x43434343' if bf16 else '0x64646464'};",
         "prmt.b32 $0, t, m, 0x4140;",
         "prmt.b32 $1, t, m, 0x4342;",
-        f"mov.b32 m, {one};",
-        f"mov.b32 a, {minus};",
-        f"fma.rn.{kind} $0, $0, m, a;",  # an exact subtraction, which older cards lack in bfloat16
-        f"fma.rn.{kind} $1, $1, m, a;",
-        f"fma.rn.{kind} $0, $0, ${first}, ${first + 2};",
-        f"fma.rn.{kind} $1, $1, ${first + 1}, ${first + 3};",
+        f"fma.rn.{kind} $0, $0, ${first + 2}, ${first};",
+        f"fma.rn.{kind} $1, $1, ${first + 3}, ${first + 1};",
     ]
     return "{ .reg .b32 t, m, h, a; " + " ".join(code) + " }"
 
@@ -66,8 +61,8 @@ def _assembly(bits, run, bf16):
 def decoded(
     low,
     high,
-    scale,
-    zero,
+    meta_ptr,
+    read,
     BITS: tl.constexpr,
     RUN: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -79,8 +74,8 @@ def decoded(
     Args:
         low: [rows, LENGTH] bytes of the first plane.
         high: [rows, LENGTH] bytes of the 1-bit plane, byte u % (LENGTH / 2) at column u; at 3 bits only.
-        scale: [LENGTH], 16 bits.
-        zero: [LENGTH], 16 bits.
+        meta_ptr: Offsets and slopes of the coded axis.
+        read: 0 for values of zero, without reading offsets and slopes.
         BITS: Of a code.
         RUN: Which of the codes in each byte.
         LENGTH: Codes of a run.
@@ -91,21 +86,29 @@ def decoded(
         [rows, LENGTH].
     """
     PLANE: tl.constexpr = 4 if BITS == 4 else 2
-    i_half = tl.arange(0, LENGTH) // (LENGTH // 2)
+    i_u = tl.arange(0, LENGTH)
+    i_half = i_u // (LENGTH // 2)
+    i_c = RUN * LENGTH + i_u
+    m_c = (i_c >= 0) & (read != 0)
     if PLAIN:
+        BASE: tl.constexpr = 128.0 if BF16 else 1024.0
+        UNIT: tl.constexpr = 2 ** ((7 if BF16 else 8) - BITS)
         code = (low.to(tl.int32) >> (PLANE * RUN)) & (2**PLANE - 1)
         if BITS == 3:
             code += ((high.to(tl.int32) >> (2 * RUN + i_half)[None, :]) & 1) << 2
-        return code.to(tl.float32) * scale.to(tl.float32)[None, :] + zero.to(tl.float32)[None, :]
+        o_meta = i_c // 4 * 8 + i_c % 4
+        offset = tl.load(meta_ptr + o_meta, mask=m_c, other=0.0).to(tl.float32)
+        slope = tl.load(meta_ptr + o_meta + 4, mask=m_c, other=0.0).to(tl.float32)
+        return offset[None, :] + slope[None, :] * (BASE + UNIT * code.to(tl.float32))
     else:  # noqa: RET505 - without it Triton compiles both branches
-        low, scales = tl.broadcast(low, scale[None, :])
-        low, zeros = tl.broadcast(low, zero[None, :])
+        words = tl.load(meta_ptr.to(tl.pointer_type(tl.int32)) + i_c, mask=m_c, other=0)
+        low, words = tl.broadcast(low, words[None, :])
         if BITS == 3:
             low, bit = tl.broadcast(low, (i_half + 1).to(tl.uint8)[None, :])
             return tl.inline_asm_elementwise(
                 _assembly(BITS, RUN, BF16),
                 "=r,=r,r,r,r,r,r,r,r",
-                args=[low, high, bit, scales, zeros],
+                args=[low, high, bit, words],
                 dtype=tl.bfloat16 if BF16 else tl.float16,
                 is_pure=True,
                 pack=4,
@@ -114,7 +117,7 @@ def decoded(
             return tl.inline_asm_elementwise(
                 _assembly(BITS, RUN, BF16),
                 "=r,=r,r,r,r,r,r",
-                args=[low, scales, zeros],
+                args=[low, words],
                 dtype=tl.bfloat16 if BF16 else tl.float16,
                 is_pure=True,
                 pack=4,

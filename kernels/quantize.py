@@ -4,8 +4,8 @@ Keys are coded per channel in blocks of `BLOCK` tokens, because their outliers s
 projection, RoPE) and stay there; values per token in groups of `GROUP` channels. Keys are never rotated: that
 spreads the outliers of models with a key bias over all channels.
 
-Zero and scale are rounded to 16 bits *before* the codes are chosen, outwards, so that no value is further than
-half a step from its code.
+A line, offset and slope, takes a code to its value. Both are rounded to 16 bits *before* the codes are chosen, outwards,
+so that no value is further than half a step from its code.
 
 Codes are packed in bytes by *planes* along the axis that a product sums over, channels of keys, tokens of values: at
 4 bits byte u holds entry u in its low and entry u + L/2 in its high nibble; at 2 bits it holds entries u + L/4 * j at
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.kernels.reference import BLOCK, GROUP, PLANES, Codes, padded
+from offload.kernels.reference import BLOCK, GROUP, KEYS, PLANES, VALUES, Codes, Kind, padded
 
 
 def empty_codes(
@@ -60,8 +60,8 @@ def empty_codes(
         )
         for plane in PLANES[bits]
     )
-    shape = (2, width) if keys else (width // GROUP, BLOCK, 2)
-    dtype = torch.float16 if keys else torch.bfloat16
+    shape = (width // 4, 2, 4) if keys else (width // GROUP, BLOCK // 4, 2, 4)
+    dtype = KEYS.dtype if keys else VALUES.dtype
     return Codes(planes, torch.empty((batch, kv_heads, blocks, *shape), dtype=dtype, device=device))
 
 
@@ -77,16 +77,22 @@ def quantize_keys(keys: Tensor, codes: Codes, first_block: Tensor, *, bits: int)
     Raises:
         ValueError: Not whole blocks, or the last stride is not 1.
     """
-    _launch(_quantize_keys_kernel, keys, codes, first_block, bits)
+    _launch(_quantize_keys_kernel, keys, codes, first_block, bits, KEYS)
 
 
 def quantize_values(values: Tensor, codes: Codes, first_block: Tensor, *, bits: int) -> None:
     """Writes the codes of whole blocks of values; arguments as `quantize_keys`, D_v for D."""
-    _launch(_quantize_values_kernel, values, codes, first_block, bits, GROUP=GROUP)
+    _launch(_quantize_values_kernel, values, codes, first_block, bits, VALUES, GROUP=GROUP)
 
 
 def _launch(
-    kernel: Any, rows: Tensor, codes: Codes, first_block: Tensor, bits: int, **constants: int
+    kernel: Any,
+    rows: Tensor,
+    codes: Codes,
+    first_block: Tensor,
+    bits: int,
+    kind: Kind,
+    **constants: int,
 ) -> None:
     batch, n_tokens, heads, head_size = rows.shape
     if n_tokens % BLOCK or rows.stride(-1) != 1:
@@ -99,7 +105,7 @@ def _launch(
         kernel[(batch * heads, n_tokens // BLOCK)](
             rows, plane, codes.meta, first_block, heads, codes.n_blocks, *rows.stride()[:3],
             D=head_size, D_P=padded(head_size), BITS=bits, PLANE=plane_bits, SHIFT=shift,
-            BLOCK=BLOCK, WRITE_META=index == 0, **constants,
+            BLOCK=BLOCK, BASE=kind.base, UNIT=kind.unit(bits), WRITE_META=index == 0, **constants,
         )  # fmt: skip
         shift += plane_bits
 
@@ -116,18 +122,21 @@ def _rounded(x, BF16: tl.constexpr):
 
 
 @triton.jit
-def _outward(low, high, LEVELS: tl.constexpr, BF16: tl.constexpr):
-    """Zero and scale of a range as 16-bit values in float32, rounded so that the range is covered."""
-    STEP: tl.constexpr = 0.0078125 if BF16 else 0.0009765625  # from 1 to the next value
-    zero = _rounded(low - tl.abs(low) * STEP, BF16)
-    scale = _rounded((high - zero) * ((1.0 + STEP) / LEVELS), BF16)
-    return zero, scale
+def _line(low, high, LEVELS: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
+    """Offset and slope of a range as 16-bit numbers in float32, rounded so that the range is covered."""
+    STEP: tl.constexpr = 0.0078125 if BF16 else 0.0009765625  # from 1 to the next number
+    ROOM: tl.constexpr = LEVELS - 1.5 * STEP * BASE / UNIT
+    scale = (high - low + 1.5 * STEP * tl.abs(low)) * ((1.0 + STEP) / ROOM)
+    slope = _rounded(scale * (1.0 / UNIT), BF16)
+    offset = low - BASE * slope
+    return _rounded(offset - tl.abs(offset) * STEP, BF16), slope
 
 
 @triton.jit
-def _code(x, zero, scale, LEVELS: tl.constexpr):
+def _code(x, offset, slope, LEVELS: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr):
+    scale = slope * UNIT
     inverse = tl.where(scale > 0, 1.0 / tl.where(scale > 0, scale, 1.0), 0.0)
-    code = tl.floor((x - zero) * inverse + 0.5)
+    code = tl.floor((x - (offset + BASE * slope)) * inverse + 0.5)
     return tl.minimum(tl.maximum(code, 0.0), LEVELS).to(tl.int32)
 
 
@@ -148,6 +157,8 @@ def _quantize_keys_kernel(
     PLANE: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
+    BASE: tl.constexpr,
+    UNIT: tl.constexpr,
     WRITE_META: tl.constexpr,
 ):
     LEVELS: tl.constexpr = 2**BITS - 1
@@ -165,12 +176,13 @@ def _quantize_keys_kernel(
         i_c = j * RUN + i_u
         o_x = i_t[:, None] * stride_xt + i_c[None, :]
         x = tl.load(x_ptr + o_x, mask=(i_c < D)[None, :], other=0.0).to(tl.float32)
-        zero, scale = _outward(tl.min(x, axis=0), tl.max(x, axis=0), LEVELS, False)
-        code = _code(x, zero[None, :], scale[None, :], LEVELS)
+        offset, slope = _line(tl.min(x, axis=0), tl.max(x, axis=0), LEVELS, BASE, UNIT, False)
+        code = _code(x, offset[None, :], slope[None, :], LEVELS, BASE, UNIT)
         packed |= ((code >> SHIFT) & (2**PLANE - 1)) << (PLANE * j)
         if WRITE_META:
-            tl.store(meta_ptr + o_block * 2 * D_P + i_c, zero.to(tl.float16))
-            tl.store(meta_ptr + o_block * 2 * D_P + D_P + i_c, scale.to(tl.float16))
+            o_meta = o_block * 2 * D_P + i_c // 4 * 8 + i_c % 4
+            tl.store(meta_ptr + o_meta, offset.to(tl.float16))
+            tl.store(meta_ptr + o_meta + 4, slope.to(tl.float16))
     o_out = o_block * BLOCK * RUN + i_t[:, None] * RUN + i_u[None, :]
     tl.store(plane_ptr + o_out, packed.to(tl.uint8))
 
@@ -192,6 +204,8 @@ def _quantize_values_kernel(
     PLANE: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
+    BASE: tl.constexpr,
+    UNIT: tl.constexpr,
     GROUP: tl.constexpr,
     WRITE_META: tl.constexpr,
 ):
@@ -214,12 +228,14 @@ def _quantize_values_kernel(
         x = tl.load(x_ptr + o_x, mask=(i_c < D)[None, :], other=0.0).to(tl.float32)
         groups = tl.reshape(x, (RUN, GROUPS, GROUP))
         low, high = tl.min(groups, axis=2), tl.max(groups, axis=2)
-        zero, scale = _outward(low, high, LEVELS, True)
-        code = tl.reshape(_code(groups, zero[:, :, None], scale[:, :, None], LEVELS), (RUN, D_P))
+        offset, slope = _line(low, high, LEVELS, BASE, UNIT, True)
+        code = _code(groups, offset[:, :, None], slope[:, :, None], LEVELS, BASE, UNIT)
+        code = tl.reshape(code, (RUN, D_P))
         packed |= ((code >> SHIFT) & (2**PLANE - 1)) << (PLANE * j)
         if WRITE_META:
-            o_meta = (i_g[None, :] * BLOCK + (j * RUN + i_u)[:, None]) * 2
-            tl.store(meta_ptr + o_meta, zero.to(tl.bfloat16))
-            tl.store(meta_ptr + o_meta + 1, scale.to(tl.bfloat16))
+            i_t = j * RUN + i_u
+            o_meta = i_g[None, :] * 2 * BLOCK + (i_t // 4 * 8 + i_t % 4)[:, None]
+            tl.store(meta_ptr + o_meta, offset.to(tl.bfloat16))
+            tl.store(meta_ptr + o_meta + 4, slope.to(tl.bfloat16))
     o_out = (o_block * D_P + i_c[:, None]) * RUN + i_u[None, :]
     tl.store(plane_ptr + o_out, tl.trans(packed).to(tl.uint8))

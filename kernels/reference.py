@@ -134,17 +134,43 @@ PLANES = {4: (4,), 3: (2, 1), 2: (2,)}
 """Bits of a code -> bits of each of its planes, low bits first."""
 
 
+class Kind(NamedTuple):
+    """What codes of keys or of values become.
+
+    Attributes:
+        dtype: The 16-bit float.
+        base: The power of two with a one in its last bit's place: the float whose low bits can be set at will.
+        top: Where the highest bit of a code is set.
+    """
+
+    dtype: torch.dtype
+    base: float
+    top: int
+
+    def unit(self, bits: int) -> int:
+        """How much one more in a code adds."""
+        return 1 << (self.top + 1 - bits)
+
+
+KEYS = Kind(torch.float16, 1024.0, 7)
+VALUES = Kind(torch.bfloat16, 128.0, 6)
+
+
 class Codes(NamedTuple):
     """Packed codes of the keys or values of one layer, block by block.
 
     Keys are coded along their channels, values along the tokens of their block: what a product sums over lies side by
     side. L is the length of the coded axis: D_p, the padded head size, for keys; BLOCK for values.
 
+    A code c stands for offset + slope * (base + unit * c), where base + unit * c is what a kernel gets when it sets the
+    bits of c into those of a 16-bit float (`offload.kernels.decode`). Offsets and slopes of four neighbours lie side by
+    side: eight 16-bit numbers are four words, each a pair that one instruction takes.
+
     Attributes:
         planes: uint8 for each plane. Keys: [B, H_kv, N / BLOCK, BLOCK, L * bits / 8]. Values:
             [B, H_kv, N / BLOCK, D_p, L * bits / 8].
-        meta: Zero, then scale. Keys: float16 [B, H_kv, N / BLOCK, 2, D_p]. Values: bfloat16
-            [B, H_kv, N / BLOCK, D_p / GROUP, BLOCK, 2], both of a token in one word.
+        meta: Offsets, then slopes, of four neighbours each. Keys: float16 [B, H_kv, N / BLOCK, D_p / 4, 2, 4]. Values:
+            bfloat16 [B, H_kv, N / BLOCK, D_p / GROUP, BLOCK / 4, 2, 4].
     """
 
     planes: tuple[Tensor, ...]
@@ -172,31 +198,33 @@ def quantize_keys(keys: Tensor, *, bits: int) -> Codes:
         The codes. No value is further than half a step from its code.
     """
     blocks = _in_blocks(keys)  # [B, H_kv, N / BLOCK, BLOCK, D_p]
-    zero, scale = _outward(blocks.amin(3), blocks.amax(3), 2**bits - 1, torch.float16)
-    codes = _codes(blocks, zero.unsqueeze(3), scale.unsqueeze(3), 2**bits - 1)
-    return Codes(_pack(codes, bits), torch.stack([zero, scale], dim=3).half())
+    offset, slope = _line(blocks.amin(3), blocks.amax(3), bits, KEYS)
+    codes = _codes(blocks, offset.unsqueeze(3), slope.unsqueeze(3), bits, KEYS)
+    return Codes(_pack(codes, bits), _in_fours(offset, slope).to(KEYS.dtype))
 
 
 def quantize_values(values: Tensor, *, bits: int) -> Codes:
     """Codes of values, per token over groups of 32 channels; arguments as `quantize_keys`."""
     blocks = _in_blocks(values).mT.unflatten(3, (-1, GROUP))  # [.., D_p / GROUP, GROUP, BLOCK]
-    zero, scale = _outward(blocks.amin(4), blocks.amax(4), 2**bits - 1, torch.bfloat16)
-    codes = _codes(blocks, zero.unsqueeze(4), scale.unsqueeze(4), 2**bits - 1).flatten(3, 4)
-    return Codes(_pack(codes, bits), torch.stack([zero, scale], dim=5).bfloat16())
+    offset, slope = _line(blocks.amin(4), blocks.amax(4), bits, VALUES)
+    codes = _codes(blocks, offset.unsqueeze(4), slope.unsqueeze(4), bits, VALUES).flatten(3, 4)
+    return Codes(_pack(codes, bits), _in_fours(offset, slope).to(VALUES.dtype))
 
 
 def dequantize_keys(codes: Codes, *, bits: int, head_size: int) -> Tensor:
     """The keys that codes stand for: float32 [B, H_kv, N, D]."""
-    zero, scale = codes.meta.float().unsqueeze(4).unbind(3)
-    keys: Tensor = (zero + scale * _unpack(codes.planes, bits)).flatten(2, 3)
-    return keys[..., :head_size]
+    offset, slope = codes.meta.float().unbind(4)  # [.., D_p / 4, 4]
+    numbers = _numbers(_unpack(codes.planes, bits), bits, KEYS)
+    keys = offset.flatten(3).unsqueeze(3) + slope.flatten(3).unsqueeze(3) * numbers
+    return keys.flatten(2, 3)[..., :head_size]
 
 
 def dequantize_values(codes: Codes, *, bits: int, head_size: int) -> Tensor:
     """The values that codes stand for: float32 [B, H_kv, N, D_v]."""
-    zero, scale = codes.meta.float().repeat_interleave(GROUP, dim=3).unbind(5)  # [.., D_p, BLOCK]
-    values: Tensor = (zero + scale * _unpack(codes.planes, bits)).mT.flatten(2, 3)
-    return values[..., :head_size]
+    offset, slope = codes.meta.float().repeat_interleave(GROUP, dim=3).unbind(5)
+    numbers = _numbers(_unpack(codes.planes, bits), bits, VALUES)
+    values = offset.flatten(4) + slope.flatten(4) * numbers  # [.., D_p, BLOCK]
+    return values.mT.flatten(2, 3)[..., :head_size]
 
 
 def scan(
@@ -314,16 +342,30 @@ def _in_blocks(rows: Tensor) -> Tensor:
     return blocks
 
 
-def _outward(low: Tensor, high: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Zero and scale of ranges as values of a dtype in float32, rounded so that the range is covered."""
-    step = torch.finfo(dtype).eps
-    zero = (low - low.abs() * step).to(dtype).float()
-    return zero, ((high - zero) * ((1 + step) / levels)).to(dtype).float()
+def _numbers(codes: Tensor, bits: int, kind: Kind) -> Tensor:
+    return kind.base + kind.unit(bits) * codes.float()
 
 
-def _codes(values: Tensor, zero: Tensor, scale: Tensor, levels: int) -> Tensor:
+def _line(low: Tensor, high: Tensor, bits: int, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Offset and slope of ranges as 16-bit numbers in float32, rounded so that the range is covered."""
+    step, levels, unit = torch.finfo(kind.dtype).eps, 2**bits - 1, kind.unit(bits)
+    # The offset lies base * slope below the range and is rounded there, downwards: by up to 1.5 of its steps.
+    room = levels - 1.5 * step * kind.base / unit
+    scale = (high - low + 1.5 * step * low.abs()) * ((1 + step) / room)
+    slope = (scale / unit).to(kind.dtype).float()
+    offset = low - kind.base * slope
+    return (offset - offset.abs() * step).to(kind.dtype).float(), slope
+
+
+def _in_fours(offset: Tensor, slope: Tensor) -> Tensor:
+    """[.., L] twice as [.., L / 4, 2, 4]."""
+    return torch.stack([offset.unflatten(-1, (-1, 4)), slope.unflatten(-1, (-1, 4))], dim=-2)
+
+
+def _codes(values: Tensor, offset: Tensor, slope: Tensor, bits: int, kind: Kind) -> Tensor:
+    zero, scale = offset + kind.base * slope, slope * kind.unit(bits)
     inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 0.0)
-    return torch.floor((values - zero) * inverse + 0.5).clamp(0, levels).to(torch.int32)
+    return torch.floor((values - zero) * inverse + 0.5).clamp(0, 2**bits - 1).to(torch.int32)
 
 
 def _pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:

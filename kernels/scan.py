@@ -101,10 +101,7 @@ def _add_scores(
     acc, q, low, high, meta_ptr, BITS: tl.constexpr, J: tl.constexpr, RUN: tl.constexpr, D_P: tl.constexpr,
     PLAIN: tl.constexpr,
 ):  # fmt: skip
-    i_c = J * RUN + tl.arange(0, RUN)
-    zero = tl.load(meta_ptr + i_c)
-    scale = tl.load(meta_ptr + D_P + i_c)
-    key = decoded(low, high, scale, zero, BITS, J, RUN, False, PLAIN)
+    key = decoded(low, high, meta_ptr, 1, BITS, J, RUN, False, PLAIN)
     return tl.dot(key, q, acc, input_precision="ieee")
 
 

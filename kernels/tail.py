@@ -12,7 +12,6 @@ The reference is `offload.kernels.reference.tail`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -65,7 +64,7 @@ def tail(
     width = values.meta.shape[3] * GROUP
     _tail_kernel[(skipped.shape[2], batch * kv_heads)](
         *scores, selection.lse, n_blocks, values.planes[0], values.planes[-1],
-        values.meta.view(torch.int32), *partials, skipped,
+        values.meta, *partials, skipped,
         kv_heads, values.n_blocks, partials.lse.shape[2], first_slot, share,
         G=groups, G_P=max(8, triton.next_power_of_2(groups)), DV=head_size, D_P=width, BLOCK=BLOCK,
         GROUP=GROUP, BITS=bits, BLOCKS_PER_PROGRAM=BLOCKS_PER_SPLIT, PLAIN=INTERPRETED,
@@ -84,13 +83,7 @@ def _add_run(
     acc, weights, low, high, meta_ptr, read, BITS: tl.constexpr, J: tl.constexpr, RUN: tl.constexpr,
     PLAIN: tl.constexpr,
 ):  # fmt: skip
-    i_t = J * RUN + tl.arange(0, RUN)
-    m_t = (i_t >= 0) & (read != 0)
-    # Zero and scale in one word: two bytes a thread are too few for a copy that runs blocks ahead.
-    word = tl.load(meta_ptr + i_t, mask=m_t, other=0).to(tl.uint32, bitcast=True)
-    zero = (word & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    scale = (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    value = decoded(low, high, scale, zero, BITS, J, RUN, True, PLAIN)
+    value = decoded(low, high, meta_ptr, read, BITS, J, RUN, True, PLAIN)
     if not PLAIN:
         weights = weights.to(tl.bfloat16)
     return tl.dot(value, weights, acc, input_precision="ieee")
@@ -113,7 +106,7 @@ def _add_group(
     if BITS == 3:
         o_high = (o_block * D_P + i_c)[:, None] * (RUN // 2) + (i_u % (RUN // 2))[None, :]
         high = tl.load(high_ptr + o_high, mask=m_low, other=0)
-    meta_ptr += (o_block * GROUPS + I) * RUN * (2 if BITS == 4 else 4)
+    meta_ptr += (o_block * GROUPS + I) * 2 * RUN * (2 if BITS == 4 else 4)
     acc = _add_run(acc, w0, low, high, meta_ptr, read, BITS, 0, RUN, PLAIN)
     acc = _add_run(acc, w1, low, high, meta_ptr, read, BITS, 1, RUN, PLAIN)
     if BITS < 4:

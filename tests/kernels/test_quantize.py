@@ -24,14 +24,13 @@ def values(size: int, dtype: torch.dtype, device: str, blocks: int = 2) -> Tenso
     return (rows + torch.randn(2 * size, generator=random) * 20).to(device, dtype)
 
 
-def steps(codes: Codes, *, keys: bool, size: int) -> Tensor:
+def steps(codes: Codes, *, bits: int, keys: bool, size: int) -> Tensor:
     """The step of every value, [B, H_kv, N, D]."""
+    kind = reference.KEYS if keys else reference.VALUES
+    slope = codes.meta.float().select(-2, 1).flatten(-2) * kind.unit(bits)
     if keys:
-        scale = codes.meta.float().select(3, 1)
-        return scale.repeat_interleave(BLOCK, dim=2)[..., :size]
-    return (
-        codes.meta.float().select(5, 1).repeat_interleave(GROUP, dim=3).mT.flatten(2, 3)[..., :size]
-    )
+        return slope.repeat_interleave(BLOCK, dim=2)[..., :size]
+    return slope.repeat_interleave(GROUP, dim=3).mT.flatten(2, 3)[..., :size]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -48,7 +47,7 @@ def test_no_value_is_further_than_half_a_step_from_its_code(
         codes = reference.quantize_values(rows, bits=bits)
         back = reference.dequantize_values(codes, bits=bits, head_size=size)
     error = (back - rows.transpose(1, 2)).abs()
-    assert bool((error <= steps(codes, keys=keys, size=size) * 0.5 + 1e-5).all())
+    assert bool((error <= steps(codes, bits=bits, keys=keys, size=size) * 0.5 + 1e-5).all())
 
 
 @given(constant=st.floats(-1000, 1000, width=16), bits=st.sampled_from(BITS))
