@@ -18,9 +18,9 @@ SMALLEST_CHUNK = 128  # tokens; below this a prefill is bound by reading the wei
 AUTO_CHUNK = 4096
 # `auto` keeps at least this many blocks in the window; fewer and nearly every token is evicted as it comes.
 LEAST_WINDOW_BLOCKS = 4
-# The window beside a replica. It is read in full precision: 256 tokens are what fidelity was measured with, and each
-# further token takes as long as four of the replica.
-REPLICA_WINDOW = 256
+# The window beside a replica; half of it leaves at a time, so at least 256 tokens are there, which is what fidelity was
+# measured with. It is read in full precision: each further token takes as long as four of the replica.
+REPLICA_WINDOW = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,7 +305,9 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
     on_device = (sink_blocks + window_blocks) * demand.page
     host_tokens = 0
     if demand.tokens is not None:
-        host_tokens = max(0, demand.tokens - on_device)
+        # Beside a replica half of a full window leaves at once.
+        stays = window_blocks - window_blocks // 2 if demand.rungs else window_blocks
+        host_tokens = max(0, demand.tokens - (sink_blocks + stays) * demand.page)
         host_tokens = -(-host_tokens // demand.page) * demand.page
     evicted = min(chunk // demand.page + 1, max(1, -(-host_tokens // demand.page)))
     if demand.tokens is None:

@@ -187,6 +187,7 @@ class DevicePath:
         self._table = torch.zeros((batch, max(1, blocks)), dtype=torch.int32, device=device)
         self._hidden: Tensor | None = None  # padding among the host's tokens, int32 [B]
         self._padding_version = 0
+        self._known = 0  # columns of the table that are right
         self._splits = _splits(slots * page, batch * shape.kv_heads)
         # Means over heads and sequences, added up over steps: the tail's share of all weights, and that of the
         # blocks that were not read.
@@ -271,8 +272,13 @@ class DevicePath:
             for target, new in zip((*codes.planes, codes.meta), (*made.planes, made.meta), strict=True):  # fmt: skip
                 target[:, :, first_block : first_block + n] = new
 
+    def forget_table(self) -> None:
+        """Columns may mean other pages than those that were published."""
+        self._known = 0
+
     def select_sequences(self, rows: Tensor) -> None:
         """Makes sequence i the former sequence rows[i]."""
+        self.forget_table()
         same = rows.numel() == self.lengths.numel() - 1
         if self._keys is not None and self._values is not None:
             self._keys = _selected(self._keys, rows, in_place=same)
@@ -305,7 +311,10 @@ class DevicePath:
         if blocks:
             if written is not None:
                 torch.cuda.current_stream(self._device).wait_event(written)
-            self._table[:, :blocks] = torch.from_numpy(pages.astype(np.int32)).to(self._device)
+            # Columns that were published keep their pages until `forget_table` says otherwise.
+            fresh = torch.from_numpy(pages[:, self._known : blocks].astype(np.int32))
+            self._table[:, self._known : blocks] = fresh.to(self._device)
+        self._known = blocks
         self._padding_version = self._memory.version
         padding = self._memory.padding
         if padding is None:

@@ -350,7 +350,7 @@ class LayerStore:
         """
         closes = self._tail_length + 1 == self.limits.page
         if closes and self._used == self.limits.device_blocks:
-            self._make_room(1)
+            self._make_room(self._evicted_together)
         assert self.path is not None
         if not (self._published and self.path.is_published):
             self._publish()
@@ -474,7 +474,8 @@ class LayerStore:
         n_blocks = (self._tail_length + key.shape[2]) // self.limits.page
         free = self.limits.device_blocks - self._used
         if n_blocks > free:
-            self._make_room(n_blocks - free)
+            alone = key.shape[2] == 1  # then the tail is closed as after a step
+            self._make_room(self._evicted_together if alone else n_blocks - free)
         self.damaged = True
         self._append(key, value)
         self.length += key.shape[2]
@@ -522,11 +523,29 @@ class LayerStore:
         elif len(self._slots) < self.limits.window_blocks:
             self._slots.append(self._used)
         else:
-            oldest, tail = self._slots[0], self._used
-            self._evict([oldest], self._window[:, :0])
-            self._slots.popleft()
-            self._window[:, oldest] = self._window[:, tail]
-            self._slots.append(oldest)
+            self._evict_oldest()
+
+    @property
+    def _evicted_together(self) -> int:
+        """Window blocks that leave when the window is full.
+
+        Beside a device path half of them: each time takes some milliseconds of launches, between replays that take ten.
+        """
+        return 1 if self.path is None else max(1, len(self._slots) // 2)
+
+    def _evict_oldest(self) -> None:
+        """Makes room in a full window for the full tail, and closes the holes."""
+        tail = self._used
+        freed = [self._slots.popleft() for _ in range(self._evicted_together)]
+        self._evict(freed, self._window[:, :0])
+        kept = [*self._slots, tail]
+        top = self._sinks + len(kept)  # the slots below are in use from now on
+        holes = sorted(slot for slot in freed if slot < top)
+        for at, slot in enumerate(kept):
+            if slot >= top:
+                kept[at] = holes.pop(0)
+                self._window[:, kept[at]] = self._window[:, slot]
+        self._slots = deque(kept)
 
     def _advance(self, blocks: Tensor) -> None:
         """Moves full blocks [B, n, P, H_kv, W] to sinks, window and host, oldest first."""
@@ -651,6 +670,8 @@ class LayerStore:
         sinks_and_host = self._sinks + self.columns
         if keep < sinks_and_host:
             self._table.truncate(max(0, keep - self._sinks))
+            if self.path is not None:
+                self.path.forget_table()
             self._sinks = min(self._sinks, keep)
         self._tail_length, self.length = length % page, length
         if partial is not None:

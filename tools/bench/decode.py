@@ -36,10 +36,12 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 import offload
+from offload.kernels.combine import empty_partials
 from offload.kernels.quantize import empty_codes
 from offload.kernels.reference import BLOCK
 from offload.kernels.scan import scan, scan_scratch
 from offload.kernels.select import empty_selection, select
+from offload.kernels.tail import tail, tail_slots
 
 CHECKED = 8  # steps whose logits are compared
 
@@ -160,13 +162,14 @@ def run_ours(
 def measure_kernels(record: Record, tokens: int, device: torch.device) -> None:
     """The rate of the scan and the time of a selection, six layers in turn so that no cache is warm."""
     kv_heads, groups, size, layers = 8, 4, 128, 6
-    keys = []
-    for _ in range(layers):
-        codes = empty_codes(1, kv_heads, tokens, size, bits=4, keys=True, device=device)
-        for plane in codes.planes:
-            plane.random_(0, 256)
-        codes.meta.normal_(0, 0.1).abs_()
-        keys.append(codes)
+    keys, values = [], []
+    for into in (keys, values):
+        for _ in range(layers):
+            codes = empty_codes(1, kv_heads, tokens, size, bits=4, keys=into is keys, device=device)
+            for plane in codes.planes:
+                plane.random_(0, 256)
+            codes.meta.normal_(0, 0.1).abs_()
+            into.append(codes)
     query = torch.randn((1, kv_heads * groups, size), device=device, dtype=torch.bfloat16)
     n_blocks = torch.full((1,), tokens // BLOCK, dtype=torch.int32, device=device)
     scratch = scan_scratch(1, kv_heads, groups, tokens, device)
@@ -187,10 +190,21 @@ def measure_kernels(record: Record, tokens: int, device: torch.device) -> None:
     bandwidth = 2 * large.nbytes / copy_us * 1e6
     scan_us = us(lambda i: scan(query, keys[i], n_blocks, scratch, bits=4, scale=0.088), 60)
     select_us = us(lambda i: select(scratch, n_blocks, chosen), 60)
+    partials = empty_partials(1, kv_heads * groups, tail_slots(tokens), size, device)
+    skipped = torch.empty((1, kv_heads * groups, tail_slots(tokens)), device=device)
+
+    def run_tail(i: int) -> None:
+        tail(
+            scratch, chosen, values[i], n_blocks, partials, skipped,
+            first_slot=0, bits=4, head_size=size, share=0.0,
+        )  # fmt: skip
+
+    tail_us = us(run_tail, 60)
     nbytes = sum(t.nbytes for t in (*keys[0].planes, keys[0].meta))
+    tail_bytes = sum(t.nbytes for t in (*values[0].planes, values[0].meta))
     record.row(
         "kernels", tokens=tokens, device_bytes_per_s=bandwidth, scan_us=scan_us, scan_bytes=nbytes,
-        select_us=select_us, error="tests/kernels/test_device_path.py compares with the references",
+        select_us=select_us, tail_us=tail_us, tail_bytes=tail_bytes, error="tests/kernels/test_device_path.py compares with the references",
     )  # fmt: skip
     record.bars["scan_bandwidth_share"] = nbytes / scan_us * 1e6 / bandwidth
     record.bars["select_us"] = select_us
@@ -248,8 +262,9 @@ def main() -> None:
             record.row("transformers offloaded", ms_per_token=hf_ms, step_s=steps, error="exact")
             record.bars["hf_offloaded_over_ours_131072"] = hf_ms / got["row"]["ms_per_token"]
             free()
+        record.write(args.out)
     for part, rung, settings in (
-        ("32768", "4k4v", offloaded), ("fits", None, base), ("262144", "2k2v", base),
+        ("fits", None, base), ("32768", "4k4v", offloaded), ("262144", "2k2v", base),
     ):  # fmt: skip
         if part not in args.only:
             continue
@@ -265,6 +280,7 @@ def main() -> None:
         record.row(f"full {lengths[part]}", ms_per_token=full, error="exact attention")
         bar = "fits_step_overhead" if part == "fits" else f"decode_{part}_vs_full"
         record.bars[bar] = got["row"]["ms_per_token"] / full
+        record.write(args.out)  # what follows may not fit the time
     synchronize()
     print(f"written to {record.write(args.out).name}")
 
