@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from offload.kernels.decode import INTERPRETED, exp
 from offload.kernels.reference import BLOCK
 from offload.kernels.scan import ScanScratch
 
@@ -74,7 +75,7 @@ def select(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) -> None
     _select_kernel[(batch * kv_heads,)](
         *scratch, n_blocks, *selection, kv_heads, capacity,
         G=groups, G_P=triton.next_power_of_2(groups), K=k, BLOCK=BLOCK,
-        BLOCKS=blocks, DIGIT=DIGIT, num_warps=WARPS,
+        BLOCKS=blocks, DIGIT=DIGIT, PLAIN=INTERPRETED, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -129,6 +130,7 @@ def _select_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     DIGIT: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)  # sequence and KV head
     n_blocks = tl.load(n_blocks_ptr + i_row // kv_heads)
@@ -141,7 +143,7 @@ def _select_kernel(
     total = tl.load(total_ptr + o_stat, mask=m_stat, other=0.0)
     peak = tl.max(top, axis=0)
     safe = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.sum(total * tl.exp(top - safe[None, :]), axis=0)
+    mass = tl.sum(total * exp(top - safe[None, :], PLAIN), axis=0)
     lse = tl.where(mass > 0, safe + tl.log(tl.where(mass > 0, mass, 1.0)), float("-inf"))
     tl.store(lse_ptr + i_row * G + i_g, lse, mask=i_g < G)
     shift = tl.where(lse == float("-inf"), 0.0, lse)
