@@ -163,7 +163,7 @@ class Codes(NamedTuple):
     side. L is the length of the coded axis: D_p, the padded head size, for keys; BLOCK for values.
 
     A code c stands for offset + slope * (base + unit * c), where base + unit * c is what a kernel gets when it sets the
-    bits of c into those of a 16-bit float (`offload.kernels.decode`). Offsets and slopes of four neighbours lie side by
+    bits of c into those of a 16-bit float (`offload.kernels.unpack`). Offsets and slopes of four neighbours lie side by
     side: eight 16-bit numbers are four words, each a pair that one instruction takes.
 
     Attributes:

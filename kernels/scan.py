@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.kernels.decode import INTERPRETED, decoded, exp
+from offload.kernels.unpack import INTERPRETED, decoded, exp
 from offload.kernels.reference import BLOCK, Codes, padded
 from offload.kernels.window import capped
 

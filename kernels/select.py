@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.kernels.decode import INTERPRETED, exp
+from offload.kernels.unpack import INTERPRETED, exp
 from offload.kernels.reference import BLOCK
 from offload.kernels.scan import ScanScratch
 

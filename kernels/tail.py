@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offload.kernels.combine import Partials
-from offload.kernels.decode import INTERPRETED, decoded, exp
+from offload.kernels.unpack import INTERPRETED, decoded, exp
 from offload.kernels.reference import BLOCK, GROUP, Codes
 from offload.kernels.scan import ScanScratch
 from offload.kernels.select import Selection

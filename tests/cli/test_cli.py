@@ -115,11 +115,20 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
         "sinks = 64                # default\n"
         "window = 4096             # my.toml\n"
         "\n"
+        "[retrieval]\n"
+        'tokens = "auto"           # default\n'
+        "\n"
+        "[replica]\n"
+        'rung = "auto"             # default\n'
+        "skipped_mass = 0.001      # default\n"
+        "\n"
         "[prefill]\n"
         'chunk = "auto"            # default\n'
         "\n"
         "[decode]\n"
         'staging = "auto"          # default\n'
+        "capture = true            # default\n"
+        "compile = true            # default\n"
         "\n"
         "[trace]\n"
         "progress = true           # default\n"
