@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.kernels.unpack import INTERPRETED, decoded, exp
 from offload.kernels.reference import BLOCK, Codes, padded
+from offload.kernels.unpack import INTERPRETED, decoded, exp
 from offload.kernels.window import capped
 
 BLOCKS_PER_PROGRAM, WARPS, STAGES = 8, 1, 2

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.kernels.unpack import INTERPRETED, exp
 from offload.kernels.reference import BLOCK
 from offload.kernels.scan import ScanScratch
+from offload.kernels.unpack import INTERPRETED, exp
 
 
 class Selection(NamedTuple):

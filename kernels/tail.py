@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from offload.kernels.combine import Partials
-from offload.kernels.unpack import INTERPRETED, decoded, exp
 from offload.kernels.reference import BLOCK, GROUP, Codes
 from offload.kernels.scan import ScanScratch
 from offload.kernels.select import Selection
+from offload.kernels.unpack import INTERPRETED, decoded, exp
 
 # On an H100, 131,072 tokens of 8 KV heads: 46 us; with 2 warps and 16 blocks 51 us, with 4 warps 86 us.
 BLOCKS_PER_SPLIT, WARPS, STAGES = 8, 1, 2

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from offload.attention import kept_out_of_compiled_code
 from offload.cache import OffloadCache, OffloadLayer
+from offload.tiers.replica import LARGEST_HEAD
 from offload.tiers.store import LayerStore
 
 logger = logging.getLogger(__name__)
@@ -349,6 +350,8 @@ def _why_not(cache: OffloadCache) -> str | None:
         return "graphs are captured on CUDA devices only"
     if any(store.path is None for store in cache.layer_stores):
         return "its tokens are streamed"
+    if not all(store.path.has_kernels for store in cache.layer_stores if store.path is not None):
+        return f"its heads are larger than {LARGEST_HEAD}, which no kernel knows"
     if not all(store.all_pinned for store in cache.layer_stores):
         return "not all host pages are pinned"
     return None

@@ -592,6 +592,8 @@ class Runtime:
             if prompt.copies > 1:
                 cache.batch_repeat_interleave(prompt.copies)
             fast = cache.decodes_fast and not prompt.is_beams
+            if fast:
+                self._check_replica(cache)
             if (
                 not prompt.is_assisted and not fast
             ):  # its steps of many tokens need their logits' memory
@@ -630,6 +632,20 @@ class Runtime:
             self._note_masses(cache, last.new_tokens)
         self._note_tiers(cache)
         return result
+
+    def _check_replica(self, cache: OffloadCache) -> None:
+        """Raises InputError if the replica cannot stand for what was read."""
+        for index, store in zip(self.shape.offloaded, cache.layer_stores, strict=True):
+            bad = None if store.path is None else store.path.bad_block(store.columns)
+            if bad is not None:
+                first = store.first_host_token + bad * store.limits.page
+                last = first + store.limits.page - 1
+                raise InputError(
+                    f"Keys or values of layer {index} are not finite, or too large for a replica",
+                    asked=f"tokens {first:,} to {last:,}",
+                    there="NaN, infinity, or over 65,504",
+                    change="Load the model in bfloat16 or float32, or set mode to 'exact'.",
+                )
 
     def _note_masses(self, cache: OffloadCache, steps: int) -> None:
         """Keeps for `report` what the steps left to the replica, and what they read from the host."""

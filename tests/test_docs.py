@@ -150,6 +150,26 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark() -> None:
             assert abs(float(number.replace(",", "")) - value) <= rounding, (what, number, value)
 
 
+def test_the_fidelity_table_of_the_readme_is_that_of_the_benchmark() -> None:
+    file = ROOT / "benchmarks" / "fidelity.json"
+    if not file.is_file():
+        pytest.skip("benchmarks/fidelity.json is not in this checkout")
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    rows = {row["what"]: row for row in record["rows"]}
+    models = [what.partition(":")[0] for what in rows if what.endswith(": dense")]
+    shown = [row for row in tables(README) if re.match(r"\**\d bits, \d+", row[0])]
+    settings = [what.partition(": ")[2] for what in rows if what.startswith(f"{models[0]}: ")]
+    assert len(shown) == len(settings) - 1  # without `dense`
+    for name, _, *cells in shown:
+        bits, tokens = re.findall(r"\d+", name)
+        for model, cell in zip(models, cells, strict=True):
+            row = rows[f"{model}: {bits}k{bits}v:{tokens}"]
+            mean, worst, same = cell.removesuffix(" %").split(", ")
+            assert f"{row['kl_mean']:.1e}".replace("e-0", "e-") == mean
+            assert f"{row['kl_999']:.1e}".replace("e-0", "e-") == worst
+            assert abs(100 * row["same_top"] - float(same)) < 0.05
+
+
 def test_every_module_has_its_line_in_the_architecture_and_every_line_its_file() -> None:
     lines = [row[0].strip("`") for row in tables(ARCHITECTURE) if "/" in row[0]]
     named = [name for name in lines if re.fullmatch(r"[\w/]+\.\w+", name)]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from cards import DEVICES
 from families import FAMILIES, PAD, left_padded, prompts
+from transformers.generation.streamers import BaseStreamer
 
 import offload
-from offload.errors import BudgetError, ConfigError
+from offload.decode import decode
+from offload.errors import BudgetError, ConfigError, InputError
 from offload.scheduler.layout import lay_out
+from offload.tiers import replica
+from offload.tiers.transfer import Streams
 
 N = 700
 CALL: dict[str, Any] = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": None}
@@ -186,3 +191,176 @@ def test_a_rung_that_does_not_fit_is_an_error_and_auto_takes_one_that_does(devic
     with offload.attach(model, **base, gpu_memory=budget) as runtime:
         runtime.generate(ids, **call)
         assert runtime.report().rung in ("3k3v", "2k2v")
+
+
+class Heard(BaseStreamer):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.heard.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.heard.append("end")
+
+
+@ON
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"max_new_tokens": 20, "do_sample": False},
+        {"max_new_tokens": 1, "do_sample": False, "repetition_penalty": 1.2},
+        {"max_new_tokens": 20, "do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"max_new_tokens": 20, "do_sample": False, "ends": (5, 9)},
+        {"max_new_tokens": 20, "do_sample": False, "ends": (19, 3)},
+    ],
+    ids=lambda call: "-".join(f"{key}{value}" for key, value in call.items()),
+)
+def test_our_loop_does_what_the_stock_loop_does(call: dict[str, Any], device: str) -> None:
+    model = build("llama", device)
+    ids, mask = left_padded(2, 200)
+    ids, mask = ids.to(device), mask.to(device)
+    call = {"attention_mask": mask, "eos_token_id": None, **call}
+    ends = call.pop("ends", None)
+    if ends is not None:  # the tokens that each row would give there end the run
+        free = model.generate(ids, **call)
+        call["eos_token_id"] = [int(free[row, 200 + at]) for row, at in enumerate(ends)]
+    torch.manual_seed(3)
+    want = model.generate(ids, **call)
+    with offload.attach(model, mode="fast", capture=False) as runtime:
+        cache = runtime.new_cache()
+        torch.manual_seed(3)
+        got = model.generate(ids, past_key_values=cache, custom_generate=decode, **call)
+        assert torch.equal(got, want)
+        assert cache.get_seq_length() == got.shape[1] - 1
+        stock, ours = Heard(), Heard()
+        alone = call | {"attention_mask": mask[:1]}
+        torch.manual_seed(4)
+        model.generate(ids[:1], streamer=stock, past_key_values=runtime.new_cache(), **alone)
+        torch.manual_seed(4)
+        loop = partial(decode, streamer=ours)
+        model.generate(
+            ids[:1],
+            streamer=ours,
+            past_key_values=runtime.new_cache(),
+            custom_generate=loop,
+            **alone,
+        )
+    assert ours.heard == stock.heard
+
+
+@ON
+def test_keys_that_are_not_finite_are_named(device: str) -> None:
+    model = build("llama", device)
+
+    def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if output.shape[1] < 300:
+            return output
+        output = output.clone()
+        output[:, 150] = torch.inf
+        return output
+
+    hook = model.model.layers[1].self_attn.k_proj.register_forward_hook(spoil)
+    with (
+        offload.attach(model, **ALL, compile=False) as runtime,
+        pytest.raises(InputError, match="layer 1") as caught,
+    ):
+        runtime.generate(prompts(1, N).to(device), **CALL)
+    hook.remove()
+    assert caught.value.asked == "tokens 128 to 191"
+
+
+@ON
+def test_heads_without_a_kernel_are_computed_by_the_reference(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "LARGEST_HEAD", 8)
+    model = build("llama", device)
+    ids = prompts(2, N).to(device)
+    want = model.generate(ids, **CALL)
+    with offload.attach(model, **ALL) as runtime:
+        assert torch.equal(runtime.generate(ids, **CALL), want)
+        notes = runtime.report().notes
+    assert device == "cpu" or any("no kernel" in note for note in notes)
+
+
+@pytest.mark.gpu
+def test_rows_that_cannot_be_pinned_come_by_way_of_the_host() -> None:
+    model = build("llama", "cuda")
+    ids = prompts(2, N).cuda()
+    want = model.generate(ids, **CALL)
+    with offload.attach(model, **ALL, pinned_memory="64KiB") as runtime:
+        assert torch.equal(runtime.generate(ids, **CALL), want)
+        report = runtime.report()
+    assert report.replayed_steps == 0
+    assert any("not all host pages are pinned" in note for note in report.notes)
+
+
+MILLISECOND = 2_000_000  # clock cycles, about
+
+
+def sleep_on_the_way_to_the_host(monkeypatch: pytest.MonkeyPatch, cycles: int) -> None:
+    use = Streams.use
+
+    def delayed(self: Streams, stream: torch.cuda.Stream | None) -> Any:
+        if stream is not None and stream is self.device_to_host:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(cycles)
+        return use(self, stream)
+
+    monkeypatch.setattr(Streams, "use", delayed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_row_is_selected_only_once_it_is_on_the_host(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", "cuda")
+    ids = prompts(2, N).cuda()
+    want = model.generate(ids, **CALL)
+    sleep_on_the_way_to_the_host(monkeypatch, 50 * MILLISECOND)
+    if not waits:
+        monkeypatch.setattr(replica, "_await_copy", lambda written, device: None)
+    with offload.attach(model, **ALL, compile=False) as runtime:
+        cache = runtime.new_cache(N + 200)
+        cache.start(2)
+        for store in cache.layer_stores:  # what has not arrived shows
+            whole = store.region.view(0, store.region.committed)
+            whole.view(torch.float32).fill_(torch.nan)
+        got = runtime.generate(ids, past_key_values=cache, **CALL)
+        assert runtime.report().replayed_steps > 100
+    assert torch.equal(got, want) == waits
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_greedy_run_gives_the_same_tokens_a_hundred_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama", "cuda")
+    ids = prompts(2, N).cuda()
+    few = ALL | {"retrieved": 16, "window": 128}
+    random = torch.Generator().manual_seed(0)
+    seen = set()
+    with offload.attach(model, **few, compile=False) as runtime:
+        cache = runtime.new_cache(N + 400)
+        use = Streams.use
+
+        def delayed(self: Streams, stream: torch.cuda.Stream | None) -> Any:
+            cycles = int(torch.randint(0, MILLISECOND, (1,), generator=random))
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(cycles)
+            return use(self, stream)
+
+        monkeypatch.setattr(Streams, "use", delayed)
+        for _ in range(100):
+            got = runtime.generate(
+                ids, past_key_values=cache, max_new_tokens=260, do_sample=False, eos_token_id=None
+            )
+            seen.add(tuple(got.flatten().tolist()))
+            assert runtime.report().replayed_steps > 250
+            cache.crop(N - 1 - cache.get_seq_length())
+    assert len(seen) == 1

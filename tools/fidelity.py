@@ -188,6 +188,12 @@ def dense_answers(case: Case, cache: Any) -> list[list[int]]:
     return answers
 
 
+def right(case: Case, answers: list[list[int]]) -> int:
+    """Answers that name the planted code."""
+    pairs = zip(answers, case.questions, strict=True)
+    return sum(code in case.tokenizer.decode(answer) for answer, (_, code) in pairs)
+
+
 def divergence(want: Tensor, got: Tensor) -> dict[str, float]:
     """Of next-token distributions: KL(want || got) in nats and how often the best token is the same."""
     kl = []
@@ -228,13 +234,9 @@ def main() -> None:
         want, hidden, cache = dense(case, step=256)
         answers = dense_answers(case, cache)
         del cache
-        right = sum(
-            code in case.tokenizer.decode(answer)
-            for answer, (_, code) in zip(answers, case.questions, strict=True)
-        )
         record.row(
             f"{name}: dense", tokens=case.context, steps=case.steps, dtype=args.dtype,
-            facts_right=right, facts=len(FACTS),
+            facts_right=right(case, answers), facts=len(FACTS),
         )  # fmt: skip
         if dtype != torch.float32:
             other, _, _ = dense(case, step=1)
@@ -249,6 +251,7 @@ def main() -> None:
             ]
             record.row(
                 f"{name}: {setting}", **found,
+                facts_right=right(case, got["answers"]),
                 facts_same=sum(a == b for a, b in zip(got["answers"], answers, strict=True)),
                 tail_mass=got["tail_mass"], skipped_mass=got["skipped_mass"],
                 ms_per_step=got["ms_per_step"], layer_error=layers,

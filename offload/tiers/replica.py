@@ -38,6 +38,8 @@ from offload.kernels.tail import tail, tail_slots
 from offload.kernels.window import attend_window
 from offload.tiers.rows import RowShape
 
+LARGEST_HEAD = 256  # of the kernels
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathSettings:
@@ -211,6 +213,28 @@ class DevicePath:
         self._values = make(self.shape.value_dim, False)
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether the kernels know this device and these head sizes; else the references compute, and synchronise."""
+        widest = max(self.shape.key_dim, self.shape.value_dim)
+        return self._device.type == "cuda" and widest <= LARGEST_HEAD
+
+    def bad_block(self, blocks: int) -> int | None:
+        """The first block whose keys or values were not finite, or too large for the replica's scales.
+
+        Args:
+            blocks: Blocks on the host.
+        """
+        finite = [
+            codes.meta[:, :, :blocks].isfinite().flatten(3).all(-1).all(1).all(0)
+            for codes in (self._keys, self._values)
+            if codes is not None and blocks
+        ]
+        if not finite:
+            return None
+        bad = ~torch.stack(finite).all(0)
+        return int(bad.nonzero()[0]) if bool(bad.any()) else None
+
+    @property
     def blocks(self) -> int:
         """Blocks that the replica has room for."""
         return 0 if self._keys is None else self._keys.n_blocks
@@ -260,7 +284,7 @@ class DevicePath:
         rows = rows[:, : n * BLOCK]
         keys, values = rows[..., : self.shape.key_dim], rows[..., self.shape.key_dim :]
         bits = self.settings.bits
-        if self._device.type == "cuda":
+        if self.has_kernels:
             first = torch.full((), first_block, dtype=torch.int32, device=self._device)
             quantize_keys(keys, self._keys, first, bits=bits)
             quantize_values(values, self._values, first, bits=bits)
@@ -309,8 +333,7 @@ class DevicePath:
             written: The event behind the last copy to a host page.
         """
         if blocks:
-            if written is not None:
-                torch.cuda.current_stream(self._device).wait_event(written)
+            _await_copy(written, self._device)
             # Columns that were published keep their pages until `forget_table` says otherwise.
             fresh = torch.from_numpy(pages[:, self._known : blocks].astype(np.int32))
             self._table[:, self._known : blocks] = fresh.to(self._device)
@@ -361,7 +384,7 @@ class DevicePath:
         Returns:
             [B, H_q, D_v], in the dtype of `query`.
         """
-        if self._device.type != "cuda":
+        if not self.has_kernels:
             return self._reference_step(query, key, value, window, pool, scale, softcap, sink_logits)  # fmt: skip
         batch, heads = query.shape[:2]
         blocks = self.blocks if pool is not None else 0
@@ -464,7 +487,7 @@ class DevicePath:
                 bits=bits, scale=scale, padding=self._hidden, softcap=softcap,
             )  # fmt: skip
             tokens = reference.select(scores, kv_heads=self.shape.kv_heads, k=self.settings.tokens)
-            fetched = reference.gather(pool, self._table, tokens)
+            fetched = reference.gather(pool, self._table, tokens).to(query.device)
             parts.append(_attend_selected(query, fetched, tokens, dim, scale, softcap))
             rest = reference.tail(
                 scores, tokens, _first(self._values, n), bits=bits, head_size=self.shape.value_dim
@@ -473,6 +496,12 @@ class DevicePath:
             lse = reference.merge(parts).lse
             self.stats[0] += (rest.lse - lse).exp().mean()
         return reference.merge(parts).out[:, :, 0].to(query.dtype)
+
+
+def _await_copy(written: torch.cuda.Event | None, device: torch.device) -> None:
+    """Lets the current stream wait until the last block is on the host."""
+    if written is not None:
+        torch.cuda.current_stream(device).wait_event(written)
 
 
 def _attend_selected(

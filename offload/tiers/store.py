@@ -180,6 +180,11 @@ class LayerStore:
         return self.columns * self.limits.page
 
     @property
+    def first_host_token(self) -> int:
+        """Position of the first token on the host."""
+        return self._sinks * self.limits.page
+
+    @property
     def region(self) -> HostRegion:
         """The host memory of the pages."""
         return self._region
@@ -408,7 +413,7 @@ class LayerStore:
         self.path.publish(
             n_rows=self._used * page + self._tail_length,
             blocks=self.columns,
-            first_token=self._sinks * page,
+            first_token=self.first_host_token,
             pages=np.stack([self._table.pages(row, 0, self.columns) for row in range(self.batch)]),
             starts=[block[slot] * page for slot in range(self._used + 1)],
             written=self.written,
