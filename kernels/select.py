@@ -25,6 +25,10 @@ from offload.kernels.reference import BLOCK
 from offload.kernels.scan import ScanScratch
 from offload.kernels.unpack import INTERPRETED, exp
 
+# The k-th best block's vote is a bound: no token below it is among the best. If no more than so many times k tokens reach
+# it, which is the rule, only those are looked at again.
+NEAR = 4
+
 
 class Selection(NamedTuple):
     """What was selected.
@@ -32,11 +36,13 @@ class Selection(NamedTuple):
     Attributes:
         tokens: int32 [B, H_kv, k], ascending; -1 in slots that no token was left for, at the end.
         blocks: int32 [B, H_kv, k]: scratch of the kernel.
+        near: int32 [B, H_kv, 2, NEAR * k]: scratch of the kernel.
         lse: float32 [B, H_q]: log-sum-exp of all scores, selected ones included.
     """
 
     tokens: Tensor
     blocks: Tensor
+    near: Tensor
     lse: Tensor
 
 
@@ -47,6 +53,7 @@ def empty_selection(
     return Selection(
         torch.empty((batch, kv_heads, k), dtype=torch.int32, device=device),
         torch.empty((batch, kv_heads, k), dtype=torch.int32, device=device),
+        torch.empty((batch, kv_heads, 2, NEAR * k), dtype=torch.int32, device=device),
         torch.empty((batch, heads), device=device),
     )
 
@@ -74,7 +81,7 @@ def select(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) -> None
     blocks = triton.next_power_of_2(capacity)
     _select_kernel[(batch * kv_heads,)](
         *scratch, n_blocks, *selection, kv_heads, capacity,
-        G=groups, G_P=triton.next_power_of_2(groups), K=k, BLOCK=BLOCK,
+        G=groups, G_P=triton.next_power_of_2(groups), K=k, N_NEAR=NEAR * k, BLOCK=BLOCK,
         BLOCKS=blocks, DIGIT=DIGIT, PLAIN=INTERPRETED, num_warps=WARPS,
     )  # fmt: skip
 
@@ -95,22 +102,26 @@ def _threshold(keys, K: tl.constexpr, DIGIT: tl.constexpr):
 
 
 @triton.jit
-def _best(votes, peak, K: tl.constexpr, DIGIT: tl.constexpr):
-    """Which K of the votes are the best, of equal ones the first; and how many of them come before each vote.
-
-    Votes of -inf are never among them.
-    """
+def _steps(votes, peak):
+    """Votes as numbers of 12 bits; 0 for a vote of -inf alone."""
     steps = tl.minimum(tl.maximum((votes - peak) * 256.0 + 4094.0, 0.0), 4094.0).to(tl.int32)
-    valid = votes > float("-inf")
-    keys = tl.where(valid, steps + 1, 0)
+    return tl.where(votes > float("-inf"), steps + 1, 0)
+
+
+@triton.jit
+def _best(keys, K: tl.constexpr, DIGIT: tl.constexpr):
+    """Which K of the keys are the best, of equal ones the first; how many of them come before each; the least of them.
+
+    Keys of 0 are never among them.
+    """
     limit = _threshold(keys, K, DIGIT)
     above = (keys > limit).to(tl.int32)
-    tied = (valid & (keys == limit)).to(tl.int32)
+    tied = ((keys > 0) & (keys == limit)).to(tl.int32)
     room = K - tl.sum(above)
     before = tl.cumsum(above + (tied << 16), axis=0)  # two counts in one pass; each is below 2^15
     n_above, n_tied = (before & 0xFFFF) - above, (before >> 16) - tied
     chosen = (above + tied * (n_tied < room).to(tl.int32)) > 0
-    return chosen, n_above + tl.minimum(n_tied, room)
+    return chosen, n_above + tl.minimum(n_tied, room), limit
 
 
 @triton.jit
@@ -121,12 +132,14 @@ def _select_kernel(
     n_blocks_ptr,
     tokens_ptr,
     blocks_ptr,
+    near_ptr,
     lse_ptr,
     kv_heads,
     capacity_blocks,
     G: tl.constexpr,
     G_P: tl.constexpr,
     K: tl.constexpr,
+    N_NEAR: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     DIGIT: tl.constexpr,
@@ -150,7 +163,7 @@ def _select_kernel(
     vote = tl.max(top - shift[None, :], axis=1)
     best_vote = tl.max(vote, axis=0)
     best_vote = tl.where(best_vote == float("-inf"), 0.0, best_vote)
-    best, rank = _best(vote, best_vote, K, DIGIT)
+    best, rank, bound = _best(_steps(vote, best_vote), K, DIGIT)
     i_k = tl.arange(0, K)
     tl.store(blocks_ptr + i_row * K + i_k, tl.full((K,), -1, dtype=tl.int32))
     tl.debug_barrier()
@@ -164,9 +177,27 @@ def _select_kernel(
     m_score = (block >= 0)[:, None] & (i_g < G)[None, :]
     score = tl.load(scores_ptr + o_score, mask=m_score, other=float("-inf"))
     votes = tl.max(score - shift[None, :], axis=1)
-    chosen, rank = _best(votes, best_vote, K, DIGIT)
+    keys = _steps(votes, best_vote)
     tl.store(tokens_ptr + i_row * K + i_k, tl.full((K,), -1, dtype=tl.int32))
+    near = (keys >= tl.maximum(bound, 1)).to(tl.int32)
+    n_near = tl.sum(near)
+    if n_near <= N_NEAR:
+        o_near = i_row * 2 * N_NEAR
+        place = tl.cumsum(near, axis=0) - 1
+        tl.store(near_ptr + o_near + place, token, mask=near != 0)
+        tl.store(near_ptr + o_near + N_NEAR + place, keys, mask=near != 0)
+        tl.debug_barrier()
+        i_n = tl.arange(0, N_NEAR)
+        near_keys = tl.load(near_ptr + o_near + N_NEAR + i_n, mask=i_n < n_near, other=0)
+        near_tokens = tl.load(near_ptr + o_near + i_n, mask=i_n < n_near, other=0)
+        chosen_near, rank_near, _least = _best(near_keys, K, DIGIT)
+        tl.store(tokens_ptr + i_row * K + rank_near, near_tokens, mask=chosen_near)
+    else:
+        tl.debug_barrier()
+        chosen_of_all, rank_of_all, _least = _best(keys, K, DIGIT)
+        tl.store(tokens_ptr + i_row * K + rank_of_all, token, mask=chosen_of_all)
     tl.debug_barrier()
-    tl.store(tokens_ptr + i_row * K + rank, token, mask=chosen)
-    gone = tl.full((K * BLOCK, G_P), float("-inf"), dtype=tl.float32)
-    tl.store(scores_ptr + o_score, gone, mask=chosen[:, None] & (i_g < G)[None, :])
+    taken = tl.load(tokens_ptr + i_row * K + i_k)
+    o_taken = (i_row * capacity_blocks * BLOCK + taken)[:, None] * G + i_g[None, :]
+    gone = tl.full((K, G_P), float("-inf"), dtype=tl.float32)
+    tl.store(scores_ptr + o_taken, gone, mask=(taken >= 0)[:, None] & (i_g < G)[None, :])

@@ -274,6 +274,26 @@ def test_equal_votes_go_to_the_lower_token_and_empty_slots_are_marked(device: st
 
 
 @ON
+@pytest.mark.parametrize("spread", [0.001, 0.3, 100.0], ids="spread{}".format)
+def test_votes_that_lie_close_together_or_far_apart_are_told_apart(
+    spread: float, device: str
+) -> None:
+    card = Card(
+        kv_heads=2, groups=2, blocks=(40,), k=16
+    )  # close ones are too many to be looked at alone
+    random = torch.Generator().manual_seed(3)
+    scratch = scan_scratch(1, 2, 2, 40 * BLOCK, torch.device(device))
+    scratch.scores.copy_(torch.randn(scratch.scores.shape, generator=random) * spread)
+    blocks = scratch.scores.unflatten(2, (-1, BLOCK))
+    scratch.top.copy_(blocks.amax(3))
+    scratch.total.copy_((blocks - blocks.amax(3, keepdim=True)).exp().sum(3))
+    scores = by_head(scratch.scores)
+    chosen = empty_selection(1, 4, 2, 16, torch.device(device))
+    select(scratch, torch.tensor([40], dtype=torch.int32, device=device), chosen)
+    assert_selected(chosen.tokens, scores, card)
+
+
+@ON
 @ALL
 def test_the_tail_is_attention_over_what_was_not_selected(card: Card, device: str) -> None:
     case = Case(card, device)
