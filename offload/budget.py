@@ -167,7 +167,7 @@ class Budgets:
         return tuple(
             RungPrice(
                 rung=rung,
-                token_bytes=sum(
+                layer_bytes=tuple(
                     rung.token_bytes(row.kv_heads, row.key_dim, row.value_dim)
                     for row in self._shape.rows
                 ),

@@ -34,6 +34,7 @@ class Report:
         discarded_bytes: Of h2d_bytes, prefetched and then not needed.
         decode_h2d_bytes: KV bytes copied to the device during the last decode.
         rung: The replica of offloaded tokens in mode fast, or None without one.
+        lifted_layers: Layers whose replica has more bits than that.
         selected_bytes: KV bytes that each step of mode fast reads exactly from the host.
         tail_mass: Share of attention that the replica answered for, mean over the last decode's steps, layers and
             heads.
@@ -63,6 +64,7 @@ class Report:
     discarded_bytes: int
     decode_h2d_bytes: int
     rung: str | None = None
+    lifted_layers: int = 0
     selected_bytes: int = 0
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
@@ -96,8 +98,9 @@ class Report:
             f" {self.ms_per_token:.1f} ms each, {gib(self.decode_h2d_bytes)} from the host",
         ]
         if self.rung is not None:
+            more = f" ({self.lifted_layers} layers better)" if self.lifted_layers else ""
             lines.append(
-                f"  fast    {self.rung:>10}  replica answered for {self.tail_mass:.2%} of attention, "
+                f"  fast    {self.rung:>10}  replica{more} answered for {self.tail_mass:.2%} of attention, "
                 f"{self.skipped_mass:.3%} skipped, {gib(self.selected_bytes)} a step read exactly"
             )
         if self.replayed_steps:

@@ -43,7 +43,6 @@ from offload.scheduler.layout import AUTO_CHUNK, Layout, budget_for
 from offload.scheduler.rungs import BLOCK
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import DevicePath, PathSettings, StepMemory
-from offload.tiers.rows import RowShape
 from offload.tiers.store import LayerStore, StoreLimits
 from offload.tiers.transfer import HostReader, HostWriter, Streams, TransferCounters
 
@@ -295,6 +294,7 @@ class Runtime:
             discarded_bytes=self._counters.discarded_bytes,
             decode_h2d_bytes=last.decode_h2d_bytes,
             rung=layout.rung.name if layout and layout.rung else None,
+            lifted_layers=sum(rung != layout.rung for rung in layout.rungs) if layout else 0,
             selected_bytes=last.selected_bytes,
             tail_mass=last.tail_mass,
             skipped_mass=last.skipped_mass,
@@ -413,10 +413,12 @@ class Runtime:
                 self._make_host_room(sum(max(0, size - region.committed) for region, size in grow))
                 commit_regions(grow)
                 stores = []
-                for row, (_, region) in zip(self.shape.rows, taken, strict=True):
+                for index, (row, (_, region)) in enumerate(
+                    zip(self.shape.rows, taken, strict=True)
+                ):
                     path = None
                     if fast:
-                        path = self._device_path(row, layout, limits, memory, sequences)
+                        path = self._device_path(index, layout, limits, memory, sequences)
                     stores.append(
                         LayerStore(
                             row,
@@ -463,21 +465,22 @@ class Runtime:
         return cache
 
     def _device_path(
-        self, row: RowShape, layout: Layout, limits: StoreLimits, memory: StepMemory, batch: int
+        self, index: int, layout: Layout, limits: StoreLimits, memory: StepMemory, batch: int
     ) -> DevicePath | None:
         """The device path of one layer, or None where the replica did not fit and every token is streamed."""
-        if layout.rung is None and layout.host_tokens:
+        if not layout.rungs and layout.host_tokens:
             note = "no replica fits the device budget: every token is streamed"
             if note not in self._notes:
                 logger.warning("Mode fast: %s.", note)
             self._notes[note] = None
             return None
         asked = self.config.retrieval.tokens
-        automatic = 0 if layout.rung is None else layout.rung.tokens
+        rung = layout.rungs[index] if layout.rungs else None
+        automatic = 0 if rung is None else rung.tokens
         return DevicePath(
-            row,
+            self.shape.rows[index],
             PathSettings(
-                bits=4 if layout.rung is None else layout.rung.bits,
+                bits=4 if rung is None else rung.bits,
                 tokens=automatic if isinstance(asked, str) else asked,
                 skipped_mass=self.config.replica.skipped_mass,
             ),

@@ -29,11 +29,16 @@ class RungPrice:
 
     Attributes:
         rung: Of `offload.scheduler.rungs`.
-        token_bytes: Device bytes of one token of one sequence, all layers together.
+        layer_bytes: Device bytes of one token of one sequence, for each offloaded layer.
     """
 
     rung: Rung
-    token_bytes: int
+    layer_bytes: tuple[int, ...]
+
+    @property
+    def token_bytes(self) -> int:
+        """Of all layers together."""
+        return sum(self.layer_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +103,7 @@ class Layout:
         eviction_bytes: Of one of the two eviction buffers.
         device: Device bytes by purpose.
         host: Host bytes by purpose.
-        rung: What the replica of offloaded tokens is, or None without one.
+        rungs: What the replica of each offloaded layer is; empty without one.
         replica_tokens: Tokens per sequence that it has room for.
     """
 
@@ -110,8 +115,13 @@ class Layout:
     eviction_bytes: int
     device: dict[str, int]
     host: dict[str, int]
-    rung: Rung | None = None
+    rungs: tuple[Rung, ...] = ()
     replica_tokens: int = 0
+
+    @property
+    def rung(self) -> Rung | None:
+        """The rung of the fewest bits among the layers, or None without a replica."""
+        return min(self.rungs, key=lambda rung: rung.bits, default=None)
 
     @property
     def device_bytes(self) -> int:
@@ -133,7 +143,8 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
     often than the window saves.
 
     With rungs, what does not fit the device gets a replica there: the best rung that fits beside a small window, at
-    any chunk. If none fits, every token is streamed, or it is an error.
+    any chunk. What then is left lifts single layers to the next rung, the first and the last ones first, which low bits
+    hurt most. If no rung fits, every token is streamed, or it is an error.
 
     Args:
         demand: What is asked.
@@ -147,7 +158,8 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
         BudgetError: It does not fit; says how much the smallest layout needs.
     """
     errors = []
-    for rungs in [*((price,) for price in demand.rungs), *([()] if _may_stream(demand) else [])]:
+    ladder = [*((price,) for price in demand.rungs), *([()] if _may_stream(demand) else [])]
+    for step, rungs in enumerate(ladder):
         chunks = [demand.chunk] if demand.chunk is not None else _chunks(demand)
         for chunk in chunks:
             try:
@@ -163,8 +175,52 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
                     setting="memory.cpu",
                     change="Shorten the prompt, lower max_new_tokens or raise memory.cpu.",
                 )
-            return layout
+            better = demand.rungs[:step][::-1]
+            return _lifted(layout, demand, rungs, better, device_budget)
     raise min(errors, key=lambda error: error.requested)
+
+
+def _lifted(
+    layout: Layout,
+    demand: Demand,
+    rungs: tuple[RungPrice, ...],
+    better: tuple[RungPrice, ...],
+    budget: int,
+) -> Layout:
+    """Spends what a layout leaves of the budget on better rungs for single layers.
+
+    Args:
+        layout: With one rung for all layers, or none.
+        demand: What was asked.
+        rungs: The one rung, or none.
+        better: Those above it, the nearest first.
+        budget: Device bytes.
+    """
+    if not layout.rungs or not better or demand.tokens is None:
+        return layout
+    now = [rungs[0]] * len(layout.rungs)
+    tokens = demand.batch * layout.replica_tokens
+    scratch = demand.batch * demand.scratch_bytes + tokens * demand.scratch_token_bytes
+    spare, sets = budget - layout.device_bytes, {rungs[0].rung.tokens}
+    for price in better:
+        for layer in _ends_first(len(now)):
+            more = tokens * (price.layer_bytes[layer] - now[layer].layer_bytes[layer])
+            if (
+                price.rung.tokens not in sets
+            ):  # layers that select other numbers of tokens share no scratch
+                more += scratch
+            if more <= spare:
+                spare -= more
+                sets.add(price.rung.tokens)
+                now[layer] = price
+    held = sum(price.layer_bytes[layer] for layer, price in enumerate(now))
+    device = layout.device | {"replica": tokens * held, "decode step": scratch * len(sets)}
+    return replace(layout, rungs=tuple(price.rung for price in now), device=device)
+
+
+def _ends_first(n: int) -> list[int]:
+    """0, n - 1, 1, n - 2, ..."""
+    return sorted(range(n), key=lambda layer: (min(layer, n - 1 - layer), layer))
 
 
 def _may_stream(demand: Demand) -> bool:
@@ -342,7 +398,7 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "overhead": demand.overhead,
         },
         host={"pages": pages * sum(demand.token_bytes)},
-        rung=rung,
+        rungs=() if rung is None else (rung,) * len(demand.token_bytes),
         replica_tokens=replica_tokens,
     )
 

@@ -105,10 +105,10 @@ class StepMemory:
         self, batch: int, heads: int, shape: RowShape, blocks: int, splits: int, tokens: int
     ) -> _Memory:
         """The scratch for layers of a shape."""
-        key = (heads, shape.kv_heads, shape.key_dim, shape.value_dim, batch, blocks, splits, tokens)
+        key = (heads, shape.kv_heads, shape.key_dim, shape.value_dim, tokens, batch, blocks, splits)
         if key not in self._made:
             # Another number of blocks or sequences takes the place of what there was.
-            for old in [old for old in self._made if old[:4] == key[:4]]:
+            for old in [old for old in self._made if old[:5] == key[:5]]:
                 del self._made[old]
             self._made[key] = _Memory(batch, heads, shape, blocks, splits, tokens, self._device)
         return self._made[key]

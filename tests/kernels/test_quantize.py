@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offload.kernels import quantize, reference
 from offload.kernels.reference import BLOCK, GROUP, Codes
+from offload.scheduler.rungs import RUNGS, Rung
 
 BITS = [4, 3, 2]
 SIZES = [64, 80, 96, 128]
@@ -93,3 +94,16 @@ def test_parts_of_blocks_and_strided_channels_are_refused() -> None:
         quantize.quantize_keys(torch.randn(1, BLOCK - 1, 1, 32), codes, first, bits=4)
     with pytest.raises(ValueError, match="stride"):
         quantize.quantize_keys(torch.randn(1, BLOCK, 1, 64)[..., ::2], codes, first, bits=4)
+
+
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda rung: rung.name)
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (80, 96), (256, 128)], ids=str)
+def test_the_planner_prices_a_token_as_it_is_kept(rung: Rung, sizes: tuple[int, int]) -> None:
+    held = 0
+    for size, keys in zip(sizes, (True, False), strict=True):
+        codes = quantize.empty_codes(
+            1, 3, 8 * BLOCK, size, bits=rung.bits, keys=keys, device=torch.device("cpu")
+        )
+        held += sum(tensor.nbytes for tensor in (*codes.planes, codes.meta))
+    priced = rung.token_bytes(3, *sizes) * 8 * BLOCK
+    assert held <= priced < held + 8 * BLOCK

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 
 from offload.errors import BudgetError
-from offload.scheduler.layout import Demand, Layout, budget_for, lay_out
+from offload.scheduler.layout import Demand, Layout, RungPrice, budget_for, lay_out
+from offload.scheduler.rungs import RUNGS
 
 MIB = 2**20
 PLENTY = 2**50
@@ -140,3 +141,66 @@ def test_copies_of_one_prompt_share_its_host_pages() -> None:
     beams = replace(DEMAND, window=640, batch=4, copies=4, prompt=9_000)
     shared = lay_out(beams, device_budget=PLENTY, host_budget=PLENTY)
     assert alone.host_bytes < shared.host_bytes < 2 * alone.host_bytes
+
+
+LADDER = tuple(
+    RungPrice(rung=rung, layer_bytes=(300 * rung.bits, 250 * rung.bits, 300 * rung.bits) * 2)
+    for rung in RUNGS
+)
+FAST = replace(
+    DEMAND,
+    tokens=100_000,
+    chunk=512,
+    token_bytes=(4096,) * 6,
+    rungs=LADDER,
+    scratch_bytes=1000,
+    scratch_token_bytes=20,
+)
+
+
+@given(extra=st.integers(0, 1500 * MIB), unknown=st.booleans())
+def test_a_ladder_of_replicas_stays_within_the_budget(extra: int, unknown: bool) -> None:
+    demand = replace(FAST, tokens=None, longest=100_000) if unknown else FAST
+    budget = least_budget(replace(demand, rungs=())) + extra
+    layout = lay_out(demand, device_budget=budget, host_budget=PLENTY)
+    assert layout.device_bytes <= budget
+    assert len(layout.rungs) in (0, 6)
+    if layout.rungs and not unknown:
+        assert layout.replica_tokens >= layout.host_tokens > 0
+        held = {price.rung: price.layer_bytes for price in LADDER}
+        per_token = sum(held[rung][i] for i, rung in enumerate(layout.rungs))
+        assert layout.device["replica"] == layout.replica_tokens * per_token
+
+
+@given(extra=st.integers(0, 1500 * MIB), more=st.integers(0, 300 * MIB))
+def test_more_budget_never_makes_a_replica_worse(extra: int, more: int) -> None:
+    base = least_budget(replace(FAST, rungs=()))
+
+    def bits(budget: int) -> int:
+        layout = lay_out(FAST, device_budget=budget, host_budget=PLENTY)
+        if not layout.host_tokens:
+            return 6 * 16
+        return sum(rung.bits for rung in layout.rungs)
+
+    assert bits(base + extra) <= bits(base + extra + more)
+
+
+def test_the_first_and_the_last_layers_are_lifted_first() -> None:
+    low, above = LADDER[2], LADDER[1]
+    tight = replace(FAST, rungs=(low,), streams=False)
+    needed = least_budget(tight)
+    least = lay_out(tight, device_budget=needed, host_budget=PLENTY)
+    one = least.replica_tokens * (above.layer_bytes[0] - low.layer_bytes[0])
+    scratch = FAST.scratch_bytes + least.replica_tokens * FAST.scratch_token_bytes
+    extra = (2 * one + scratch) * 8 // 7 + MIB  # buffers take an eighth
+    layout = lay_out(FAST, device_budget=needed + extra, host_budget=PLENTY)
+    assert [rung.bits for rung in layout.rungs] == [3, 2, 2, 2, 2, 3]
+
+
+def test_a_rung_that_was_asked_for_is_not_changed() -> None:
+    asked = replace(FAST, rungs=LADDER[2:], streams=False)
+    roomy = lay_out(asked, device_budget=least_budget(asked) + 900 * MIB, host_budget=PLENTY)
+    assert {rung.name for rung in roomy.rungs} == {"2k2v"}
+    refused = laid_out(replace(FAST, rungs=LADDER[:1], streams=False), -1)
+    assert isinstance(refused, BudgetError)
+    assert "4k4v" in str(refused)
