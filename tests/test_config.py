@@ -79,7 +79,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "[decode]\n"
         'staging = "auto"\n'
         "capture = true\n"
-        "compile = true\n"
+        'compile = "auto"\n'
         "\n"
         "[trace]\n"
         "progress = true\n"

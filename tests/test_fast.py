@@ -164,6 +164,17 @@ def test_a_replica_comes_close_and_says_how_much_it_answered_for(bits: str, devi
     assert errors[1024] < errors[16] < errors[0]
 
 
+def test_layers_are_compiled_once_enough_tokens_are_asked_for() -> None:
+    model = build("llama", "cpu")
+    with offload.attach(model, mode="fast") as runtime:
+        assert [runtime._wants_compiled(n) for n in (4000, 95, 1, 1)] == [False, False, True, True]
+    for asked in (True, False):
+        with offload.attach(model, mode="fast", compile=asked) as runtime:
+            assert runtime._wants_compiled(1) is asked
+    with pytest.raises(ConfigError, match="auto"):
+        offload.attach(model, compile="sometimes")
+
+
 def test_pages_of_another_size_are_refused() -> None:
     with pytest.raises(ConfigError, match="64"):
         offload.attach(build("llama", "cpu"), mode="fast", page=32)

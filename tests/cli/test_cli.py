@@ -128,7 +128,7 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
         "[decode]\n"
         'staging = "auto"          # default\n'
         "capture = true            # default\n"
-        "compile = true            # default\n"
+        'compile = "auto"          # default\n'
         "\n"
         "[trace]\n"
         "progress = true           # default\n"

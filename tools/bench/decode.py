@@ -236,7 +236,7 @@ def main() -> None:
     model = build_model(args.smoke, device)
     torch.manual_seed(1)
     text = torch.randint(1, model.config.vocab_size, (1, max(lengths.values())), device=device)
-    base: dict[str, Any] = {"chunk": args.chunk}
+    base: dict[str, Any] = {"chunk": args.chunk, "compile": True}
     if device.type == "cuda":
         base["gpu_memory"] = CAP_BYTES
     offloaded = base | {"window": 256}  # also where everything would fit
