@@ -121,6 +121,11 @@ class CapturedStep:
             return False
         if ids.dim() != 2 or ids.shape[1] != 1 or not self._stores:
             return False
+        if not isinstance(kwargs.get("position_ids"), Tensor):
+            # A graph would keep the position that the model counts for itself.
+            self.reason = "its forward was not given position_ids"
+            logger.warning("Decode steps run eagerly: %s", self.reason)
+            return False
         strangers = [
             name
             for name, value in kwargs.items()
@@ -295,7 +300,7 @@ def decode(
             inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
     if streamer is not None:
         streamer.end()
-    return ids[:, :length]
+    return ids[:, :length].contiguous()
 
 
 class _Flags:

@@ -623,6 +623,8 @@ class Runtime:
                 if captured.reason is None and prompt.is_plain and "custom_generate" not in call:
                     # transformers passes no streamer on to a loop of one's own.
                     call["custom_generate"] = partial(decode, streamer=call.get("streamer"))
+                    # Experts are computed another way for few tokens; transformers' own loop does this too.
+                    stack.enter_context(self.model._optimize_model_for_decode())
             stack.enter_context(cache.streaming(prompt.is_beams))
             result = self.model.generate(prompt.input_ids, past_key_values=cache, **call)
         cache.stop_recording()
