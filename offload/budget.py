@@ -108,8 +108,10 @@ class Budgets:
         """Device bytes allowed now, weights included."""
         memory = self._device()
         reserve = self._config.memory.reserve.resolve(total=memory.total, auto=0)
-        # On a card, what others hold is in the demand as overhead; a CPU's "device" is what is free of it.
-        auto = memory.total if self._on_card else self._held() + memory.free
+        # On a card, what others hold is in the demand as overhead; a CPU's "device" is what is free of it. Weights that
+        # are mapped from a file count as free as well as held.
+        held = memory.total if self._on_card else self._held() + memory.free
+        auto = min(memory.total, held)
         return self._config.memory.gpu.resolve(total=memory.total, auto=auto - reserve)
 
     def demand(

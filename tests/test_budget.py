@@ -10,8 +10,9 @@ import torch
 from families import FAMILIES, prompts
 
 import offload
+from offload.hardware import DeviceMemory
 from offload.tiers.store import LayerStore
-from offload.units import KIB
+from offload.units import GIB, KIB
 
 CALL: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
 N = 700
@@ -118,3 +119,13 @@ def test_memory_comes_back_when_a_cache_is_closed_or_forgotten() -> None:
         assert runtime.budgets.pins.held == held
         pins = runtime.budgets.pins
     assert pins.held == 0
+
+
+def test_weights_that_are_mapped_from_a_file_are_not_counted_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = FAMILIES["llama"].build()
+    memory = DeviceMemory(total=GIB, free=GIB, allocated=0, overhead=0)
+    monkeypatch.setattr("offload.budget.device_memory", lambda device: memory)
+    with offload.attach(model, reserve="1KiB") as runtime:
+        assert runtime.report().budget == GIB - KIB
