@@ -156,12 +156,17 @@ class Budgets:
             other_kv=batch * self._shape.other_kv_bytes(tokens),
             rungs=self._rungs() if fast else (),
             streams=self._config.replica.rung == "auto",
-            scratch_bytes=max((scratch_bytes(*heads) for heads in shape.heads), default=0),
-            scratch_token_bytes=max(
-                (scratch_token_bytes(*heads) for heads in shape.heads), default=0
-            ),
+            scratch_bytes=sum(scratch_bytes(*heads, self._selected()) for heads in set(shape.heads))
+            if fast
+            else 0,
+            scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
             longest=shape.max_positions or 2**20,
         )
+
+    def _selected(self) -> int:
+        """Tokens that a step attends to exactly per KV head, at most."""
+        asked = self._config.retrieval.tokens
+        return max(rung.tokens for rung in RUNGS) if isinstance(asked, str) else asked
 
     def _rungs(self) -> tuple[RungPrice, ...]:
         """The rungs that the config allows, best first."""

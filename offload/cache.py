@@ -580,10 +580,17 @@ class OffloadCache(Cache):
                 layer.settle()
             reason = self._unsettled()
             self._in_pass = False
+            self._forget_unheld()
         except Exception as error:  # noqa: BLE001 - whatever it is, no cache may stay half changed
             reason = f"an exception interrupted it and it could not be mended ({error})"
         if reason is not None:
             self.close(reason)
+
+    def _forget_unheld(self) -> None:
+        """Forgets the ids of a pass that was interrupted: later ones would be taken for those of other positions."""
+        known, length = self._known(), self.get_seq_length()
+        if known is not None:
+            self._fed = [known[:, :length]] if length else []
 
     def _unsettled(self) -> str | None:
         """Brings all layers to one length; says why that cannot be done."""

@@ -329,7 +329,8 @@ class OffloadConfig(_Table):
         default="exact",
         description="What is promised of the tokens. exact: those of the stock cache, every offloaded "
         "token is streamed for each new one. fast: nearly always the same, from a low-bit replica on "
-        "the device and a few tokens read exactly; beams, and steps of several tokens, are exact.",
+        "the device and a few tokens read exactly; beams of runtime.generate, and steps of several "
+        "tokens, are exact.",
         json_schema_extra=_unit('"exact" or "fast"'),
     )
     memory: MemoryConfig = Field(default_factory=MemoryConfig)

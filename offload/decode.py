@@ -58,7 +58,9 @@ class CapturedStep:
         self._others: dict[str, Any] = {}
         self._output: Any = None
         self._key: tuple[Any, ...] | None = None
-        self._warm: set[bool] = set()  # whether anything is on the host, in steps that have run
+        self._warm: set[tuple[bool, ...]] = (
+            set()
+        )  # which layers had tokens on the host in steps that ran
         self.reason = _why_not(cache)
         self.not_compiled: str | None = None
         self.replays = 0
@@ -73,7 +75,7 @@ class CapturedStep:
         forward = self._model._call_impl
         if self.reason is not None or not self._is_step(args, kwargs):
             return forward(*args, **kwargs)
-        on_host = self._stores[0].columns > 0
+        on_host = tuple(store.columns > 0 for store in self._stores)
         if on_host not in self._warm:  # kernels and scratch are made outside of a graph
             self._warm.add(on_host)
             return self._first_step(args, kwargs)
@@ -126,6 +128,12 @@ class CapturedStep:
             self.reason = "its forward was not given position_ids"
             logger.warning("Decode steps run eagerly: %s", self.reason)
             return False
+        if kwargs.get(
+            "output_hidden_states"
+        ):  # whoever keeps them would keep one step's, many times
+            self.reason = "hidden states of every step are asked for"
+            logger.warning("Decode steps run eagerly: %s", self.reason)
+            return False
         strangers = [
             name
             for name, value in kwargs.items()
@@ -138,18 +146,15 @@ class CapturedStep:
         first = self._stores[0]
         if ids.shape[0] != first.batch or first.path is None:
             return False
-        return first.path.can_step_now(first.columns)
+        return all(s.path is not None and s.path.can_step_now(s.columns) for s in self._stores)
 
     def _addresses(self, kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """What a graph has kept: it is void when any of it changes."""
-        others = tuple(
-            (name, id(value))
-            for name, value in kwargs.items()
-            if name not in _STATIC and name not in _DROPPED
-        )
+        others = tuple((name, id(value)) for name, value in _others(kwargs).items())
         shapes = tuple(tuple(kwargs[name].shape) for name in _STATIC if kwargs.get(name) is not None)  # fmt: skip
         stores = tuple((s.address, s.path.epoch if s.path else 0, s.columns > 0) for s in self._stores)  # fmt: skip
-        return others, shapes, stores
+        padded = any(s.path is not None and s.path.is_padded for s in self._stores)
+        return others, shapes, stores, padded
 
     def _capture(self, kwargs: dict[str, Any]) -> bool:
         """Captures the step; whether that worked."""
@@ -170,6 +175,7 @@ class CapturedStep:
             self.release()
             return False
         self._graph = graph
+        self._others = _others(kwargs)  # held, so that no other object gets the id of one of them
         self._key = self._addresses(kwargs)
         self.seconds += time.perf_counter() - began
         return True
@@ -196,7 +202,7 @@ class CapturedStep:
     def release(self) -> None:
         """Gives the graph's memory back."""
         self._graph = self._output = self._key = None
-        self._static = {}
+        self._static, self._others = {}, {}
 
 
 @contextmanager
@@ -238,8 +244,9 @@ def decode(
     """Greedy search and sampling as transformers' own loop does them, but never waiting for the device.
 
     The next step is queued before it is known whether this one was the last; that is found out one step later, and
-    the step too many is taken back. A streamer is one step behind for the same reason. transformers has the same
-    idea for other devices (`DeferredStopCheck`); there it costs a copy of all ids and positions a step besides.
+    the step too many is taken back, its random numbers too; logits processors and stopping criteria have seen it. A
+    streamer is one step behind for the same reason. transformers has the same idea for other devices
+    (`DeferredStopCheck`); there it costs a copy of all ids and positions a step besides.
 
     Args:
         model: Attached, its cache one of ours that can be cropped.
@@ -273,11 +280,13 @@ def decode(
     )
     unfinished = input_ids.new_ones(batch)
     flags = _Flags(input_ids, streamer)
+    device, state = input_ids.device, None
     while True:
         logits = model(**inputs, return_dict=True).logits[:, -1].to(torch.float32, copy=True)
         scores = logits_processor(ids[:, :length], logits)
         if generation_config.do_sample:
             chances = torch.softmax(scores, dim=-1)
+            state = _random_state(device)
             token = torch.multinomial(chances, num_samples=1).squeeze(1)
         else:
             token = torch.argmax(scores, dim=-1)
@@ -289,6 +298,10 @@ def decode(
         if flags.send(unfinished, token):  # the step before was the last one
             cache.crop(-1)
             length -= 1
+            if (
+                state is not None
+            ):  # the step too many took random numbers: the next call must not miss them
+                _set_random_state(state, device)
             break
         if length >= longest:
             flags.finish()
@@ -301,6 +314,18 @@ def decode(
     if streamer is not None:
         streamer.end()
     return ids[:, :length].contiguous()
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """The state of a device's generator, which the host keeps: reading it waits for nothing."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 class _Flags:
@@ -345,6 +370,11 @@ class _Flags:
         if self._streamer is not None:
             self._streamer.put(tokens.clone())
         return bool(over)
+
+
+def _others(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs that must be the same objects in every step."""
+    return {k: v for k, v in kwargs.items() if k not in (*_STATIC, *_DROPPED)}
 
 
 def _why_not(cache: OffloadCache) -> str | None:

@@ -610,6 +610,11 @@ class Runtime:
             ):  # its steps of many tokens need their logits' memory
                 self._keep_pages_resident(cache)
         last.prefill_s = done.seconds
+        last.tail_mass = last.skipped_mass = 0.0
+        last.selected_bytes = 0
+        for store in cache.layer_stores:
+            if store.path is not None:
+                store.path.stats.zero_()  # what a stock generate or an interrupted one left
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
         call = dict(kwargs)
         call.pop("input_ids", None)
@@ -673,6 +678,15 @@ class Runtime:
     def _note_masses(self, cache: OffloadCache, steps: int) -> None:
         """Keeps for `report` what the steps left to the replica, and what they read from the host."""
         last, selected = self._last, 0
+        offloaded = [(s.path, s.columns) for s in cache.layer_stores if s.path and s.columns]
+        reasons = [path.why_streamed(columns) for path, columns in offloaded]
+        why = next((reason for reason in reasons if reason is not None), None)
+        if why is not None:
+            note = f"every token is streamed: {why}"
+            if note not in self._notes:
+                logger.warning("Mode fast: %s.", note)
+            self._notes[note] = None
+            return
         masses = torch.zeros(2)
         for store in cache.layer_stores:
             path = store.path

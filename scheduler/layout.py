@@ -63,7 +63,7 @@ class Demand:
         other_kv: Device bytes of the layers that are not offloaded.
         rungs: Replicas that may be kept of offloaded tokens, best first; none for exact mode.
         streams: Whether to stream every token where no rung fits; else that is an error.
-        scratch_bytes: Device bytes of a decode step over a replica, per sequence.
+        scratch_bytes: Device bytes of a decode step on the device path, per sequence.
         scratch_token_bytes: Further ones, per token and sequence.
         longest: Tokens to make room for where `tokens` is not known.
     """
@@ -157,7 +157,7 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
     Raises:
         BudgetError: It does not fit; says how much the smallest layout needs.
     """
-    errors = []
+    errors, roomiest = [], None
     ladder = [*((price,) for price in demand.rungs), *([()] if _may_stream(demand) else [])]
     for step, rungs in enumerate(ladder):
         chunks = [demand.chunk] if demand.chunk is not None else _chunks(demand)
@@ -175,8 +175,17 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
                     setting="memory.cpu",
                     change="Shorten the prompt, lower max_new_tokens or raise memory.cpu.",
                 )
+            if layout.rungs and demand.tokens is None and layout.replica_tokens < demand.longest:
+                # The length is not known: what has the most room, if none has room for the longest.
+                if layout.replica_tokens > (roomiest.replica_tokens if roomiest else 0):
+                    roomiest = layout
+                continue
+            if roomiest is not None:
+                return roomiest
             better = demand.rungs[:step][::-1]
             return _lifted(layout, demand, rungs, better, device_budget)
+    if roomiest is not None:
+        return roomiest
     raise min(errors, key=lambda error: error.requested)
 
 
@@ -289,13 +298,14 @@ def _device_layout(demand: Demand, budget: int) -> Layout:
             change=change,
         )
     if demand.rungs and demand.tokens is None:
-        # The length is not known: there is room for as many tokens as the budget has bytes for.
+        # The length is not known: there is room for as many tokens as the budget has bytes for, and what then is left
+        # is window, so that a short context needs no replica.
         spare = (budget - least.device_bytes) * 7 // 8
         room = spare // max(1, _replica_token_bytes(demand)) // demand.page * demand.page
         demand = replace(demand, longest=min(room, demand.longest))
         least = _least(demand)
     staging = _staging(demand, budget - least.device_bytes)
-    if demand.window is not None or demand.rungs:
+    if demand.window is not None or (demand.rungs and demand.tokens is not None):
         return _price(demand, staging, least.window_blocks, chunk)
     spare = budget - _price(demand, staging, least.window_blocks, chunk).device_bytes
     blocks = least.window_blocks + spare // max(1, _block_bytes(demand))
@@ -389,9 +399,7 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "staging": 2 * staging,
             "eviction": 2 * eviction,
             "replica": demand.batch * replica_tokens * _replica_bytes(demand),
-            "decode step": 0
-            if rung is None
-            else demand.batch
+            "decode step": demand.batch
             * (demand.scratch_bytes + replica_tokens * demand.scratch_token_bytes),
             "other KV": demand.other_kv,
             "workspace": demand.workspace + demand.batch * chunk * demand.workspace_per_token,

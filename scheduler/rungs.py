@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 BLOCK = 64  # tokens that share the scales of their keys: what a replica grows by
 _GROUP = 32  # channels that share the scales of a token's values
-_PARTS = 64  # parts of window and selected rows, at most
-_TAIL_TOKENS = 512  # tokens of a part of the tail
+# How a step is cut into parts; a test compares these with the kernels'.
+WINDOW_PARTS = 32  # at most
+ROWS = 16  # selected rows of a part
+TAIL_TOKENS = 512  # tokens of a part of the tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,13 @@ class Rung:
         keys, values = _padded(key_dim), _padded(value_dim)
         # Zero and scale of a channel take four bytes for a block, those of a token's group four for itself.
         block = BLOCK * self.bits * (keys + values) // 8 + 4 * keys + 4 * BLOCK * (values // _GROUP)
-        return -(-kv_heads * block // BLOCK)
+        return -(-(kv_heads * block + 4) // BLOCK)  # and four bytes for the number of its page
 
 
 RUNGS = (Rung("4k4v", 4, 64), Rung("3k3v", 3, 64), Rung("2k2v", 2, 256))
 
 
-def scratch_bytes(query_heads: int, value_dim: int) -> int:
+def scratch_bytes(query_heads: int, value_dim: int, tokens: int) -> int:
     """Device bytes of one sequence that a decode step needs besides: parts that wait to be merged, a logarithm each.
 
     One layer's serve all.
@@ -53,13 +55,16 @@ def scratch_bytes(query_heads: int, value_dim: int) -> int:
     Args:
         query_heads: Query heads.
         value_dim: Head size of the values.
+        tokens: Attended to exactly per KV head.
     """
-    return query_heads * (value_dim + 1) * 4 * _PARTS
+    parts = WINDOW_PARTS + tokens // ROWS + 1  # the last part of the tail may be a short one
+    # Of each selected token its number, its block's, and four more that were near, twice.
+    return query_heads * ((value_dim + 2) * 4 * parts + 40 * max(tokens, ROWS) + 4)
 
 
 def scratch_token_bytes(query_heads: int, value_dim: int) -> int:
     """Further ones of each token: its scores, its share of what its block comes to and of a part of the tail."""
-    return query_heads * (5 + -(-value_dim * 4 // _TAIL_TOKENS))
+    return query_heads * (5 + -(-value_dim * 4 // TAIL_TOKENS))
 
 
 def _padded(head_size: int) -> int:

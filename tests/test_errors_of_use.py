@@ -528,6 +528,31 @@ def failing_mlp(model: Any, *, layer: int, call: int) -> Any:
     return mlps[layer].register_forward_hook(fail)
 
 
+FAST: dict[str, Any] = {"mode": "fast", "sinks": 64, "window": 128, "chunk": 100, "retrieved": 512}
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, FAST], ids=["exact", "fast"])
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_tokens_of_a_pass_that_broke_off_are_not_taken_for_those_of_the_next(
+    settings: dict[str, Any], stock: bool
+) -> None:
+    model: Any = FAMILIES["llama"].build()
+    broken, other = prompts(1, 600, seed=1), prompts(1, 600, seed=2)
+    want = model.generate(broken, **CALL)
+    with offload.attach(model, **settings) as runtime:
+        cache = runtime.new_cache()
+        hook = failing_mlp(model, layer=0, call=1)
+        with pytest.raises(Interrupted):
+            (model if stock else runtime).generate(broken, past_key_values=cache, **CALL)
+        hook.remove()
+        runtime.generate(other, past_key_values=cache, **CALL)
+        got = runtime.generate(broken, past_key_values=cache, **CALL)
+        assert runtime.report().reused_tokens < 100
+        assert cache.token_ids is not None
+        assert torch.equal(cache.token_ids, got[:, :-1])
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_a_recurrent_state_that_cannot_go_back_closes_the_cache_and_says_so(name: str) -> None:
     model: Any = FAMILIES[name].build()

@@ -175,6 +175,54 @@ def test_a_replica_comes_close_and_says_how_much_it_answered_for(bits: str, devi
     assert errors[1024] < errors[16] < errors[0]
 
 
+def test_what_is_streamed_although_there_is_a_replica_is_said() -> None:
+    model = build("llama", "cpu")
+    ids, mask = left_padded(1, 900, pads=(0,))
+    few: dict[str, Any] = ALL | {"retrieved": 16, "window": 128}
+    with offload.attach(model, **few) as runtime:
+        want = model.generate(ids, **CALL)
+        cache = runtime.new_cache(max_tokens=500)
+        assert torch.equal(runtime.generate(ids, past_key_values=cache, **CALL), want)
+        report = runtime.report()
+    assert any("the replica has room for" in note for note in report.notes)
+    assert (report.tail_mass, report.selected_bytes) == (0.0, 0)
+    mask[:, 300:320] = 0
+    with offload.attach(model, **few) as runtime:
+        runtime.generate(ids, attention_mask=mask, **CALL)
+        assert any("not all on the left" in note for note in runtime.report().notes)
+
+
+def test_shares_in_the_report_are_those_of_the_run() -> None:
+    model = build("llama", "cpu")
+    ids = prompts(1, 900)
+    call = CALL | {"max_new_tokens": 20}
+    with offload.attach(model, **(ALL | {"retrieved": 16})) as runtime:
+        cache = runtime.new_cache()
+        model.generate(ids, past_key_values=cache, **(CALL | {"max_new_tokens": 100}))
+        longer = torch.cat([ids, prompts(1, 200, seed=3)], dim=1)
+        runtime.generate(longer, past_key_values=cache, **call)
+        assert 0 < runtime.report().tail_mass < 1
+        runtime.generate(ids, num_beams=2, **call)
+        report = runtime.report()
+        assert (report.tail_mass, report.selected_bytes) == (0.0, 0)
+
+
+def test_an_unknown_length_takes_the_rung_with_the_most_room() -> None:
+    model = build("llama", "cpu")
+    with offload.attach(model, **(ALL | {"rung": "auto"})) as runtime:
+        demand = runtime.budgets.demand(batch=1, tokens=None)
+        one = demand.rungs[0].token_bytes + demand.scratch_token_bytes
+        with pytest.raises(BudgetError) as caught:
+            lay_out(demand, device_budget=0, host_budget=2**50)
+        least = caught.value.requested
+        roomy = lay_out(demand, device_budget=least + 20 * one * demand.longest, host_budget=2**50)
+        tight = lay_out(demand, device_budget=least + one * demand.longest // 2, host_budget=2**50)
+    assert roomy.rungs[0].name == "4k4v"
+    assert roomy.replica_tokens == demand.longest
+    assert tight.rungs[0].name == "2k2v"
+    assert tight.replica_tokens < demand.longest
+
+
 def test_layers_are_compiled_once_enough_tokens_are_asked_for() -> None:
     model = build("llama", "cpu")
     with offload.attach(model, mode="fast") as runtime:
@@ -236,6 +284,7 @@ class Heard(BaseStreamer):
         {"max_new_tokens": 1, "do_sample": False, "repetition_penalty": 1.2},
         {"max_new_tokens": 20, "do_sample": True, "temperature": 0.7, "top_k": 20},
         {"max_new_tokens": 20, "do_sample": False, "ends": (5, 9)},
+        {"max_new_tokens": 20, "do_sample": True, "ends": (5, 9), "top_k": 2},
         {"max_new_tokens": 20, "do_sample": False, "ends": (19, 3)},
     ],
     ids=lambda call: "-".join(f"{key}{value}" for key, value in call.items()),
@@ -256,6 +305,11 @@ def test_our_loop_does_what_the_stock_loop_does(call: dict[str, Any], device: st
         torch.manual_seed(3)
         got = model.generate(ids, past_key_values=cache, custom_generate=decode, **call)
         assert torch.equal(got, want)
+        if device == "cpu":
+            after = torch.get_rng_state()
+            torch.manual_seed(3)
+            model.generate(ids, **call)
+            assert torch.equal(torch.get_rng_state(), after)  # the next call samples alike too
         assert cache.get_seq_length() == got.shape[1] - 1
         stock, ours = Heard(), Heard()
         alone = call | {"attention_mask": mask[:1]}

@@ -13,9 +13,11 @@ else: no allocation that a graph does not own, no synchronisation, no Python bra
 references compute the same.
 
 Ordering. The second stream waits for the first before the window and before the rows, and the first for the second
-before it combines, so that a step is over when the first stream says so. A row may be selected only once `lengths` says so, and `publish` writes it after the current stream has
-waited for the copy to the host page. Pages and codes of published blocks never change while a step can read them:
-whatever changes them (crop, select) runs on the same stream, behind the last step, and publishes anew.
+before it combines, so that a step is over when the first stream says so.
+
+A row may be selected only once `lengths` says so, and `publish` writes it after the current stream has waited for the
+copy to the host page. Pages and codes of published blocks never change while a step can read them: whatever changes
+them (crop, select) runs on the same stream, behind the last step, and publishes anew.
 """
 
 from __future__ import annotations
@@ -105,10 +107,11 @@ class StepMemory:
         self, batch: int, heads: int, shape: RowShape, blocks: int, splits: int, tokens: int
     ) -> _Memory:
         """The scratch for layers of a shape."""
-        key = (heads, shape.kv_heads, shape.key_dim, shape.value_dim, tokens, batch, blocks, splits)
+        kind = (heads, shape.kv_heads, shape.key_dim, shape.value_dim, tokens, blocks > 0)
+        key = (*kind, batch, blocks, splits)
         if key not in self._made:
             # Another number of blocks or sequences takes the place of what there was.
-            for old in [old for old in self._made if old[:5] == key[:5]]:
+            for old in [old for old in self._made if old[: len(kind)] == kind]:
                 del self._made[old]
             self._made[key] = _Memory(batch, heads, shape, blocks, splits, tokens, self._device)
         return self._made[key]
@@ -241,7 +244,7 @@ class DevicePath:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the replica on the device."""
+        """Bytes of the replica on the device, its page table too."""
         codes = [c for c in (self._keys, self._values) if c is not None]
         return sum(t.nbytes for c in codes for t in (*c.planes, c.meta)) + self._table.nbytes
 
@@ -256,7 +259,23 @@ class DevicePath:
 
     def can_step_now(self, blocks: int) -> bool:
         """Whether a step can be made with the padding that was noted last."""
-        return not self._memory.suspended and self._memory.is_left and blocks <= self.blocks
+        return not self._memory.suspended and self.why_streamed(blocks) is None
+
+    def why_streamed(self, blocks: int) -> str | None:
+        """Why every token is streamed though there is a device path, or None.
+
+        Args:
+            blocks: Blocks on the host.
+        """
+        if blocks > self.blocks:
+            room = self.blocks * BLOCK
+            return f"{blocks * BLOCK:,} tokens are on the host, the replica has room for {room:,}"
+        return None if self._memory.is_left else "padding is not all on the left"
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any sequence begins with padding."""
+        return self._memory.padding is not None
 
     def suspend(self, wanted: bool) -> None:
         """Whether every token is streamed until this is called again."""

@@ -1,0 +1,96 @@
+"""What a step takes is what was planned, and what the device path may read is what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from offload.kernels import gather, tail
+from offload.scheduler import rungs
+from offload.scheduler.rungs import RUNGS, Rung, scratch_bytes, scratch_token_bytes
+from offload.tiers.replica import DevicePath, PathSettings, StepMemory, _splits
+from offload.tiers.rows import RowShape
+
+META = torch.device("meta")
+
+
+def nbytes(memory: Any) -> int:
+    if isinstance(memory, Tensor):
+        return memory.nbytes
+    return sum(map(nbytes, memory)) if isinstance(memory, Iterable) else 0
+
+
+def test_the_planner_cuts_a_step_as_the_kernels_do() -> None:
+    assert gather.TILE == rungs.ROWS
+    assert tail.BLOCKS_PER_SPLIT * rungs.BLOCK == rungs.TAIL_TOKENS
+    assert max(_splits(rows, 1) for rows in (64, 640, 8192, 2**20)) == rungs.WINDOW_PARTS
+
+
+@given(
+    kv_heads=st.sampled_from([1, 2, 8, 32]),
+    groups=st.integers(1, 8),
+    size=st.sampled_from([64, 80, 96, 128, 256]),
+    batch=st.integers(1, 8),
+    blocks=st.integers(0, 3000),
+    slots=st.integers(2, 200),
+    rung=st.sampled_from(RUNGS),
+    tokens=st.sampled_from([0, 16, 64, 256, 1024, 4096]),
+)
+def test_no_step_takes_more_than_was_planned(
+    kv_heads: int,
+    groups: int,
+    size: int,
+    batch: int,
+    blocks: int,
+    slots: int,
+    rung: Rung,
+    tokens: int,
+) -> None:
+    row = RowShape(kv_heads=kv_heads, key_dim=size, value_dim=size, dtype=torch.bfloat16)
+    path = DevicePath(
+        row,
+        PathSettings(bits=rung.bits, tokens=tokens, skipped_mass=0.0),
+        StepMemory(META),
+        batch=batch,
+        blocks=blocks,
+        slots=slots,
+        page=64,
+        device=META,
+    )
+    heads = kv_heads * groups
+    memory = path._memory.of(batch, heads, row, blocks, path._splits, tokens)
+    taken = nbytes([memory.partials, memory.scan, memory.selection, memory.skipped])
+    each = scratch_bytes(heads, size, tokens) + 64 * blocks * scratch_token_bytes(heads, size)
+    assert taken <= batch * each
+    if blocks:
+        assert path.nbytes <= batch * 64 * blocks * rung.token_bytes(kv_heads, size, size)
+
+
+@pytest.mark.parametrize(
+    ("visible", "left", "padding"),
+    [
+        ([[1, 1, 1], [0, 0, 1]], True, [0, 2]),
+        ([[1, 1, 1], [1, 0, 1]], False, [0, 1]),
+        ([[0, 1, 1], [0, 1, 1]], True, [1, 1]),
+    ],
+)
+def test_padding_is_noted_once_and_holes_in_it_are_seen(
+    visible: list[list[int]], left: bool, padding: list[int]
+) -> None:
+    memory = StepMemory(torch.device("cpu"))
+    mask = torch.tensor(visible).bool()
+    assert memory.take_padding(mask) is left
+    assert memory.padding is not None
+    assert memory.padding.tolist() == padding
+    version, address = memory.version, memory.padding.data_ptr()
+    assert memory.take_padding(mask.clone()) is left
+    assert (memory.version, memory.padding.data_ptr()) == (version, address)
+    assert memory.take_padding(None)
+    assert memory.version > version
+    assert getattr(memory, "padding") is None  # noqa: B009 - mypy takes it for a tensor still
