@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from offload.config import OffloadConfig
-from offload.errors import BudgetError
+from offload.errors import BudgetError, ConfigError
 from offload.hardware import DeviceMemory, device_memory, host_memory
 from offload.model import ModelShape
 from offload.scheduler.layout import Demand, Layout, RungPrice, lay_out
@@ -155,6 +155,7 @@ class Budgets:
             workspace_per_token=self._shape.workspace_per_token,
             other_kv=batch * self._shape.other_kv_bytes(tokens),
             rungs=self._rungs() if fast else (),
+            whole_layers=self._whole_layers() if fast else 0,
             streams=self._config.replica.rung == "auto",
             scratch_bytes=sum(scratch_bytes(*heads, self._selected()) for heads in set(shape.heads))
             if fast
@@ -162,6 +163,17 @@ class Budgets:
             scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
             longest=shape.max_positions or 2**20,
         )
+
+    def _whole_layers(self) -> int:
+        asked, there = self._config.replica.whole_layers, len(self._shape.rows)
+        if asked > there:
+            raise ConfigError(
+                "replica.whole_layers is more than the layers that keep every token",
+                asked=asked,
+                there=there,
+                change=f"Write at most {there}.",
+            )
+        return asked
 
     def _selected(self) -> int:
         """Tokens that a step attends to exactly per KV head, at most."""

@@ -231,6 +231,12 @@ class ReplicaConfig(_Table):
         "beside a small window, and streaming of every token where none do.",
         json_schema_extra=_unit('"auto", "4k4v", "3k3v" or "2k2v"'),
     )
+    whole_layers: _TokensOrNone = Field(
+        default=0,
+        description="Layers that keep all their KV on the device as it is, the first and the last "
+        "ones first: for models that low bits hurt there. A cache whose length is not known has none.",
+        json_schema_extra=_unit("layers"),
+    )
     skipped_mass: float = Field(
         default=0.001,
         ge=0.0,
@@ -356,6 +362,7 @@ class OffloadConfig(_Table):
         "capture": "decode.capture",
         "compile": "decode.compile",
         "rung": "replica.rung",
+        "whole_layers": "replica.whole_layers",
         "skipped_mass": "replica.skipped_mass",
         "retrieved": "retrieval.tokens",
         "progress": "trace.progress",

@@ -35,6 +35,7 @@ class Report:
         decode_h2d_bytes: KV bytes copied to the device during the last decode.
         rung: The replica of offloaded tokens in mode fast, or None without one.
         lifted_layers: Layers whose replica has more bits than that.
+        whole_layers: Layers that keep all their tokens on the device and have none.
         selected_bytes: KV bytes that each step of mode fast reads exactly from the host.
         tail_mass: Share of attention that the replica answered for, mean over the last decode's steps, layers and
             heads.
@@ -65,6 +66,7 @@ class Report:
     decode_h2d_bytes: int
     rung: str | None = None
     lifted_layers: int = 0
+    whole_layers: int = 0
     selected_bytes: int = 0
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
@@ -98,7 +100,9 @@ class Report:
             f" {self.ms_per_token:.1f} ms each, {gib(self.decode_h2d_bytes)} from the host",
         ]
         if self.rung is not None:
-            more = f" ({self.lifted_layers} layers better)" if self.lifted_layers else ""
+            others = {"better": self.lifted_layers, "whole": self.whole_layers}
+            shown = ", ".join(f"{n} layers {what}" for what, n in others.items() if n)
+            more = f" ({shown})" if shown else ""
             lines.append(
                 f"  fast    {self.rung:>10}  replica{more} answered for {self.tail_mass:.2%} of attention, "
                 f"{self.skipped_mass:.3%} skipped, {gib(self.selected_bytes)} a step read exactly"

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -302,7 +302,8 @@ class Runtime:
             discarded_bytes=self._counters.discarded_bytes,
             decode_h2d_bytes=last.decode_h2d_bytes,
             rung=layout.rung.name if layout and layout.rung else None,
-            lifted_layers=sum(rung != layout.rung for rung in layout.rungs) if layout else 0,
+            lifted_layers=layout.lifted_layers if layout else 0,
+            whole_layers=len(layout.whole) if layout else 0,
             selected_bytes=last.selected_bytes,
             tail_mass=last.tail_mass,
             skipped_mass=last.skipped_mass,
@@ -412,25 +413,36 @@ class Runtime:
                 host_tokens=layout.host_tokens,
                 batch=sequences * copies,
             )
-            pages = LayerStore.initial_pages(limits, sequences)
+            # Layers that keep all their tokens on the device have a window as long as the run.
+            whole = replace(
+                limits,
+                window_blocks=max(1, -(-(tokens or 0) // limits.page) - layout.sink_blocks),
+                host_tokens=0,
+            )
+            all_limits = [
+                whole if index in layout.whole else limits for index in range(len(self.shape.rows))
+            ]
             try:
-                for row in self.shape.rows:
+                grow = []
+                for row, of_layer in zip(self.shape.rows, all_limits, strict=True):
                     page_bytes = limits.page * row.token_bytes
-                    taken.append((page_bytes, self._take_region(page_bytes)))
-                grow = [(region, pages * page_bytes) for page_bytes, region in taken]
+                    region = self._take_region(page_bytes)
+                    taken.append((page_bytes, region))
+                    pages = LayerStore.initial_pages(of_layer, sequences)
+                    grow.append((region, pages * page_bytes))
                 self._make_host_room(sum(max(0, size - region.committed) for region, size in grow))
                 commit_regions(grow)
                 stores = []
-                for index, (row, (_, region)) in enumerate(
-                    zip(self.shape.rows, taken, strict=True)
+                for index, (row, of_layer, (_, region)) in enumerate(
+                    zip(self.shape.rows, all_limits, taken, strict=True)
                 ):
                     path = None
                     if fast:
-                        path = self._device_path(index, layout, limits, memory, sequences)
+                        path = self._device_path(index, layout, of_layer, memory, sequences)
                     stores.append(
                         LayerStore(
                             row,
-                            limits,
+                            of_layer,
                             batch=sequences,
                             region=region,
                             reader=reader,
@@ -494,7 +506,7 @@ class Runtime:
             ),
             memory,
             batch=batch,
-            blocks=layout.replica_tokens // limits.page,
+            blocks=0 if index in layout.whole else layout.replica_tokens // limits.page,
             slots=limits.device_blocks + 1,
             page=limits.page,
             device=self.shape.device,
@@ -780,8 +792,11 @@ class Runtime:
             "host_pinned": pinned,
             "host_pageable": sum(region.committed for region in regions) - pinned,
         }
-        self._last.tokens_on_device = stores[0].device_tokens
-        self._last.tokens_on_host = stores[0].host_tokens
+        usual = max(
+            stores, key=lambda store: store.host_tokens
+        )  # not one that keeps all on the device
+        self._last.tokens_on_device = usual.device_tokens
+        self._last.tokens_on_host = usual.host_tokens
 
 
 def _is_returned(kwargs: dict[str, Any], generation: Any) -> bool:

@@ -62,6 +62,8 @@ class Demand:
         workspace_per_token: Further device bytes per token of the chunk and sequence.
         other_kv: Device bytes of the layers that are not offloaded.
         rungs: Replicas that may be kept of offloaded tokens, best first; none for exact mode.
+        whole_layers: Layers that keep all their tokens on the device beside replicas of the others, the first and the
+            last ones first. Only where `tokens` is known.
         streams: Whether to stream every token where no rung fits; else that is an error.
         scratch_bytes: Device bytes of a decode step on the device path, per sequence.
         scratch_token_bytes: Further ones, per token and sequence.
@@ -84,6 +86,7 @@ class Demand:
     workspace_per_token: int
     other_kv: int = 0
     rungs: tuple[RungPrice, ...] = ()
+    whole_layers: int = 0
     streams: bool = True
     scratch_bytes: int = 0
     scratch_token_bytes: int = 0
@@ -105,6 +108,7 @@ class Layout:
         host: Host bytes by purpose.
         rungs: What the replica of each offloaded layer is; empty without one.
         replica_tokens: Tokens per sequence that it has room for.
+        whole: Layers that keep all their tokens on the device; they have no replica.
     """
 
     chunk: int
@@ -117,11 +121,18 @@ class Layout:
     host: dict[str, int]
     rungs: tuple[Rung, ...] = ()
     replica_tokens: int = 0
+    whole: frozenset[int] = frozenset()
 
     @property
     def rung(self) -> Rung | None:
         """The rung of the fewest bits among the layers, or None without a replica."""
         return min(self.rungs, key=lambda rung: rung.bits, default=None)
+
+    @property
+    def lifted_layers(self) -> int:
+        """Layers whose replica has more bits than that."""
+        pairs = enumerate(self.rungs)
+        return sum(rung != self.rung for layer, rung in pairs if layer not in self.whole)
 
     @property
     def device_bytes(self) -> int:
@@ -213,6 +224,8 @@ def _lifted(
     spare, sets = budget - layout.device_bytes, {rungs[0].rung.tokens}
     for price in better:
         for layer in _ends_first(len(now)):
+            if layer in layout.whole:
+                continue
             more = tokens * (price.layer_bytes[layer] - now[layer].layer_bytes[layer])
             if (
                 price.rung.tokens not in sets
@@ -222,7 +235,7 @@ def _lifted(
                 spare -= more
                 sets.add(price.rung.tokens)
                 now[layer] = price
-    held = sum(price.layer_bytes[layer] for layer, price in enumerate(now))
+    held = sum(p.layer_bytes[layer] for layer, p in enumerate(now) if layer not in layout.whole)
     device = layout.device | {"replica": tokens * held, "decode step": scratch * len(sets)}
     return replace(layout, rungs=tuple(price.rung for price in now), device=device)
 
@@ -367,7 +380,9 @@ def _staging(demand: Demand, spare: int) -> int:
 def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layout:
     """The bytes of a layout, by purpose."""
     sink_blocks = demand.sinks // demand.page
-    per_token = demand.batch * sum(demand.token_bytes)
+    whole = _whole(demand)
+    split = sum(size for layer, size in enumerate(demand.token_bytes) if layer not in whole)
+    kept = sum(demand.token_bytes) - split  # bytes of a token in layers that keep all of them
     on_device = (sink_blocks + window_blocks) * demand.page
     host_tokens = 0
     if demand.tokens is not None:
@@ -394,8 +409,9 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
         eviction_bytes=eviction,
         device={
             "weights": demand.weights,
-            "sinks and window": on_device * per_token,
-            "tail": demand.page * per_token,
+            "sinks and window": demand.batch
+            * (on_device * split + -(-(demand.tokens or 0) // demand.page) * demand.page * kept),
+            "tail": demand.batch * demand.page * (split + kept),
             "staging": 2 * staging,
             "eviction": 2 * eviction,
             "replica": demand.batch * replica_tokens * _replica_bytes(demand),
@@ -405,15 +421,27 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "workspace": demand.workspace + demand.batch * chunk * demand.workspace_per_token,
             "overhead": demand.overhead,
         },
-        host={"pages": pages * sum(demand.token_bytes)},
+        host={"pages": pages * split},
         rungs=() if rung is None else (rung,) * len(demand.token_bytes),
         replica_tokens=replica_tokens,
+        whole=whole,
     )
+
+
+def _whole(demand: Demand) -> frozenset[int]:
+    """Layers that keep all their tokens on the device beside replicas of the others."""
+    if not demand.rungs or demand.tokens is None:
+        return frozenset()
+    return frozenset(_ends_first(len(demand.token_bytes))[: demand.whole_layers])
 
 
 def _replica_bytes(demand: Demand) -> int:
     """Bytes of one token of one sequence in the replica of the first rung."""
-    return demand.rungs[0].token_bytes if demand.rungs else 0
+    if not demand.rungs:
+        return 0
+    whole = _whole(demand)
+    sizes = enumerate(demand.rungs[0].layer_bytes)
+    return sum(size for layer, size in sizes if layer not in whole)
 
 
 def _replica_token_bytes(demand: Demand) -> int:

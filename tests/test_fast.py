@@ -175,6 +175,27 @@ def test_a_replica_comes_close_and_says_how_much_it_answered_for(bits: str, devi
     assert errors[1024] < errors[16] < errors[0]
 
 
+@ON
+def test_whole_layers_keep_everything_on_the_device(device: str) -> None:
+    model = build("llama", device)
+    ids, mask = left_padded(2, N, pads=(0, 130))
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    want = model.generate(**(inputs | CALL))
+    layers = model.config.num_hidden_layers
+    with offload.attach(model, **ALL, whole_layers=1, compile=False) as runtime:
+        got = runtime.generate(**(inputs | CALL))
+        report = runtime.report()
+    assert torch.equal(got, want)
+    assert report.whole_layers == 1
+    assert report.tokens_on_host > 400
+    with offload.attach(model, **(ALL | {"retrieved": 16}), whole_layers=layers) as runtime:
+        assert torch.equal(runtime.generate(**(inputs | CALL)), want)
+        assert runtime.report().selected_bytes == 0
+    with pytest.raises(ConfigError, match="more than the layers") as caught:
+        offload.attach(model, **ALL, whole_layers=layers + 1)
+    assert (caught.value.asked, caught.value.there) == (layers + 1, layers)
+
+
 def test_what_is_streamed_although_there_is_a_replica_is_said() -> None:
     model = build("llama", "cpu")
     ids, mask = left_padded(1, 900, pads=(0,))

@@ -197,6 +197,22 @@ def test_the_first_and_the_last_layers_are_lifted_first() -> None:
     assert [rung.bits for rung in layout.rungs] == [3, 2, 2, 2, 2, 3]
 
 
+@given(whole=st.integers(0, 6), batch=st.integers(1, 3))
+def test_whole_layers_take_device_bytes_and_no_host_bytes(whole: int, batch: int) -> None:
+    demand = replace(FAST, rungs=LADDER[:1], streams=False, whole_layers=whole, batch=batch)
+    none = replace(demand, whole_layers=0)
+    roomy = least_budget(demand)
+    some = lay_out(demand, device_budget=roomy, host_budget=PLENTY)
+    if not some.host_tokens:  # all of it took no more
+        return
+    plain = lay_out(none, device_budget=least_budget(none), host_budget=PLENTY)
+    assert some.whole == frozenset((0, 5, 1, 4, 2, 3)[:whole])
+    assert some.host_bytes == plain.host_bytes * (6 - whole) // 6
+    tokens = -(-100_000 // 64) * 64 - (some.sink_blocks + some.window_blocks) * 64
+    more = some.device["sinks and window"] - plain.device["sinks and window"]
+    assert more == batch * tokens * 4096 * whole
+
+
 def test_a_rung_that_was_asked_for_is_not_changed() -> None:
     asked = replace(FAST, rungs=LADDER[2:], streams=False)
     roomy = lay_out(asked, device_budget=least_budget(asked) + 900 * MIB, host_budget=PLENTY)
