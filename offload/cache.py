@@ -6,9 +6,10 @@ keep every token. Sliding, linear, convolution and other layers of bounded size 
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -23,11 +24,22 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
+from transformers.generation.utils import GenerationMixin
 
 from offload.attention import forget_pending, hand_over
 from offload.errors import CacheError, InputError
 from offload.scheduler.layout import Layout
 from offload.tiers.store import LayerStore
+
+_PREPARE = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = "cache" if "cache" in _PREPARE else "past_key_values"
+"""What transformers calls the argument and the output that are the cache: `cache` from 5.24 on."""
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, under either name; None without one."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 class Store(Protocol):
@@ -297,7 +309,7 @@ def _has_attention(layer: Any) -> bool:
 class OffloadCache(Cache):
     """A transformers cache over two tiers. Made by `Runtime.new_cache()`.
 
-    One forward pass at a time. It works wherever transformers takes `past_key_values` for the model it was
+    One forward pass at a time. It works wherever transformers takes a cache for the model it was
     made for: `generate`, beams, assisted decoding, several turns.
     """
 
@@ -665,7 +677,7 @@ def unpadded(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def require_ours(cache: Any) -> OffloadCache:
-    """The cache that a user passed as past_key_values, if it is one of ours.
+    """The cache that a user passed, if it is one of ours.
 
     Raises:
         InputError: It is a stock cache.
@@ -673,7 +685,7 @@ def require_ours(cache: Any) -> OffloadCache:
     """
     if not isinstance(cache, OffloadCache):
         raise InputError(
-            "past_key_values is not an offload cache",
+            "The cache is not an offload cache",
             asked=type(cache).__name__,
             there="OffloadCache",
             change="Pass runtime.new_cache(), or leave it out; for a stock cache call model.generate.",

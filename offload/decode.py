@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from offload.attention import kept_out_of_compiled_code
-from offload.cache import OffloadCache, OffloadLayer
+from offload.cache import OffloadCache, OffloadLayer, cache_in
 from offload.tiers.replica import LARGEST_HEAD
 from offload.tiers.store import LayerStore
 
@@ -119,7 +119,7 @@ class CapturedStep:
 
     def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids")
-        if args or kwargs.get("past_key_values") is not self._cache or not isinstance(ids, Tensor):
+        if args or cache_in(kwargs) is not self._cache or not isinstance(ids, Tensor):
             return False
         if ids.dim() != 2 or ids.shape[1] != 1 or not self._stores:
             return False
@@ -256,13 +256,13 @@ def decode(
         generation_config: As merged.
         streamer: Gets tokens.
         synced_gpus: Must be False.
-        **model_kwargs: past_key_values, and attention_mask and position_ids where the model takes them.
+        **model_kwargs: The cache, and attention_mask and position_ids where the model takes them.
 
     Returns:
         [B, N + new], as `generate` returns it.
     """
     assert not synced_gpus
-    cache = model_kwargs["past_key_values"]
+    cache = cache_in(model_kwargs)
     batch, length = input_ids.shape
     longest = int(stopping_criteria.max_length)
     has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offload.attention import NAME, forget_pending, register
-from offload.cache import OffloadCache, keeps_every_token, stock_layers
+from offload.cache import CACHE, OffloadCache, keeps_every_token, stock_layers
 from offload.errors import InputError, OffloadError, UnsupportedModelError
 from offload.kernels.attend import attend
 from offload.tiers.rows import RowShape
@@ -406,7 +406,7 @@ def _recorded_pass(
         torch.cuda.reset_peak_memory_stats(device)
     base = torch.cuda.memory_allocated(device) if on_card else 0
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+        model(input_ids=ids, use_cache=True, **{CACHE: cache}, **keep)
     peak = torch.cuda.max_memory_allocated(device) - base if on_card else 0
     return _Pass(recorders, cache, peak)
 

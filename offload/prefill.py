@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from offload.cache import OffloadCache
+from offload.cache import CACHE, OffloadCache
 from offload.prompt import Prompt
 
 
@@ -87,9 +87,9 @@ def prefill(
             kwargs["position_ids"] = positions[..., start:stop]
         inputs = model.prepare_inputs_for_generation(
             prompt.input_ids[:, start:stop],
-            past_key_values=cache,
             use_cache=True,
             is_first_iteration=False,
+            **{CACHE: cache},
             **kwargs,
         )
         model(**inputs, return_dict=True)

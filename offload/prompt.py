@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
-from offload.cache import OffloadCache, unpadded
+from offload.cache import CACHE_NAMES, OffloadCache, cache_in, unpadded
 from offload.errors import CacheError, InputError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _TEXT_INPUTS = frozenset(
         "position_ids",
         "token_type_ids",
         "use_cache",
-        "past_key_values",
+        *CACHE_NAMES,
         "logits_to_keep",
     }
 )
@@ -159,7 +159,7 @@ def read_prompt(model: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> Pr
     in_chunks = not any(
         isinstance(value, Tensor) and key not in _TEXT_INPUTS for key, value in model_kwargs.items()
     )
-    for key in ("use_cache", "past_key_values"):
+    for key in ("use_cache", *CACHE_NAMES):
         model_kwargs.pop(key, None)
     return Prompt(
         input_ids=ids,
@@ -190,7 +190,8 @@ def check_arguments(model: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, 
     """
     own = set(inspect.signature(model.generate).parameters) - {"inputs", "kwargs"}
     for_config = {k: v for k, v in kwargs.items() if k not in own and k not in _LOOP_ONLY}
-    for_config.pop("past_key_values", None)
+    for name in CACHE_NAMES:
+        for_config.pop(name, None)
     generation, model_kwargs = model._prepare_generation_config(
         kwargs.get("generation_config"), **for_config
     )
@@ -356,7 +357,7 @@ def first_forward_skips_cached(model: Any, cache: OffloadCache) -> Iterator[None
     """
 
     def cut(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("past_key_values") is not cache:
+        if cache_in(kwargs) is not cache:
             return None
         hook.remove()
         past, ids = cache.get_seq_length(), kwargs["input_ids"]

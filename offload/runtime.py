@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from offload.budget import Budgets
-from offload.cache import OffloadCache, require_ours, stock_layers
+from offload.cache import CACHE, CACHE_NAMES, OffloadCache, cache_in, require_ours, stock_layers
 from offload.config import OffloadConfig
 from offload.decode import captured_steps, decode
 from offload.errors import CacheError, ConfigError, InputError
@@ -173,13 +173,13 @@ class Runtime:
 
         def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             """Tells a cache of ours which tokens a pass over it feeds, whoever calls the model."""
-            cache = kwargs.get("past_key_values")
+            cache = cache_in(kwargs)
             if isinstance(cache, OffloadCache) and cache in caches:
                 ids = kwargs.get("input_ids", args[0] if args else None)
                 cache.begin_pass(ids, kwargs.get("attention_mask"))
 
         def end(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-            cache = kwargs.get("past_key_values")
+            cache = cache_in(kwargs)
             if isinstance(cache, OffloadCache) and cache in caches:
                 cache.end_pass()
 
@@ -202,7 +202,7 @@ class Runtime:
         Args:
             inputs: Token ids [B, N], as in transformers; input_ids= works too.
             on_progress: Called with a `Progress` while the prompt is read.
-            **kwargs: Any keyword argument of transformers' generate. past_key_values takes a cache of
+            **kwargs: Any keyword argument of transformers' generate. cache, or past_key_values, takes one of
                 `new_cache()`; the prompt then is the whole conversation, and what the cache holds of it is
                 not computed again.
 
@@ -216,7 +216,9 @@ class Runtime:
             BudgetError: The run does not fit the budgets.
         """
         self._require_ready()
-        given = kwargs.pop("past_key_values", None)
+        given = cache_in(kwargs)
+        for name in CACHE_NAMES:
+            kwargs.pop(name, None)
         cache = None if given is None else self._own(require_ours(given))
         if kwargs.get("inputs_embeds") is not None:
             return self._generate_stock(inputs, cache, kwargs, "inputs_embeds")
@@ -247,7 +249,9 @@ class Runtime:
                 cache.close("its generate call is over")
 
     def new_cache(self, max_tokens: int | None = None) -> OffloadCache:
-        """A cache for stock `model.generate(past_key_values=...)`, or for several turns of `generate`.
+        """A cache for stock `model.generate`, or for several turns of ours.
+
+        It is passed as `cache`; stock `generate` takes `past_key_values` before transformers 5.24, ours takes both.
 
         Args:
             max_tokens: Tokens per sequence that it will hold; None: host memory grows as needed, and the
@@ -569,7 +573,7 @@ class Runtime:
         if cache not in self._caches:
             raise CacheError(
                 "The cache was made for another model",
-                asked="past_key_values",
+                asked="a cache",
                 there="a cache of another runtime",
                 change="Use this runtime's new_cache().",
             )
@@ -643,7 +647,7 @@ class Runtime:
                     # Experts are computed another way for few tokens; transformers' own loop does this too.
                     stack.enter_context(self.model._optimize_model_for_decode())
             stack.enter_context(cache.streaming(prompt.is_beams))
-            result = self.model.generate(prompt.input_ids, past_key_values=cache, **call)
+            result = self.model.generate(prompt.input_ids, **{CACHE: cache}, **call)
         cache.stop_recording()
         sequences = result if isinstance(result, Tensor) else result.sequences
         if self._streams.on:
@@ -745,7 +749,7 @@ class Runtime:
         last = self._last = _LastRun(reused_tokens=own.get_seq_length())
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
         try:
-            result = self.model.generate(inputs, past_key_values=own, **kwargs)
+            result = self.model.generate(inputs, **{CACHE: own}, **kwargs)
             last.decode_s = time.perf_counter() - began
             last.decode_h2d_bytes = self._counters.h2d_bytes - h2d
             return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -457,6 +458,24 @@ def test_a_cache_that_was_reset_is_as_new(name: str) -> None:
         got = runtime.generate(other, past_key_values=cache, **call)
         assert runtime.report().reused_tokens == 0
     assert torch.equal(got, model.generate(other, **call))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_under_either_name_and_nobody_is_warned(model: Any, name: str) -> None:
+    ids = prompts(1, N)
+    call: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    want = model.generate(ids, **call)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attached(model) as runtime:
+            cache = runtime.new_cache()
+            with_cache: dict[str, Any] = {name: cache, **call}
+            got = runtime.generate(ids, **with_cache)
+            assert torch.equal(got, want)
+            talk = torch.cat([got, prompts(1, 20, seed=1)], dim=1)
+            runtime.generate(talk, **with_cache)
+            assert runtime.report().reused_tokens == got.shape[1] - 1
+            assert torch.equal(runtime.generate(ids, prompt_lookup_num_tokens=3, **call), want)
 
 
 def test_stock_generate_takes_our_cache(model: Any) -> None:

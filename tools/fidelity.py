@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 from _record import Record, arguments, parse
 
 import offload
+from offload.cache import CACHE
 from offload.decode import captured_steps
 from offload.loading import load
 
@@ -112,12 +113,10 @@ def dense(case: Case, *, step: int) -> tuple[Tensor, list[Tensor], Any]:
     model, ids = case.model, case.ids
     cache = DynamicCache(config=model.config)
     for a, b in pieces(0, case.context, 1024):
-        model(input_ids=ids[:, a:b], past_key_values=cache, logits_to_keep=1)
+        model(input_ids=ids[:, a:b], **{CACHE: cache}, logits_to_keep=1)
     logits, hidden = [], []
     for a, b in pieces(case.context, ids.shape[1], step):
-        out = model(
-            input_ids=ids[:, a:b], past_key_values=cache, output_hidden_states=a == case.context
-        )
+        out = model(input_ids=ids[:, a:b], **{CACHE: cache}, output_hidden_states=a == case.context)
         logits.append(out.logits[0].float().cpu())
         if a == case.context:
             hidden = [h[0, :LAYER_STEPS].float().cpu() for h in out.hidden_states]
@@ -132,9 +131,7 @@ def ours(case: Case, rung: str, tokens: int, skipped: float) -> dict[str, Any]:
     settings: dict[str, Any] = {"mode": "fast", "window": WINDOW, "rung": rung, "retrieved": tokens, "skipped_mass": skipped}  # fmt: skip
     with offload.attach(model, **settings, chunk=1024, capture=False) as runtime:
         cache = runtime.new_cache(ids.shape[1] + 64)
-        runtime.generate(
-            ids[:, : case.context], past_key_values=cache, max_new_tokens=1, do_sample=False
-        )
+        runtime.generate(ids[:, : case.context], cache=cache, max_new_tokens=1, do_sample=False)
         cache.crop(case.context - cache.get_seq_length())
         logits, hidden = [], []
         began = 0.0
@@ -142,7 +139,7 @@ def ours(case: Case, rung: str, tokens: int, skipped: float) -> dict[str, Any]:
         def feed(at: int, **more: Any) -> Any:
             position = torch.tensor([[at]], device=ids.device)
             out = model(
-                input_ids=ids[:, at : at + 1], position_ids=position, past_key_values=cache,
+                input_ids=ids[:, at : at + 1], position_ids=position, **{CACHE: cache},
                 use_cache=True, **more,
             )  # fmt: skip
             logits.append(out.logits[0].float().cpu())
@@ -162,7 +159,7 @@ def ours(case: Case, rung: str, tokens: int, skipped: float) -> dict[str, Any]:
         for question, _ in case.questions:
             asked = torch.cat([ids, question], dim=1)
             out = runtime.generate(
-                asked, past_key_values=cache, max_new_tokens=6, do_sample=False, pad_token_id=0
+                asked, cache=cache, max_new_tokens=6, do_sample=False, pad_token_id=0
             )
             answers.append(out[0, asked.shape[1] :].tolist())
         assert not on_card or captured.replays > 0, captured.reason
@@ -181,7 +178,7 @@ def dense_answers(case: Case, cache: Any) -> list[list[int]]:
         length = cache.get_seq_length()
         asked = torch.cat([case.ids, question], dim=1)
         out = case.model.generate(
-            asked, past_key_values=cache, max_new_tokens=6, do_sample=False, pad_token_id=0
+            asked, **{CACHE: cache}, max_new_tokens=6, do_sample=False, pad_token_id=0
         )
         answers.append(out[0, asked.shape[1] :].tolist())
         cache.crop(length - cache.get_seq_length())

@@ -322,12 +322,14 @@ def _answer_offloaded(
 def _answer_in_memory(loaded: Loaded, prompt: dict[str, Any], max_new_tokens: int) -> _InMemory:
     from transformers import DynamicCache
 
+    from offload.cache import CACHE
+
     cache = DynamicCache(config=loaded.model.config)
     streamer = _Streamer()
     model: Any = loaded.model  # its `generate` is typed for streamers that derive from BaseStreamer
     ids = model.generate(
         **prompt,
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=streamer,

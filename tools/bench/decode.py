@@ -36,6 +36,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 import offload
+from offload.cache import CACHE
 from offload.kernels.combine import empty_partials
 from offload.kernels.quantize import empty_codes
 from offload.kernels.reference import BLOCK, Codes
@@ -95,7 +96,7 @@ def full_step_ms(model: Any, tokens: int, device: torch.device) -> float:
     position = torch.full((1, 1), tokens - 1, device=device)
 
     def step() -> None:
-        out = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+        out = model(input_ids=token, position_ids=position, **{CACHE: cache}, use_cache=True)
         token.copy_(out.logits[:, -1].argmax(-1, keepdim=True))
 
     if device.type != "cuda":
@@ -132,14 +133,14 @@ def run_ours(
     free()
     with PeakMemory() as peak, offload.attach(model, mode="fast", **settings) as runtime:
         cache = runtime.new_cache(ids.shape[1] + new)
-        answer = runtime.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False)
+        answer = runtime.generate(ids, cache=cache, max_new_tokens=new, do_sample=False)
         report = runtime.report()
         print(report, flush=True)
         found: dict[str, Any] = {"answer": answer[:, ids.shape[1] :]}
         if logits:
             cache.crop(ids.shape[1] - 1 - cache.get_seq_length())
             again = runtime.generate(
-                ids, past_key_values=cache, max_new_tokens=CHECKED, do_sample=False,
+                ids, cache=cache, max_new_tokens=CHECKED, do_sample=False,
                 return_dict_in_generate=True, output_logits=True,
             )  # fmt: skip
             found["logits"] = torch.stack([step.float().cpu() for step in again.logits])

@@ -27,6 +27,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 import offload
+from offload.cache import CACHE
 from offload.kernels.attend import attend
 from offload.kernels.reference import merge
 from offload.tiers.pinned import HostRegion, PinBudget, commit_regions
@@ -144,7 +145,7 @@ def run_dense(
             stop = min(start + chunk, n - 1)
             model(
                 input_ids=ids[:, start:stop],
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -157,7 +158,7 @@ def run_dense(
     steps_s = []
     for step in range(logits_steps):
         began = time.perf_counter()
-        out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=token, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         synchronize()
         steps_s.append(time.perf_counter() - began)
         logits.append(out.logits[:, -1].float().cpu())
@@ -194,7 +195,7 @@ def run_hf_offloaded(model: Any, ids: Tensor, steps: int) -> list[float]:
 
     def step() -> None:
         nonlocal token
-        out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=token, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
 
     return [seconds(step) for _ in range(steps)]
