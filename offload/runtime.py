@@ -621,9 +621,8 @@ class Runtime:
             fast = cache.decodes_fast and not prompt.is_beams
             if fast:
                 self._check_replica(cache)
-            if (
-                not prompt.is_assisted and not fast
-            ):  # its steps of many tokens need their logits' memory
+            # Steps on the device path stream nothing, and those of an assistant's candidates need the memory.
+            if not fast and not prompt.is_assisted:
                 self._keep_pages_resident(cache)
         last.prefill_s = done.seconds
         last.tail_mass = last.skipped_mass = 0.0

@@ -31,9 +31,8 @@ from offload.tiers.replica import DevicePath
 from offload.tiers.rows import RowShape
 from offload.tiers.transfer import HostReader, HostWriter
 
-_PIECE_TOKENS = (
-    4096  # tokens packed into rows at a time; the usual prefill chunk, so that one piece is all
-)
+# Tokens packed into rows at a time: the usual prefill chunk, so that one piece is all.
+_PIECE_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,9 +118,8 @@ class LayerStore:
         )
         self._tail_length = 0
         self._sinks = 0  # blocks in slots [0, sinks)
-        self._slots: deque[int] = (
-            deque()
-        )  # window blocks, oldest first; with the sinks a dense prefix
+        # Window blocks, oldest first; with the sinks a dense prefix.
+        self._slots: deque[int] = deque()
         pages = self.initial_pages(limits, batch)
         self._table = PageTable(batch, pages)
         self._resident: Tensor | None = None  # a device copy of the first host columns
@@ -264,8 +262,8 @@ class LayerStore:
             return self.step(query, key, value, scale=scale, softcap=softcap, sink_logits=sink_logits)  # fmt: skip
         self.busy = True
         key, value = key.detach(), value.detach()  # what is kept must not keep a graph
-        n_new = query.shape[2]
-        if n_new == 1 and self.path is not None and self.path.can_step(visible, self.columns):
+        alone = query.shape[2] == 1
+        if alone and self.path is not None and self.path.can_step(visible, self.columns):
             try:
                 self.before_step()
                 out = self.step(
@@ -277,73 +275,63 @@ class LayerStore:
                 raise
             self.busy = False
             return out
-        if n_new > self.limits.page:
+        out = self._attend_to_all(query, key, value, scale, visible, softcap, sink_logits)
+        self._take_in(key, value)
+        self.busy = False
+        self._reader.prefetch()
+        return out
+
+    def _attend_to_all(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        visible: Tensor | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Attends to every key exactly, those on the host streamed; arguments and result as of `attend`."""
+        n_new, page, past = query.shape[2], self.limits.page, self.length
+        if n_new > page:
             self.drop_resident()  # a prefill: its activations need the memory
         merge = RunningMerge()
-        page, past = self.limits.page, self.length
+        sinks = sink_logits  # of the first part alone
+
+        def add(keys: Tensor, values: Tensor, mask: Tensor | None, *, causal: bool = False) -> None:
+            nonlocal sinks
+            part = attend(
+                query, keys, values,
+                scale=scale, causal=causal, mask=mask, softcap=softcap, sink_logits=sinks,
+            )  # fmt: skip
+            merge.add(part)
+            sinks = None
 
         def mask(start: int, stop: int) -> Tensor | None:
             return None if visible is None else visible[:, None, None, start:stop]
 
-        # The first part carries the sink logits; host pages come last: their copies need time.
-        sinks = sink_logits
         if n_new == 1:
             rows = self._tail[:, self._tail_length]
             rows[..., : self.shape.key_dim].copy_(key[:, :, 0])
             rows[..., self.shape.key_dim :].copy_(value[:, :, 0])
         else:
-            merge.add(
-                attend(
-                    query,
-                    key,
-                    value,
-                    scale=scale,
-                    causal=True,
-                    mask=mask(past, past + n_new),
-                    softcap=softcap,
-                    sink_logits=sinks,
-                )
-            )
-            sinks = None
+            add(key, value, mask(past, past + n_new), causal=True)
         n_device = self._used * page + self._tail_length + (1 if n_new == 1 else 0)
         if n_device:
-            keys, values = self._split(self._window.flatten(1, 2)[:, :n_device])
-            device_mask = self._device_mask(visible, n_device)
-            merge.add(
-                attend(
-                    query,
-                    keys,
-                    values,
-                    scale=scale,
-                    mask=device_mask,
-                    softcap=softcap,
-                    sink_logits=sinks,
-                )
-            )
-        first_host = self._sinks * page
+            held = self._window.flatten(1, 2)[:, :n_device]
+            add(*self._split(held), self._device_mask(visible, n_device))
+        first_host = self.first_host_token
         if self._resident is not None:
             rows = self._resident.flatten(1, 2).expand(self.batch, -1, -1, -1)
-            merge.add(
-                attend(
-                    query,
-                    *self._split(rows),
-                    scale=scale,
-                    softcap=softcap,
-                    mask=mask(first_host, first_host + self.resident_columns * page),
-                )
-            )
+            add(*self._split(rows), mask(first_host, first_host + self.resident_columns * page))
+        # Host pages come last: their copies need time.
         for chunk, staged in self._reader.read(self):
             rows = staged.view(self.shape.dtype).view(
                 chunk.rows, -1, self.shape.kv_heads, self.shape.width
             )
             keys, values = self._split(rows.expand(self.batch, -1, -1, -1))
-            chunk_mask = mask(first_host + chunk.start * page, first_host + chunk.stop * page)
-            merge.add(attend(query, keys, values, scale=scale, mask=chunk_mask, softcap=softcap))
-        out = merge.result(query.dtype).out.transpose(1, 2).contiguous()
-        self._take_in(key, value)
-        self.busy = False
-        self._reader.prefetch()
-        return out
+            add(keys, values, mask(first_host + chunk.start * page, first_host + chunk.stop * page))
+        return merge.result(query.dtype).out.transpose(1, 2).contiguous()
 
     # A step of one token on the device path, in three: what a captured graph replays is the middle one.
 
