@@ -383,6 +383,27 @@ def test_heads_without_a_kernel_are_computed_by_the_reference(
     assert device == "cpu" or any("no kernel" in note for note in notes)
 
 
+@ON
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_a_result_keeps_of_each_step_is_that_steps(hidden: bool, device: str) -> None:
+    model = build("llama", device)
+    ids = prompts(2, N).to(device)
+    call = CALL | {"max_new_tokens": 90, "return_dict_in_generate": True, "output_logits": True}
+    call["output_hidden_states"] = hidden
+    want = model.generate(ids, **call)
+    with offload.attach(model, **ALL, compile=False) as runtime:
+        got = runtime.generate(ids, **call)
+        report = runtime.report()
+    assert torch.equal(got.sequences, want.sequences)
+    for ours, stock in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+    if hidden:
+        for step in (1, 40, 89):
+            for ours, stock in zip(got.hidden_states[step], want.hidden_states[step], strict=True):
+                torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-3)
+    assert (report.replayed_steps > 80) == (device == "cuda" and not hidden)
+
+
 @pytest.mark.gpu
 def test_rows_that_cannot_be_pinned_come_by_way_of_the_host() -> None:
     model = build("llama", "cuda")
