@@ -233,7 +233,8 @@ def main() -> None:
         del cache
         record.row(
             f"{name}: dense", tokens=case.context, steps=case.steps, dtype=args.dtype,
-            facts_right=right(case, answers), facts=len(FACTS),
+            facts_right=right(case, answers), facts=len(FACTS), model_type=case.model.config.model_type,
+            parameters=sum(p.numel() for p in case.model.parameters()),
         )  # fmt: skip
         if dtype != torch.float32:
             other, _, _ = dense(case, step=1)
