@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -158,6 +159,7 @@ class Runtime:
         self._free_regions: dict[int, list[HostRegion]] = {}
         self._reserve = max(2**30, host_memory().total // max(1, len(shape.rows)))
         self._last = _LastRun()
+        self._idle = threading.Lock()  # held by a generate
         self._asked_tokens = 0  # in calls of mode fast
         self._current: weakref.ref[OffloadCache] | None = None  # the cache used last
         if config.mode == "fast" and config.cache.page != BLOCK:
@@ -211,11 +213,31 @@ class Runtime:
             others were read before, in chunks.
 
         Raises:
-            InputError: An empty or right-padded prompt, or an argument that is not supported.
+            InputError: An empty or right-padded prompt, an argument that is not supported, or another call that is
+                not over.
             CacheError: The cache was closed, or is another runtime's.
             BudgetError: The run does not fit the budgets.
         """
         self._require_ready()
+        if not self._idle.acquire(blocking=False):
+            raise InputError(
+                "The runtime is generating already",
+                asked="another generate",
+                there="one call at a time",
+                change="Wait for the first one, or attach another copy of the model.",
+            )
+        try:
+            return self._generate(inputs, on_progress, kwargs)
+        finally:
+            self._idle.release()
+
+    def _generate(
+        self,
+        inputs: Tensor | None,
+        on_progress: Callable[[Progress], None] | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """`generate`, while nobody else does."""
         given = cache_in(kwargs)
         for name in CACHE_NAMES:
             kwargs.pop(name, None)

@@ -658,6 +658,23 @@ def test_assisted_decoding_of_a_batch_is_refused_before_the_prompt_is_read(
         runtime.generate(prompts(2, N), prompt_lookup_num_tokens=3, **CALL)
 
 
+def test_a_second_generate_within_the_first_is_refused_and_the_first_goes_on(
+    model: Any, runtime: Any
+) -> None:
+    ids = prompts(1, N)
+    refused: list[str] = []
+
+    def again(*_: Any) -> None:
+        with pytest.raises(InputError, match="generating already") as caught:
+            runtime.generate(ids, **CALL)
+        refused.append(str(caught.value))
+
+    want = model.generate(ids, **CALL)
+    assert torch.equal(runtime.generate(ids, on_progress=again, **CALL), want)
+    assert refused
+    assert torch.equal(runtime.generate(ids, **CALL), want)
+
+
 def test_a_closed_cache_says_that_it_was_closed(model: Any, runtime: Any) -> None:
     cache = runtime.new_cache()
     runtime.generate(prompts(1, N), past_key_values=cache, **CALL)
