@@ -465,6 +465,8 @@ class DevicePath:
         tokens = memory.selection.tokens
         rows = reference.gather(pool, self._table.cpu(), tokens.cpu()).to(query.device)
         part = _attend_selected(query, rows, tokens, self.shape.key_dim, scale, softcap)
+        # One slot holds them all; the others may still hold what a kernel read while all pages were pinned.
+        memory.partials.lse[:, :, memory.rows_at : memory.tail_at] = -torch.inf
         memory.partials.out[:, :, memory.rows_at] = part.out[:, :, 0].float()
         memory.partials.lse[:, :, memory.rows_at] = part.lse[:, :, 0]
 

@@ -72,6 +72,31 @@ def test_no_step_takes_more_than_was_planned(
         assert path.nbytes <= batch * 64 * blocks * rung.token_bytes(kv_heads, size, size)
 
 
+def test_rows_that_come_by_way_of_the_host_leave_no_older_ones_beside_them() -> None:
+    row = RowShape(kv_heads=1, key_dim=64, value_dim=64, dtype=torch.float32)
+    cpu = torch.device("cpu")
+    path = DevicePath(
+        row,
+        PathSettings(bits=4, tokens=64, skipped_mass=0.0),
+        StepMemory(cpu),
+        batch=1,
+        blocks=4,
+        slots=3,
+        page=64,
+        device=cpu,
+    )
+    memory = path._memory.of(1, 2, row, 4, path._splits, 64)
+    assert memory.selection is not None
+    memory.selection.tokens.copy_(torch.arange(64))
+    memory.partials.lse.zero_()  # as the kernel left them while all pages were pinned
+    pool = torch.randn(4, 64, 1, 128)
+    path._attend_fetched(torch.randn(1, 2, 64), pool, memory, 0.125, None)
+    rows = memory.partials.lse[:, :, memory.rows_at : memory.tail_at]
+    assert rows.shape[2] == 4
+    assert bool((rows[:, :, 0] > 0).all())
+    assert bool(rows[:, :, 1:].isneginf().all())
+
+
 @pytest.mark.parametrize(
     ("visible", "left", "padding"),
     [
