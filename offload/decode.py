@@ -10,7 +10,6 @@ replayed. A graph is captured anew when an address that it has kept changed, or 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,22 +23,21 @@ from offload.cache import OffloadCache, OffloadLayer, cache_in
 from offload.tiers.replica import LARGEST_HEAD
 from offload.tiers.store import LayerStore
 
-logger = logging.getLogger(__name__)
-
 # Inputs of a step that a graph reads from fixed addresses; others must be the same objects in every step.
 _STATIC = ("input_ids", "position_ids")
 # What says only how long the past is, which the stores know.
 _DROPPED = ("attention_mask",)
+_NOT_PINNED = "not all host pages are pinned"
 
 
 class CapturedStep:
-    """Stands before a model's forward: replays what it can, passes on the rest.
+    """Stands before a model's forward: replays what it can, passes on the rest. Whoever made it tells the reasons.
 
     Attributes:
         reason: Why steps are not captured, or None.
         not_compiled: Why layers are captured as they are, though they should be compiled, or None.
         replays: Steps that were replayed.
-        seconds: What compiling and capturing took.
+        seconds: What compiling and capturing took, each counted once; the step that compiles is part of it.
     """
 
     def __init__(self, model: Any, cache: OffloadCache, *, compiles: bool) -> None:
@@ -58,9 +56,8 @@ class CapturedStep:
         self._others: dict[str, Any] = {}
         self._output: Any = None
         self._key: tuple[Any, ...] | None = None
-        self._warm: set[tuple[bool, ...]] = (
-            set()
-        )  # which layers had tokens on the host in steps that ran
+        # Which layers had tokens on the host, in steps that ran.
+        self._warm: set[tuple[bool, ...]] = set()
         self.reason = _why_not(cache)
         self.not_compiled: str | None = None
         self.replays = 0
@@ -104,17 +101,18 @@ class CapturedStep:
     def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a step as it is, compiled if that is wanted and works."""
         if self._compiles:
-            length = self._cache.get_seq_length()
+            length, began = self._cache.get_seq_length(), time.perf_counter()
             try:
                 with self._compiled():
                     return self._model._call_impl(*args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
                 self._compiles = False
                 self.not_compiled = f"compiling failed ({_first_line(error)})"
-                logger.warning("Layers run as they are: %s", self.not_compiled)
                 self._cache.settle()  # some layers had taken the token in
                 if self._cache.get_seq_length() != length:
                     raise
+            finally:
+                self.seconds += time.perf_counter() - began
         return self._model._call_impl(*args, **kwargs)
 
     def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -126,13 +124,10 @@ class CapturedStep:
         if not isinstance(kwargs.get("position_ids"), Tensor):
             # A graph would keep the position that the model counts for itself.
             self.reason = "its forward was not given position_ids"
-            logger.warning("Decode steps run eagerly: %s", self.reason)
             return False
-        if kwargs.get(
-            "output_hidden_states"
-        ):  # whoever keeps them would keep one step's, many times
+        if kwargs.get("output_hidden_states"):
+            # Whoever keeps them would keep one step's, many times.
             self.reason = "hidden states of every step are asked for"
-            logger.warning("Decode steps run eagerly: %s", self.reason)
             return False
         strangers = [
             name
@@ -141,10 +136,11 @@ class CapturedStep:
         ]
         if strangers:
             self.reason = f"a graph does not know its inputs {', '.join(strangers)}"
-            logger.warning("Decode steps run eagerly: %s", self.reason)
             return False
-        first = self._stores[0]
-        if ids.shape[0] != first.batch or first.path is None:
+        if not all(store.all_pinned for store in self._stores):  # host memory may have grown
+            self.reason = _NOT_PINNED
+            return False
+        if ids.shape[0] != self._stores[0].batch:
             return False
         return all(s.path is not None and s.path.can_step_now(s.columns) for s in self._stores)
 
@@ -171,13 +167,13 @@ class CapturedStep:
         except Exception as error:  # noqa: BLE001 - whatever stops a capture, eager steps work
             torch.cuda.synchronize()
             self.reason = f"capturing it failed ({type(error).__name__}: {_first_line(error)})"
-            logger.warning("Decode steps run eagerly: %s", self.reason)
             self.release()
             return False
+        finally:
+            self.seconds += time.perf_counter() - began
         self._graph = graph
         self._others = _others(kwargs)  # held, so that no other object gets the id of one of them
         self._key = self._addresses(kwargs)
-        self.seconds += time.perf_counter() - began
         return True
 
     @contextmanager
@@ -186,7 +182,6 @@ class CapturedStep:
         if not self._compiles:
             yield
             return
-        began = time.perf_counter()
         layers = _decoder_layers(self._model)
         limits = {"recompile_limit": 4 * len(layers) + 64, "accumulated_recompile_limit": 2**16}
         try:
@@ -197,7 +192,6 @@ class CapturedStep:
         finally:
             for layer in layers:
                 layer._compiled_call_impl = None
-            self.seconds += time.perf_counter() - began
 
     def release(self) -> None:
         """Gives the graph's memory back."""
@@ -388,7 +382,7 @@ def _why_not(cache: OffloadCache) -> str | None:
     if not all(store.path.has_kernels for store in cache.layer_stores if store.path is not None):
         return f"its heads are larger than {LARGEST_HEAD}, which no kernel knows"
     if not all(store.all_pinned for store in cache.layer_stores):
-        return "not all host pages are pinned"
+        return _NOT_PINNED
     return None
 
 

@@ -43,7 +43,7 @@ from offload.report import Report
 from offload.scheduler.layout import AUTO_CHUNK, Layout, budget_for
 from offload.scheduler.rungs import BLOCK
 from offload.tiers.pinned import HostRegion, commit_regions
-from offload.tiers.replica import DevicePath, PathSettings, StepMemory
+from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
 from offload.tiers.store import LayerStore, StoreLimits
 from offload.tiers.transfer import HostReader, HostWriter, Streams, TransferCounters
 
@@ -405,7 +405,7 @@ class Runtime:
             exact: Every token is streamed, whatever the mode.
         """
         fast = self.config.mode == "fast" and not exact
-        memory = StepMemory(self.shape.device)
+        memory = StepMemory(self.shape.device) if fast else None
         taken: list[tuple[int, HostRegion]] = []
         readers: list[HostReader] = []
 
@@ -432,26 +432,11 @@ class Runtime:
                 self._notes[note] = None
             reader = HostReader(self._streams, layout.staging_bytes, self._counters)
             writer = HostWriter(self._streams, layout.eviction_bytes, self._counters)
-            limits = StoreLimits(
-                page=self.config.cache.page,
-                sink_blocks=layout.sink_blocks,
-                window_blocks=layout.window_blocks,
-                host_tokens=layout.host_tokens,
-                batch=sequences * copies,
-            )
-            # Layers that keep all their tokens on the device have a window as long as the run.
-            whole = replace(
-                limits,
-                window_blocks=max(1, -(-(tokens or 0) // limits.page) - layout.sink_blocks),
-                host_tokens=0,
-            )
-            all_limits = [
-                whole if index in layout.whole else limits for index in range(len(self.shape.rows))
-            ]
+            all_limits = self._layer_limits(layout, tokens, sequences * copies)
             try:
                 grow = []
                 for row, of_layer in zip(self.shape.rows, all_limits, strict=True):
-                    page_bytes = limits.page * row.token_bytes
+                    page_bytes = of_layer.page * row.token_bytes
                     region = self._take_region(page_bytes)
                     taken.append((page_bytes, region))
                     pages = LayerStore.initial_pages(of_layer, sequences)
@@ -463,7 +448,7 @@ class Runtime:
                     zip(self.shape.rows, all_limits, taken, strict=True)
                 ):
                     path = None
-                    if fast:
+                    if memory is not None:
                         path = self._device_path(index, layout, of_layer, memory, sequences)
                     stores.append(
                         LayerStore(
@@ -510,20 +495,31 @@ class Runtime:
         self._current = weakref.ref(cache)
         return cache
 
+    def _layer_limits(self, layout: Layout, tokens: int | None, batch: int) -> list[StoreLimits]:
+        """How each layer's tokens are divided between the tiers."""
+        usual = StoreLimits(
+            page=self.config.cache.page,
+            sink_blocks=layout.sink_blocks,
+            window_blocks=layout.window_blocks,
+            host_tokens=layout.host_tokens,
+            batch=batch,
+        )
+        # Layers that keep all their tokens on the device have a window as long as the run.
+        blocks = -(-(tokens or 0) // usual.page) - layout.sink_blocks
+        whole = replace(usual, window_blocks=max(1, blocks), host_tokens=0)
+        return [whole if i in layout.whole else usual for i in range(len(self.shape.rows))]
+
     def _device_path(
         self, index: int, layout: Layout, limits: StoreLimits, memory: StepMemory, batch: int
     ) -> DevicePath | None:
         """The device path of one layer, or None where the replica did not fit and every token is streamed."""
         if not layout.rungs and layout.host_tokens:
-            note = "no replica fits the device budget: every token is streamed"
-            if note not in self._notes:
-                logger.warning("Mode fast: %s.", note)
-            self._notes[note] = None
+            self._tell("no replica fits the device budget: every token is streamed")
             return None
         asked = self.config.retrieval.tokens
         rung = layout.rungs[index] if layout.rungs else None
         automatic = 0 if rung is None else rung.tokens
-        return DevicePath(
+        path = DevicePath(
             self.shape.rows[index],
             PathSettings(
                 bits=4 if rung is None else rung.bits,
@@ -537,6 +533,15 @@ class Runtime:
             page=limits.page,
             device=self.shape.device,
         )
+        if self._streams.on and not path.has_kernels:
+            self._tell(f"heads are larger than {LARGEST_HEAD}, which no kernel knows: slow steps")
+        return path
+
+    def _tell(self, note: str) -> None:
+        """Warns of a fallback once, and keeps it for `report`."""
+        if note not in self._notes:
+            logger.warning("Mode fast: %s.", note)
+        self._notes[note] = None
 
     def _take_region(self, page_bytes: int) -> HostRegion:
         free = self._free_regions.get(page_bytes)
@@ -680,9 +685,9 @@ class Runtime:
         if captured is not None:
             last.capture_s, last.replayed_steps = captured.seconds, captured.replays
             if captured.reason is not None:
-                self._notes[f"decode steps run eagerly: {captured.reason}"] = None
+                self._tell(f"decode steps run eagerly: {captured.reason}")
             if captured.not_compiled is not None:
-                self._notes[f"layers are not compiled: {captured.not_compiled}"] = None
+                self._tell(f"layers are not compiled: {captured.not_compiled}")
         if fast:
             self._note_masses(cache, last.new_tokens)
         self._note_tiers(cache)
@@ -719,17 +724,13 @@ class Runtime:
         reasons = [path.why_streamed(columns) for path, columns in offloaded]
         why = next((reason for reason in reasons if reason is not None), None)
         if why is not None:
-            note = f"every token is streamed: {why}"
-            if note not in self._notes:
-                logger.warning("Mode fast: %s.", note)
-            self._notes[note] = None
+            self._tell(f"every token is streamed: {why}")
             return
         masses = torch.zeros(2)
         for store in cache.layer_stores:
             path = store.path
             if path is not None and store.columns:
                 masses += path.stats.cpu() / max(1, steps * len(cache.layer_stores))
-                path.stats.zero_()
                 selected += path.settings.tokens * store.shape.token_bytes * store.batch
         last.tail_mass, last.skipped_mass = masses.tolist()
         last.selected_bytes = selected
