@@ -241,7 +241,6 @@ def main() -> None:
     if device.type == "cuda":
         base["gpu_memory"] = CAP_BYTES
     offloaded = base | {"window": 256}  # also where everything would fit
-    hf_ms = None
 
     if "131072" in args.only:
         ids = text[:, : lengths["131072"]]
