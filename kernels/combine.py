@@ -133,10 +133,10 @@ def _combine_kernel(
         i_p = first + i_j
         part = tl.load(lse_ptr + i_row * slots + i_p, mask=i_p < slots, other=float("-inf"))
         weight = tl.exp(part - safe)
-        # A slot of weight 0 may hold anything, NaN too.
-        m_out = (weight > 0.0)[:, None] & (i_v < DV)[None, :]
+        m_out = (i_p < slots)[:, None] & (i_v < DV)[None, :]
         o_out = (i_row * slots + i_p)[:, None] * DV + i_v[None, :]
         value = tl.load(parts_ptr + o_out, mask=m_out, other=0.0)
-        acc += tl.sum(value * weight[:, None], axis=0)
+        # A slot of weight 0 may hold anything, NaN too. Its load is not masked off: it would wait for the weight.
+        acc += tl.sum(tl.where((weight > 0.0)[:, None], value, 0.0) * weight[:, None], axis=0)
     acc = tl.where(total > 0.0, acc / tl.where(total > 0.0, total, 1.0), 0.0)
     tl.store(out_ptr + i_row * DV + i_v, acc.to(out_ptr.dtype.element_ty), mask=i_v < DV)

@@ -270,14 +270,13 @@ def select(scores: Tensor, *, kv_heads: int, k: int) -> Tensor:
         k: Tokens per KV head.
 
     Returns:
-        int32 [B, H_kv, k], ascending; -1 in slots that no token is left for. Votes are compared in steps of 1/256
-        of their logarithm, down to 16 below the best; of equal ones the lower token wins.
+        int32 [B, H_kv, k], ascending; -1 in slots that no token is left for. Votes are compared in steps of 1/128
+        of their logarithm, down to -32; of equal ones the lower token wins.
     """
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
     votes = scores - lse.masked_fill(lse.isneginf(), 0.0)
     votes = votes.unflatten(1, (kv_heads, -1)).amax(2)  # [B, H_kv, N]
-    best = votes.amax(-1, keepdim=True)
-    steps = ((votes - best.masked_fill(best.isneginf(), 0.0)) * 256 + 4094).clamp(0, 4094).floor()
+    steps = (votes * 128 + 4094).clamp(0, 4094).floor()
     order = torch.argsort(
         steps.masked_fill(votes.isneginf(), -1), dim=-1, descending=True, stable=True
     )[..., :k]

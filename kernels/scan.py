@@ -19,16 +19,30 @@ from offload.kernels.reference import BLOCK, Codes, padded
 from offload.kernels.unpack import INTERPRETED, decoded, exp
 from offload.kernels.window import capped
 
-BLOCKS_PER_PROGRAM, WARPS, STAGES = 8, 1, 2
+WARPS, STAGES = 1, 2
+
+
+def blocks_per_program(blocks: int, heads: int) -> int:
+    """So many blocks a warp works on, one after another; also of the tail.
+
+    On an H100, where 2,048 warps find room, 8 at 131,072 tokens of 8 KV heads: with 16 the tail takes 40 us, not 33,
+    and with 4 there are twice as many parts to merge.
+
+    Args:
+        blocks: That there is room for.
+        heads: KV heads of all sequences.
+    """
+    return 8 if blocks * heads >= 8 * 2048 else 4
 
 
 class ScanScratch(NamedTuple):
     """Memory that one scan writes and the next ones use again; a layer's is free when its step is over.
 
     Attributes:
-        scores: float32 [B, H_kv, N, G].
+        scores: float16 [B, H_kv, N, G], less the best of the block: what weighs most is stored most precisely.
         top: float32 [B, H_kv, N / BLOCK, G], the best score of each block.
-        total: float32 [B, H_kv, N / BLOCK, G], the sum of exp(score - top) over the block.
+        total: float32 [B, H_kv, N / BLOCK, G], the sum of exp(score - top) over the block; negative once
+            `offload.kernels.select` has marked the block.
     """
 
     scores: Tensor
@@ -42,7 +56,7 @@ def scan_scratch(
     """Scratch for N tokens, a multiple of BLOCK."""
     blocks = n_tokens // BLOCK
     return ScanScratch(
-        torch.empty((batch, kv_heads, n_tokens, groups), device=device),
+        torch.empty((batch, kv_heads, n_tokens, groups), dtype=torch.float16, device=device),
         torch.empty((batch, kv_heads, blocks, groups), device=device),
         torch.empty((batch, kv_heads, blocks, groups), device=device),
     )
@@ -74,13 +88,14 @@ def scan(
     batch, heads, head_size = query.shape
     kv_heads, capacity = keys.meta.shape[1], keys.n_blocks
     groups, width = heads // kv_heads, padded(head_size)
-    grid = (triton.cdiv(capacity, BLOCKS_PER_PROGRAM), batch * kv_heads)
+    each = blocks_per_program(capacity, batch * kv_heads)
+    grid = (triton.cdiv(capacity, each), batch * kv_heads)
     _scan_kernel[grid](
         query, keys.planes[0], keys.planes[-1], keys.meta, n_blocks,
         n_blocks if padding is None else padding, *scratch,
         kv_heads, capacity, scale, 1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
         G=groups, G_P=max(8, triton.next_power_of_2(groups)), D=head_size, D_P=width,
-        BLOCK=BLOCK, BITS=bits, BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM, PADDED=padding is not None,
+        BLOCK=BLOCK, BITS=bits, BLOCKS_PER_PROGRAM=each, PADDED=padding is not None,
         CAPPED=softcap is not None, PLAIN=INTERPRETED,
         num_warps=WARPS if width <= 128 else 2 * WARPS, num_stages=STAGES,
     )  # fmt: skip
@@ -101,7 +116,8 @@ def _add_scores(
     acc, q, low, high, meta_ptr, BITS: tl.constexpr, J: tl.constexpr, RUN: tl.constexpr, D_P: tl.constexpr,
     PLAIN: tl.constexpr,
 ):  # fmt: skip
-    key = decoded(low, high, meta_ptr, 1, BITS, J, RUN, False, PLAIN)
+    i_u = tl.arange(0, RUN)
+    key = decoded(low, high, meta_ptr, i_u, i_u >= 0, BITS, J, RUN, False, PLAIN)
     return tl.dot(key, q, acc, input_precision="ieee")
 
 
@@ -172,10 +188,11 @@ def _scan_kernel(
             score = capped(score, softcap)
         if PADDED:
             score = tl.where((block * BLOCK + i_t < hidden)[:, None], float("-inf"), score)
-        o_score = (o_block * BLOCK + i_t)[:, None] * G + i_g[None, :]
-        tl.store(scores_ptr + o_score, score, mask=m_g[None, :])
         top = tl.max(score, axis=0)
-        safe = tl.where(top == float("-inf"), 0.0, top)  # a block of padding alone: sum 0, not NaN
-        total = tl.sum(exp(score - safe[None, :], PLAIN), axis=0)
+        # A block of padding alone: sum 0, not NaN.
+        score -= tl.where(top == float("-inf"), 0.0, top)[None, :]
+        o_score = (o_block * BLOCK + i_t)[:, None] * G + i_g[None, :]
+        tl.store(scores_ptr + o_score, score.to(tl.float16), mask=m_g[None, :])
+        total = tl.sum(exp(score, PLAIN), axis=0)
         tl.store(top_ptr + o_block * G + i_g, top, mask=m_g)
         tl.store(total_ptr + o_block * G + i_g, total, mask=m_g)

@@ -1,13 +1,15 @@
 """Which tokens are attended to exactly? The k best per KV head, by the vote of its query heads.
 
 A token's vote is the largest of its softmaxed scores over the group. The k best tokens lie in the k blocks with
-the best block votes, since each of those holds a token with at least that vote; so only k blocks of scores are
-looked into. Nothing is sorted: the k-th largest vote is found a few bits at a time, by counting how many votes
-reach each of several thresholds.
+the best block votes, since each of those holds a token with at least that vote. `select_blocks` finds these, which the
+tail then leaves alone; `select_tokens` looks into them, and meanwhile the tail goes over all the others.
 
-Votes are compared in steps of 1/256 of their logarithm, down to 16 below the best (a ten-millionth of it): twelve
-bits. The scores that they come from are ten times as uncertain. Of equal votes the lower token wins, whatever the
-timing.
+Nothing is sorted: the k-th largest vote is found a few bits at a time, by counting how many votes reach each of
+several thresholds. Up to 4,096 votes stay in registers; more are read again from memory for every pass, so that
+no number of them needs a stack.
+
+Votes are compared in steps of 1/128 of their logarithm, down to -32: twelve bits. The scores that they come from are
+several times as uncertain. Of equal votes the lower token wins, whatever the timing.
 
 The reference is `offload.kernels.reference.select`.
 """
@@ -25,9 +27,7 @@ from offload.kernels.reference import BLOCK
 from offload.kernels.scan import ScanScratch
 from offload.kernels.unpack import INTERPRETED, exp
 
-# The k-th best block's vote is a bound: no token below it is among the best. If no more than so many times k tokens reach
-# it, which is the rule, only those are looked at again.
-NEAR = 4
+LARGEST_K = 4096
 
 
 class Selection(NamedTuple):
@@ -35,169 +35,263 @@ class Selection(NamedTuple):
 
     Attributes:
         tokens: int32 [B, H_kv, k], ascending; -1 in slots that no token was left for, at the end.
-        blocks: int32 [B, H_kv, k]: scratch of the kernel.
-        near: int32 [B, H_kv, 2, NEAR * k]: scratch of the kernel.
+        blocks: int32 [B, H_kv, k]: the blocks that hold them, and were looked into; likewise.
         lse: float32 [B, H_q]: log-sum-exp of all scores, selected ones included.
+        votes: int32 [B, H_kv, N / BLOCK, to a power of two]: scratch, of blocks.
+        seen: int32 [B, H_kv, k * BLOCK]: scratch, of tokens.
     """
 
     tokens: Tensor
     blocks: Tensor
-    near: Tensor
     lse: Tensor
+    votes: Tensor
+    seen: Tensor
 
 
 def empty_selection(
-    batch: int, heads: int, kv_heads: int, k: int, device: torch.device
+    batch: int, heads: int, kv_heads: int, n_tokens: int, k: int, device: torch.device
 ) -> Selection:
-    """Room for k tokens per KV head; k is a power of two."""
-    return Selection(
-        torch.empty((batch, kv_heads, k), dtype=torch.int32, device=device),
-        torch.empty((batch, kv_heads, k), dtype=torch.int32, device=device),
-        torch.empty((batch, kv_heads, 2, NEAR * k), dtype=torch.int32, device=device),
-        torch.empty((batch, heads), device=device),
-    )
+    """Room for k of N tokens per KV head.
+
+    Args:
+        batch: Sequences.
+        heads: Query heads.
+        kv_heads: KV heads.
+        n_tokens: N, a multiple of BLOCK.
+        k: A power of two.
+        device: Where.
+
+    Raises:
+        ValueError: k is not a power of two, or larger than LARGEST_K.
+    """
+    if k & (k - 1) or not 0 < k <= LARGEST_K:
+        raise ValueError(f"k must be a power of two up to {LARGEST_K:,}, got {k:,}")
+
+    def room(n: int) -> Tensor:
+        return torch.empty((batch, kv_heads, n), dtype=torch.int32, device=device)
+
+    lse = torch.empty((batch, heads), device=device)
+    blocks = triton.next_power_of_2(n_tokens // BLOCK)
+    return Selection(room(k), room(k), lse, room(blocks), room(k * BLOCK))
 
 
-# Bits of the threshold that one pass finds. On an H100 64 of 131,072 tokens of 8 KV heads take 15.0 us with 2 bits and
-# 8 warps, 16.8 us with 16; with 1, 3 and 4 bits 17.2, 16.9 and 18.9 us.
-DIGIT, WARPS = 2, 8
+DIGIT = 2  # bits of the threshold that one pass finds
+VOTES, WARPS = 4096, 8  # votes that are looked at together
 
 
-def select(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) -> None:
+def _chunk(n: int, heads: int) -> int:
+    """Of n votes so many at once; each is made from the scores of so many heads."""
+    return min(n, VOTES * 4 // max(4, heads))
+
+
+def select_blocks(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) -> None:
+    """Finds the blocks that the k best tokens are in, and marks them: their `total` becomes negative.
+
+    Args:
+        scratch: Of `scan`.
+        n_blocks: int32 [B] on the device: valid blocks.
+        selection: `blocks` and `lse` are written.
+    """
+    batch, kv_heads, k = selection.blocks.shape
+    capacity, groups = scratch.top.shape[2:]
+    heads, blocks = triton.next_power_of_2(groups), triton.next_power_of_2(capacity)
+    _blocks_kernel[(batch * kv_heads,)](
+        scratch.top, scratch.total, n_blocks, selection.blocks, selection.lse, selection.votes,
+        kv_heads, capacity, G=groups, G_P=heads, K=k, BLOCKS=blocks, CHUNK=_chunk(blocks, heads),
+        DIGIT=DIGIT, PLAIN=INTERPRETED, num_warps=WARPS, num_stages=1,
+    )  # fmt: skip
+
+
+def select_tokens(scratch: ScanScratch, selection: Selection) -> None:
     """Selects tokens, and takes them out of the scores: they are no part of the tail.
 
     Args:
-        scratch: Of `scan`; selected tokens get a score of -inf. `top` and `total` stay those of all tokens.
-        n_blocks: int32 [B] on the device: valid blocks.
-        selection: Written.
-
-    Raises:
-        ValueError: k is not a power of two.
+        scratch: Of `scan`, after `select_blocks`; selected tokens get a score of -inf.
+        selection: `tokens` is written.
     """
-    batch, kv_heads, k = selection.tokens.shape
+    batch, kv_heads, k = selection.blocks.shape
     capacity, groups = scratch.top.shape[2:]
-    if k & (k - 1):
-        raise ValueError(f"k must be a power of two, got {k}")
-    blocks = triton.next_power_of_2(capacity)
-    _select_kernel[(batch * kv_heads,)](
-        *scratch, n_blocks, *selection, kv_heads, capacity,
-        G=groups, G_P=triton.next_power_of_2(groups), K=k, N_NEAR=NEAR * k, BLOCK=BLOCK,
-        BLOCKS=blocks, DIGIT=DIGIT, PLAIN=INTERPRETED, num_warps=WARPS,
+    heads = triton.next_power_of_2(groups)
+    _tokens_kernel[(batch * kv_heads,)](
+        scratch.scores, scratch.top, selection.tokens, selection.blocks, selection.lse, selection.seen, capacity,
+        G=groups, G_P=heads, K=k, BLOCK=BLOCK, CHUNK=_chunk(k * BLOCK, heads), DIGIT=DIGIT,
+        num_warps=WARPS, num_stages=1,
     )  # fmt: skip
 
 
 @triton.jit
-def _threshold(keys, K: tl.constexpr, DIGIT: tl.constexpr):
-    """The largest number of 12 bits that at least K keys reach: the K-th largest key, or 0 if there are fewer."""
-    limit = tl.zeros((), dtype=tl.int32)
-    i_trial = tl.arange(0, 2**DIGIT)
-    shift = tl.full((), 12 - DIGIT, dtype=tl.int32)
-    for _ in range(12 // DIGIT):
-        trials = limit + (i_trial << shift)
-        reached = tl.sum((keys[:, None] >= trials[None, :]).to(tl.int32), axis=0) >= K
-        # Fewer and fewer keys reach higher trials, so how many are reached says which is the last one.
-        limit += tl.maximum(tl.sum(reached.to(tl.int32), axis=0) - 1, 0) << shift
-        shift -= DIGIT
-    return limit
-
-
-@triton.jit
-def _steps(votes, peak):
+def _steps(votes):
     """Votes as numbers of 12 bits; 0 for a vote of -inf alone."""
-    steps = tl.minimum(tl.maximum((votes - peak) * 256.0 + 4094.0, 0.0), 4094.0).to(tl.int32)
+    steps = tl.minimum(tl.maximum(votes * 128.0 + 4094.0, 0.0), 4094.0).to(tl.int32)
     return tl.where(votes > float("-inf"), steps + 1, 0)
 
 
 @triton.jit
-def _best(keys, K: tl.constexpr, DIGIT: tl.constexpr):
-    """Which K of the keys are the best, of equal ones the first; how many of them come before each; the least of them.
+def _keep_best(
+    votes, votes_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, DIGIT: tl.constexpr
+):  # fmt: skip
+    """Writes which K of N votes are the best, in ascending order; of equal ones the first. None of 0 is.
 
-    Keys of 0 are never among them.
+    All votes are given if CHUNK is N; else they are read.
     """
-    limit = _threshold(keys, K, DIGIT)
-    above = (keys > limit).to(tl.int32)
-    tied = ((keys > 0) & (keys == limit)).to(tl.int32)
-    room = K - tl.sum(above)
-    before = tl.cumsum(above + (tied << 16), axis=0)  # two counts in one pass; each is below 2^15
-    n_above, n_tied = (before & 0xFFFF) - above, (before >> 16) - tied
-    chosen = (above + tied * (n_tied < room).to(tl.int32)) > 0
-    return chosen, n_above + tl.minimum(n_tied, room), limit
+    i_c = tl.arange(0, CHUNK)
+    limit = tl.zeros((), dtype=tl.int32)  # the K-th largest vote, or 0 if there are fewer
+    n_above = tl.zeros((), dtype=tl.int32)  # votes above it
+    i_trial = tl.arange(0, 2**DIGIT)
+    shift = tl.full((), 12 - DIGIT, dtype=tl.int32)
+    for _ in range(12 // DIGIT):
+        trials = limit + (i_trial << shift)
+        reached = tl.zeros((2**DIGIT,), dtype=tl.int32)
+        for first in range(0, N, CHUNK):
+            if CHUNK < N:
+                votes = tl.load(votes_ptr + first + i_c)
+            reached += tl.sum((votes[:, None] >= trials[None, :]).to(tl.int32), axis=0)
+        # Fewer and fewer votes reach higher trials, so how many are reached says which is the last one. The least
+        # trial of all that too few reach is one above the limit.
+        enough = reached >= K
+        n_above = tl.maximum(n_above, tl.max(tl.where(enough, 0, reached), axis=0))
+        limit += tl.maximum(tl.sum(enough.to(tl.int32), axis=0) - 1, 0) << shift
+        shift -= DIGIT
+    room = K - n_above
+    above_before = tl.zeros((), dtype=tl.int32)
+    tied_before = tl.zeros((), dtype=tl.int32)
+    for first in range(0, N, CHUNK):
+        if CHUNK < N:
+            votes = tl.load(votes_ptr + first + i_c)
+        above = (votes > limit).to(tl.int32)
+        tied = ((votes > 0) & (votes == limit)).to(tl.int32)
+        before = tl.cumsum(
+            above + (tied << 16), axis=0
+        )  # two counts in one pass; each is below 2^15
+        i_above = above_before + (before & 0xFFFF) - above
+        i_tied = tied_before + (before >> 16) - tied
+        best = (above + tied * (i_tied < room).to(tl.int32)) > 0
+        tl.store(out_ptr + i_above + tl.minimum(i_tied, room), first + i_c, mask=best)
+        if CHUNK < N:
+            above_before += tl.sum(above, axis=0)
+            tied_before += tl.sum(tied, axis=0)
 
 
 @triton.jit
-def _select_kernel(
-    scores_ptr,
+def _block_votes(top_ptr, i_b, n_blocks, i_g, shift, G: tl.constexpr):
+    m_stat = (i_b < n_blocks)[:, None] & (i_g < G)[None, :]
+    o_stat = i_b[:, None] * G + i_g[None, :]
+    top = tl.load(top_ptr + o_stat, mask=m_stat, other=float("-inf"))
+    return _steps(tl.max(top - shift[None, :], axis=1))
+
+
+@triton.jit
+def _blocks_kernel(
     top_ptr,
     total_ptr,
     n_blocks_ptr,
-    tokens_ptr,
     blocks_ptr,
-    near_ptr,
     lse_ptr,
+    votes_ptr,
     kv_heads,
     capacity_blocks,
     G: tl.constexpr,
     G_P: tl.constexpr,
     K: tl.constexpr,
-    N_NEAR: tl.constexpr,
-    BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     DIGIT: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)  # sequence and KV head
     n_blocks = tl.load(n_blocks_ptr + i_row // kv_heads)
-    i_b = tl.arange(0, BLOCKS)
+    i_c = tl.arange(0, CHUNK)
     i_g = tl.arange(0, G_P)
-    m_b = i_b < n_blocks
-    m_stat = m_b[:, None] & (i_g < G)[None, :]
-    o_stat = (i_row * capacity_blocks + i_b)[:, None] * G + i_g[None, :]
-    top = tl.load(top_ptr + o_stat, mask=m_stat, other=float("-inf"))
-    total = tl.load(total_ptr + o_stat, mask=m_stat, other=0.0)
-    peak = tl.max(top, axis=0)
-    safe = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.sum(total * exp(top - safe[None, :], PLAIN), axis=0)
-    lse = tl.where(mass > 0, safe + tl.log(tl.where(mass > 0, mass, 1.0)), float("-inf"))
-    tl.store(lse_ptr + i_row * G + i_g, lse, mask=i_g < G)
+    m_g = i_g < G
+    top_ptr += i_row * capacity_blocks * G
+    total_ptr += i_row * capacity_blocks * G
+    votes_ptr += i_row * BLOCKS
+    blocks_ptr += i_row * K
+    tl.store(blocks_ptr + tl.arange(0, K), tl.full((K,), -1, dtype=tl.int32))
+    peak = tl.full((G_P,), float("-inf"), dtype=tl.float32)
+    mass = tl.zeros((G_P,), dtype=tl.float32)
+    for first in range(0, n_blocks, CHUNK):
+        m_stat = (first + i_c < n_blocks)[:, None] & m_g[None, :]
+        o_stat = (first + i_c)[:, None] * G + i_g[None, :]
+        top = tl.load(top_ptr + o_stat, mask=m_stat, other=float("-inf"))
+        total = tl.load(total_ptr + o_stat, mask=m_stat, other=0.0)
+        higher = tl.maximum(peak, tl.max(top, axis=0))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        mass *= exp(peak - safe, PLAIN)
+        mass += tl.sum(total * exp(top - safe[None, :], PLAIN), axis=0)
+        peak = higher
+    lse = tl.where(mass > 0, peak + tl.log(tl.where(mass > 0, mass, 1.0)), float("-inf"))
+    tl.store(lse_ptr + i_row * G + i_g, lse, mask=m_g)
     shift = tl.where(lse == float("-inf"), 0.0, lse)
-    vote = tl.max(top - shift[None, :], axis=1)
-    best_vote = tl.max(vote, axis=0)
-    best_vote = tl.where(best_vote == float("-inf"), 0.0, best_vote)
-    best, rank, bound = _best(_steps(vote, best_vote), K, DIGIT)
-    i_k = tl.arange(0, K)
-    tl.store(blocks_ptr + i_row * K + i_k, tl.full((K,), -1, dtype=tl.int32))
+    votes = tl.zeros((CHUNK,), dtype=tl.int32)
+    for first in range(0, BLOCKS, CHUNK):
+        votes = _block_votes(top_ptr, first + i_c, n_blocks, i_g, shift, G)
+        if CHUNK < BLOCKS:
+            tl.store(votes_ptr + first + i_c, votes)
     tl.debug_barrier()
-    tl.store(blocks_ptr + i_row * K + rank, i_b, mask=best)
+    _keep_best(votes, votes_ptr, blocks_ptr, BLOCKS, K, CHUNK, DIGIT)
     tl.debug_barrier()
-    # Only these blocks can hold one of the K best tokens.
-    i_c = tl.arange(0, K * BLOCK)
-    block = tl.load(blocks_ptr + i_row * K + i_c // BLOCK)
-    token = block * BLOCK + i_c % BLOCK
-    o_score = (i_row * capacity_blocks * BLOCK + token)[:, None] * G + i_g[None, :]
+    chosen = tl.load(blocks_ptr + tl.arange(0, K))
+    o_mark = chosen[:, None] * G + i_g[None, :]
+    m_mark = (chosen >= 0)[:, None] & m_g[None, :]
+    marked = tl.load(total_ptr + o_mark, mask=m_mark, other=0.0)
+    tl.store(total_ptr + o_mark, -marked, mask=m_mark)
+
+
+@triton.jit
+def _token_votes(scores_ptr, top_ptr, blocks_ptr, i_n, i_g, shift, G: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    block = tl.load(blocks_ptr + i_n // BLOCK)
     m_score = (block >= 0)[:, None] & (i_g < G)[None, :]
-    score = tl.load(scores_ptr + o_score, mask=m_score, other=float("-inf"))
-    votes = tl.max(score - shift[None, :], axis=1)
-    keys = _steps(votes, best_vote)
-    tl.store(tokens_ptr + i_row * K + i_k, tl.full((K,), -1, dtype=tl.int32))
-    near = (keys >= tl.maximum(bound, 1)).to(tl.int32)
-    n_near = tl.sum(near)
-    if n_near <= N_NEAR:
-        o_near = i_row * 2 * N_NEAR
-        place = tl.cumsum(near, axis=0) - 1
-        tl.store(near_ptr + o_near + place, token, mask=near != 0)
-        tl.store(near_ptr + o_near + N_NEAR + place, keys, mask=near != 0)
-        tl.debug_barrier()
-        i_n = tl.arange(0, N_NEAR)
-        near_keys = tl.load(near_ptr + o_near + N_NEAR + i_n, mask=i_n < n_near, other=0)
-        near_tokens = tl.load(near_ptr + o_near + i_n, mask=i_n < n_near, other=0)
-        chosen_near, rank_near, _least = _best(near_keys, K, DIGIT)
-        tl.store(tokens_ptr + i_row * K + rank_near, near_tokens, mask=chosen_near)
-    else:
-        tl.debug_barrier()
-        chosen_of_all, rank_of_all, _least = _best(keys, K, DIGIT)
-        tl.store(tokens_ptr + i_row * K + rank_of_all, token, mask=chosen_of_all)
+    top = tl.load(top_ptr + block[:, None] * G + i_g[None, :], mask=m_score, other=0.0)
+    o_score = (block * BLOCK + i_n % BLOCK)[:, None] * G + i_g[None, :]
+    score = tl.load(scores_ptr + o_score, mask=m_score, other=float("-inf")).to(tl.float32)
+    return _steps(tl.max(score + (top - shift[None, :]), axis=1))
+
+
+@triton.jit
+def _tokens_kernel(
+    scores_ptr,
+    top_ptr,
+    tokens_ptr,
+    blocks_ptr,
+    lse_ptr,
+    seen_ptr,
+    capacity_blocks,
+    G: tl.constexpr,
+    G_P: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DIGIT: tl.constexpr,
+):
+    N: tl.constexpr = K * BLOCK
+    i_row = tl.program_id(0).to(tl.int64)  # sequence and KV head
+    i_g = tl.arange(0, G_P)
+    m_g = i_g < G
+    i_k = tl.arange(0, K)
+    i_c = tl.arange(0, CHUNK)
+    top_ptr += i_row * capacity_blocks * G
+    scores_ptr += i_row * capacity_blocks * BLOCK * G
+    blocks_ptr += i_row * K
+    tokens_ptr += i_row * K
+    seen_ptr += i_row * N
+    tl.store(tokens_ptr + i_k, tl.full((K,), -1, dtype=tl.int32))
+    lse = tl.load(lse_ptr + i_row * G + i_g, mask=m_g, other=0.0)
+    shift = tl.where(lse == float("-inf"), 0.0, lse)
+    votes = tl.zeros((CHUNK,), dtype=tl.int32)
+    for first in range(0, N, CHUNK):
+        votes = _token_votes(scores_ptr, top_ptr, blocks_ptr, first + i_c, i_g, shift, G, BLOCK)
+        if CHUNK < N:
+            tl.store(seen_ptr + first + i_c, votes)
     tl.debug_barrier()
-    taken = tl.load(tokens_ptr + i_row * K + i_k)
-    o_taken = (i_row * capacity_blocks * BLOCK + taken)[:, None] * G + i_g[None, :]
-    gone = tl.full((K, G_P), float("-inf"), dtype=tl.float32)
-    tl.store(scores_ptr + o_taken, gone, mask=(taken >= 0)[:, None] & (i_g < G)[None, :])
+    _keep_best(votes, seen_ptr, tokens_ptr, N, K, CHUNK, DIGIT)
+    tl.debug_barrier()
+    # So far they are places in the listed blocks. Selected tokens are taken out of the scores.
+    place = tl.load(tokens_ptr + i_k)
+    m_k = place >= 0
+    block = tl.load(blocks_ptr + place // BLOCK, mask=m_k, other=0)
+    token = tl.where(m_k, block * BLOCK + place % BLOCK, -1)
+    tl.store(tokens_ptr + i_k, token)
+    gone = tl.full((K, G_P), float("-inf"), dtype=tl.float16)
+    o_gone = token[:, None] * G + i_g[None, :]
+    tl.store(scores_ptr + o_gone, gone, mask=m_k[:, None] & m_g[None, :])

@@ -62,6 +62,7 @@ def decoded(
     low,
     high,
     meta_ptr,
+    o_meta,
     read,
     BITS: tl.constexpr,
     RUN: tl.constexpr,
@@ -69,13 +70,14 @@ def decoded(
     BF16: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """The values of one run of codes.
+    """The values of one run of codes, of one block or of several side by side.
 
     Args:
-        low: [rows, LENGTH] bytes of the first plane.
-        high: [rows, LENGTH] bytes of the 1-bit plane, byte u % (LENGTH / 2) at column u; at 3 bits only.
+        low: [rows, n * LENGTH] bytes of the first plane of n blocks.
+        high: [rows, n * LENGTH] bytes of their 1-bit planes, byte u % (LENGTH / 2) at column u; at 3 bits only.
         meta_ptr: Offsets and slopes of the coded axis.
-        read: 0 for values of zero, without reading offsets and slopes.
+        o_meta: [n * LENGTH]: where those of each column are if this is the first run, counted in pairs.
+        read: [n * LENGTH]: false for values of zero, without reading offsets and slopes.
         BITS: Of a code.
         RUN: Which of the codes in each byte.
         LENGTH: Codes of a run.
@@ -83,25 +85,23 @@ def decoded(
         PLAIN: Without assembly, in float32.
 
     Returns:
-        [rows, LENGTH].
+        [rows, n * LENGTH].
     """
     PLANE: tl.constexpr = 4 if BITS == 4 else 2
-    i_u = tl.arange(0, LENGTH)
-    i_half = i_u // (LENGTH // 2)
-    i_c = RUN * LENGTH + i_u
-    m_c = (i_c >= 0) & (read != 0)
+    i_half = tl.arange(0, low.shape[1]) % LENGTH // (LENGTH // 2)
+    o_meta += RUN * LENGTH
     if PLAIN:
         BASE: tl.constexpr = 128.0 if BF16 else 1024.0
         UNIT: tl.constexpr = 2 ** ((7 if BF16 else 8) - BITS)
         code = (low.to(tl.int32) >> (PLANE * RUN)) & (2**PLANE - 1)
         if BITS == 3:
             code += ((high.to(tl.int32) >> (2 * RUN + i_half)[None, :]) & 1) << 2
-        o_meta = i_c // 4 * 8 + i_c % 4
-        offset = tl.load(meta_ptr + o_meta, mask=m_c, other=0.0).to(tl.float32)
-        slope = tl.load(meta_ptr + o_meta + 4, mask=m_c, other=0.0).to(tl.float32)
+        o_offset = o_meta // 4 * 8 + o_meta % 4
+        offset = tl.load(meta_ptr + o_offset, mask=read, other=0.0).to(tl.float32)
+        slope = tl.load(meta_ptr + o_offset + 4, mask=read, other=0.0).to(tl.float32)
         return offset[None, :] + slope[None, :] * (BASE + UNIT * code.to(tl.float32))
     else:  # noqa: RET505 - without it Triton compiles both branches
-        words = tl.load(meta_ptr.to(tl.pointer_type(tl.int32)) + i_c, mask=m_c, other=0)
+        words = tl.load(meta_ptr.to(tl.pointer_type(tl.int32)) + o_meta, mask=read, other=0)
         low, words = tl.broadcast(low, words[None, :])
         if BITS == 3:
             low, bit = tl.broadcast(low, (i_half + 1).to(tl.uint8)[None, :])

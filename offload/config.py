@@ -204,7 +204,7 @@ class RetrievalConfig(_Table):
     tokens: _AutoOrTokensOrNone = Field(
         default="auto",
         description="Tokens per KV head that are attended to exactly in each step, beside sinks and "
-        "window. A power of two of at least 16, or 0. auto: 64 on replicas of 4 and 3 bits, 256 on "
+        "window. A power of two from 16 to 4,096, or 0. auto: 64 on replicas of 4 and 3 bits, 256 on "
         "2 bits.",
         json_schema_extra=_unit("tokens, or auto"),
     )
@@ -212,13 +212,16 @@ class RetrievalConfig(_Table):
     @field_validator("tokens")
     @classmethod
     def _tokens_are_a_power_of_two(cls, tokens: int | str) -> int | str:
-        if isinstance(tokens, str) or tokens == 0 or (tokens >= 16 and tokens & (tokens - 1) == 0):
+        least, most = 16, 4096
+        if isinstance(tokens, str) or tokens == 0:
             return tokens
-        below = max(16, 1 << (tokens.bit_length() - 1))
+        if least <= tokens <= most and tokens & (tokens - 1) == 0:
+            return tokens
+        below = min(most, max(least, 1 << (tokens.bit_length() - 1)))
         raise ConfigError(
-            f"{tokens:,} tokens are not a power of two of at least 16",
+            f"{tokens:,} tokens are not a power of two from {least} to {most:,}",
             asked=tokens,
-            change=_write(below, max(16, 1 << tokens.bit_length())),
+            change=_write(below, min(most, max(least, 1 << tokens.bit_length()))),
         )
 
 

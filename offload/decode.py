@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from offload.attention import kept_out_of_compiled_code
 from offload.cache import OffloadCache, OffloadLayer, cache_in
@@ -259,7 +260,7 @@ def decode(
     cache = cache_in(model_kwargs)
     batch, length = input_ids.shape
     longest = int(stopping_criteria.max_length)
-    has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    ends, others = _ends(stopping_criteria, input_ids.device)
     pad = generation_config._pad_token_tensor
     ids = input_ids.new_zeros((batch, max(longest, length)))
     ids[:, :length] = input_ids
@@ -272,7 +273,7 @@ def decode(
         is_first_iteration=True,
         **model_kwargs,
     )
-    unfinished = input_ids.new_ones(batch)
+    finished: Tensor | None = None
     flags = _Flags(input_ids, streamer)
     device, state = input_ids.device, None
     while True:
@@ -284,12 +285,17 @@ def decode(
             token = torch.multinomial(chances, num_samples=1).squeeze(1)
         else:
             token = torch.argmax(scores, dim=-1)
-        if has_end:
-            token = token * unfinished + pad * (1 - unfinished)
+        if ends is not None and finished is not None and batch > 1:
+            token = torch.where(finished, pad, token)
         ids[:, length] = token
         length += 1
-        unfinished = unfinished & ~stopping_criteria(ids[:, :length], None)
-        if flags.send(unfinished, token):  # the step before was the last one
+        # Launches between two steps are time that the device waits: none that does not matter.
+        done = None if ends is None else (token == ends).any(0)
+        if others:
+            done = stopping_criteria(ids[:, :length], None)
+        if done is not None:
+            finished = done if finished is None or batch == 1 else finished | done
+        if flags.send(finished, token):  # the step before was the last one
             cache.crop(-1)
             length -= 1
             if (
@@ -310,6 +316,13 @@ def decode(
     return ids[:, :length].contiguous()
 
 
+def _ends(stopping_criteria: Any, device: torch.device) -> tuple[Tensor | None, bool]:
+    """Tokens that end a sequence, [n, 1], and whether anything but them and the longest length does."""
+    ends = [c.eos_token_id for c in stopping_criteria if hasattr(c, "eos_token_id")]
+    plain = all(type(c) in (EosTokenCriteria, MaxLengthCriteria) for c in stopping_criteria)
+    return (torch.cat(ends).view(-1, 1).to(device) if ends else None), not plain
+
+
 def _random_state(device: torch.device) -> Tensor:
     """The state of a device's generator, which the host keeps: reading it waits for nothing."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
@@ -323,47 +336,55 @@ def _set_random_state(state: Tensor, device: torch.device) -> None:
 
 
 class _Flags:
-    """Whether all sequences are finished, and their tokens for a streamer, read one step late."""
+    """Whether all sequences are finished, and their tokens for a streamer, read one step late.
+
+    They are copied on a stream of their own, since what comes behind a copy waits for more than the copy takes.
+    """
 
     def __init__(self, input_ids: Tensor, streamer: Any) -> None:
-        pinned = input_ids.device.type == "cuda"
+        self._device = input_ids.device
         self._streamer = streamer
-        self._slots = [
-            (
-                torch.zeros((), dtype=torch.bool, pin_memory=pinned),
-                torch.zeros(input_ids.shape[0], dtype=torch.long, pin_memory=pinned),
-                torch.cuda.Event() if pinned else None,
-            )
-            for _ in range(2)
-        ]
-        self._sent = 0
+        self._copies: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._copies = torch.cuda.Stream(self._device)
+        # Of the last two steps: what is copied, where it goes, and when it has arrived.
+        self._sent: list[
+            tuple[tuple[Tensor, ...], tuple[Tensor, ...], torch.cuda.Event | None]
+        ] = []
 
-    def send(self, unfinished: Tensor, token: Tensor) -> bool:
+    def send(self, finished: Tensor | None, token: Tensor) -> bool:
         """Sends a step's; waits for the step before.
+
+        Args:
+            finished: Boolean [B]; None as long as nothing can finish a sequence.
+            token: [B].
 
         Returns:
             Whether the step before left no sequence unfinished. Then this one is not to be shown.
         """
-        over, tokens, event = self._slots[self._sent % 2]
-        over.copy_(unfinished.max() == 0, non_blocking=True)
-        if self._streamer is not None:
-            tokens.copy_(token, non_blocking=True)
-        if event is not None:
-            event.record()
-        self._sent += 1
-        return self._sent > 1 and self._receive(self._sent - 2)
+        over = () if finished is None else (finished if len(finished) == 1 else finished.all(0, keepdim=True),)  # fmt: skip
+        sources = over if self._streamer is None else (*over, token)
+        if self._copies is None:
+            self._sent.append((sources, sources, None))
+        else:
+            self._copies.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._copies):
+                copies = tuple(source.to("cpu", non_blocking=True) for source in sources)
+                self._sent.append((sources, copies, self._copies.record_event()))
+        return len(self._sent) > 1 and self._receive()
 
     def finish(self) -> None:
         """Waits for the last step and shows its tokens."""
-        self._receive(self._sent - 1)
+        self._receive()
 
-    def _receive(self, index: int) -> bool:
-        over, tokens, event = self._slots[index % 2]
+    def _receive(self) -> bool:
+        """Whether the oldest step that was sent left no sequence unfinished."""
+        _, copies, event = self._sent.pop(0)
         if event is not None:
             event.synchronize()
         if self._streamer is not None:
-            self._streamer.put(tokens.clone())
-        return bool(over)
+            self._streamer.put(copies[-1].clone())
+        return len(copies) > (self._streamer is not None) and bool(copies[0])
 
 
 def _others(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ _GROUP = 32  # channels that share the scales of a token's values
 # How a step is cut into parts; a test compares these with the kernels'.
 WINDOW_PARTS = 32  # at most
 ROWS = 16  # selected rows of a part
-TAIL_TOKENS = 512  # tokens of a part of the tail
+SELECTED_BLOCKS = 2  # blocks of a part of the tail that selected tokens are in
+TAIL_TOKENS = 256  # tokens of a part of the rest of the tail, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +58,15 @@ def scratch_bytes(query_heads: int, value_dim: int, tokens: int) -> int:
         value_dim: Head size of the values.
         tokens: Attended to exactly per KV head.
     """
-    parts = WINDOW_PARTS + tokens // ROWS + 1  # the last part of the tail may be a short one
-    # Of each selected token its number, its block's, and four more that were near, twice.
-    return query_heads * ((value_dim + 2) * 4 * parts + 40 * max(tokens, ROWS) + 4)
+    # The last part of the tail may be a short one.
+    parts = WINDOW_PARTS + tokens // ROWS + tokens // SELECTED_BLOCKS + 1
+    # Of each selected token its number, its block's, and those of all tokens of a block that may be among the best.
+    return query_heads * ((value_dim + 2) * 4 * parts + 4 * (2 + BLOCK) * max(tokens, ROWS) + 4)
 
 
 def scratch_token_bytes(query_heads: int, value_dim: int) -> int:
     """Further ones of each token: its scores, its share of what its block comes to and of a part of the tail."""
-    return query_heads * (5 + -(-value_dim * 4 // TAIL_TOKENS))
+    return query_heads * (3 + -(-value_dim * 4 // TAIL_TOKENS))
 
 
 def _padded(head_size: int) -> int:

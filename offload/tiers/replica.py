@@ -4,16 +4,18 @@ The device keeps a low-bit replica of every token on the host. A step scores all
 reads those few exactly from pinned host memory, lets the replica speak for the rest, and merges the three with the
 window:
 
-    query ─► scan ─► select ─► rows from the host ─┐
-               └────────────► tail ────────────────┼─► combine ─► output
-             window and new token ─────────────────┘
+    query ─► scan ─► select blocks ─► tail of all other blocks ───────────┐
+      │                    └─► select tokens ─► tail of their blocks ─────┤
+      │                               └───────► rows from the host ───────┼─► combine ─► output
+      └─► window and new token ───────────────────────────────────────────┘
 
 Lengths are read from device memory, so that a captured graph can replay a step. `step` launches kernels and nothing
 else: no allocation that a graph does not own, no synchronisation, no Python branch on a tensor. On a CPU the
 references compute the same.
 
-Ordering. The second stream waits for the first before the window and before the rows, and the first for the second
-before it combines, so that a step is over when the first stream says so.
+Ordering. Of the drawing the first line runs on the current stream, rows on a third and the rest on a second one. Each
+waits for what the arrows say, and the current stream for both before it combines, so that a step is over when the
+current stream says so.
 
 A row may be selected only once `lengths` says so, and `publish` writes it after the current stream has waited for the
 copy to the host page. Pages and codes of published blocks never change while a step can read them: whatever changes
@@ -35,8 +37,8 @@ from offload.kernels.gather import attend_rows, row_slots
 from offload.kernels.quantize import empty_codes, quantize_keys, quantize_values
 from offload.kernels.reference import BLOCK, Codes, Part
 from offload.kernels.scan import ScanScratch, scan, scan_scratch
-from offload.kernels.select import Selection, empty_selection, select
-from offload.kernels.tail import tail, tail_slots
+from offload.kernels.select import Selection, empty_selection, select_blocks, select_tokens
+from offload.kernels.tail import block_slots, tail, tail_of_blocks, tail_slots
 from offload.kernels.window import attend_window
 from offload.tiers.rows import RowShape
 
@@ -68,15 +70,18 @@ class _Memory:
         self.splits = splits
         self.rows_at = splits
         self.tail_at = splits + (row_slots(tokens) if blocks else 0)
-        n_tail = tail_slots(blocks * BLOCK) if blocks else 0
-        slots = self.tail_at + n_tail
+        n_tail = tail_slots(blocks * BLOCK, batch * shape.kv_heads) if blocks else 0
+        self.selected_at = self.tail_at + n_tail
+        slots = self.selected_at + (block_slots(tokens) if blocks else 0)
         self.partials: Partials = empty_partials(batch, heads, slots, shape.value_dim, device)
         self.scan: ScanScratch | None = None
         self.selection: Selection | None = None
         self.skipped: Tensor | None = None
         if blocks:
             self.scan = scan_scratch(batch, shape.kv_heads, groups, blocks * BLOCK, device)
-            self.selection = empty_selection(batch, heads, shape.kv_heads, max(tokens, 16), device)
+            self.selection = empty_selection(
+                batch, heads, shape.kv_heads, blocks * BLOCK, max(tokens, 16), device
+            )
             self.skipped = torch.zeros((batch, heads, n_tail), device=device)
 
 
@@ -88,7 +93,7 @@ class StepMemory:
             while the number of sequences does, so that a graph may keep it.
         version: Grows whenever `padding` means something else.
         is_left: Whether padding is all on the left.
-        beside: A second stream: window and selected rows are attended to while the replica is scanned and read.
+        beside: A second and a third stream: window and selected rows are attended to while the replica is read.
         suspended: Every token is streamed for now (beams).
     """
 
@@ -99,7 +104,7 @@ class StepMemory:
         self.version = 0
         self._seen: Tensor | None = None
         on_card = device.type == "cuda"
-        self.beside = torch.cuda.Stream(device) if on_card else None
+        self.beside = [torch.cuda.Stream(device) for _ in range(2)] if on_card else []
         self.is_left = True
         self.suspended = False
 
@@ -410,8 +415,7 @@ class DevicePath:
         k, bits = self.settings.tokens, self.settings.bits
         memory = self._memory.of(batch, heads, self.shape, blocks, self._splits, k)
         padding = self._memory.padding
-        beside = self._memory.beside
-        assert beside is not None
+        beside, third = self._memory.beside
         main = torch.cuda.current_stream(self._device)
         beside.wait_stream(main)
         with torch.cuda.stream(beside):
@@ -431,9 +435,16 @@ class DevicePath:
                 bits=bits, scale=scale, padding=self._hidden, softcap=softcap,
             )  # fmt: skip
             if k:
-                select(memory.scan, n_blocks, memory.selection)
+                select_blocks(memory.scan, n_blocks, memory.selection)
                 beside.wait_stream(main)
                 with torch.cuda.stream(beside):
+                    select_tokens(memory.scan, memory.selection)
+                    third.wait_stream(beside)
+                    tail_of_blocks(
+                        memory.scan, memory.selection, self._values, memory.partials,
+                        first_slot=memory.selected_at, bits=bits, head_size=self.shape.value_dim,
+                    )  # fmt: skip
+                with torch.cuda.stream(third):
                     if pinned:
                         attend_rows(
                             query, pool, self._table, memory.selection.tokens, memory.partials,
@@ -448,6 +459,8 @@ class DevicePath:
                 first_slot=memory.tail_at, bits=bits, head_size=self.shape.value_dim,
                 share=self.settings.skipped_mass,
             )  # fmt: skip
+            if k:
+                main.wait_stream(third)
         main.wait_stream(beside)
         out = torch.empty_like(query[..., :1].expand(-1, -1, self.shape.value_dim), memory_format=torch.contiguous_format)  # fmt: skip
         combine(
@@ -542,7 +555,7 @@ def _attend_selected(
 
 
 def _log_sum_exp(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) -> None:
-    """What `select` would leave in `selection.lse`, where nothing is to be selected."""
+    """What `select_blocks` would leave in `selection.lse`, where nothing is to be selected."""
     valid = torch.arange(scratch.top.shape[2], device=n_blocks.device) < n_blocks[:, None]
     logs = (scratch.top + scratch.total.log()).masked_fill(~valid[:, None, :, None], -torch.inf)
     selection.lse.copy_(logs.logsumexp(2).flatten(1))

@@ -18,8 +18,14 @@ from offload.kernels.combine import Partials, combine, empty_partials
 from offload.kernels.gather import attend_rows, row_slots
 from offload.kernels.reference import BLOCK, Codes, Part
 from offload.kernels.scan import ScanScratch, scan, scan_scratch
-from offload.kernels.select import Selection, empty_selection, select
-from offload.kernels.tail import tail, tail_slots
+from offload.kernels.select import (
+    VOTES,
+    Selection,
+    empty_selection,
+    select_blocks,
+    select_tokens,
+)
+from offload.kernels.tail import block_slots, tail, tail_of_blocks, tail_slots
 from offload.kernels.window import attend_window
 
 ON = pytest.mark.parametrize("device", DEVICES)
@@ -46,6 +52,8 @@ CARDS = [
     Card(size=80, groups=1, blocks=(2, 4)),
     Card(bits=3, size=128, groups=7, kv_heads=1, blocks=(4,)),
     Card(blocks=(1,), k=64),  # as many to select as there are
+    Card(blocks=(40, 21)),  # more blocks than tokens to select
+    Card(blocks=(150,), kv_heads=1, groups=2, k=128),  # more votes than stay in registers
 ]
 ALL = pytest.mark.parametrize("card", CARDS, ids=card_id)
 
@@ -111,11 +119,7 @@ class Case:
         return scratch
 
     def select(self, scratch: ScanScratch) -> Selection:
-        chosen = empty_selection(
-            self.batch, self.heads, self.card.kv_heads, self.card.k, self.device
-        )
-        select(scratch, self.n_blocks, chosen)
-        return chosen
+        return selected(scratch, self.heads, self.n_blocks, self.card.k)
 
     def partials(self, slots: int) -> Partials:
         made = empty_partials(self.batch, self.heads, slots, self.card.size, self.device)
@@ -123,9 +127,18 @@ class Case:
         return made
 
     def tail(self, scratch: ScanScratch, chosen: Selection, share: float) -> tuple[Part, Tensor]:
-        slots = tail_slots(self.capacity * BLOCK)
-        partials = self.partials(slots)
+        slots = tail_slots(self.capacity * BLOCK, self.batch * self.card.kv_heads)
+        partials = self.partials(slots + block_slots(self.card.k))
         skipped = torch.full((self.batch, self.heads, slots), torch.nan, device=self.device)
+        tail_of_blocks(
+            scratch,
+            chosen,
+            self.values,
+            partials,
+            first_slot=slots,
+            bits=self.card.bits,
+            head_size=self.card.size,
+        )
         tail(
             scratch,
             chosen,
@@ -156,6 +169,32 @@ class Case:
         return merged(partials)
 
 
+def selected(scratch: ScanScratch, heads: int, n_blocks: Tensor, k: int) -> Selection:
+    """Both steps of a selection."""
+    batch, kv_heads, n_tokens, _ = scratch.scores.shape
+    chosen = empty_selection(batch, heads, kv_heads, n_tokens, k, n_blocks.device)
+    for part in chosen:
+        part.fill_(2**20)  # nothing may rest on what was there
+    select_blocks(scratch, n_blocks, chosen)
+    select_tokens(scratch, chosen)
+    return chosen
+
+
+def fill(scratch: ScanScratch, scores: Tensor) -> None:
+    """What a scan would have left of float32 scores [B, H_kv, N, G]."""
+    blocks = scores.unflatten(2, (-1, BLOCK))
+    top = blocks.amax(3, keepdim=True)
+    relative = blocks - top.masked_fill(top.isneginf(), 0.0)
+    scratch.scores.copy_(relative.flatten(2, 3))
+    scratch.top.copy_(top.squeeze(3))
+    scratch.total.copy_(relative.exp().sum(3))
+
+
+def scores_of(scratch: ScanScratch) -> Tensor:
+    """float32 [B, H_q, N]: all scores of a scan."""
+    return by_head(scratch.scores.float() + scratch.top.repeat_interleave(BLOCK, dim=2))
+
+
 def assert_selected(tokens: Tensor, scores: Tensor, card: Card) -> None:
     """The reference's tokens, but for votes that differ by less than a step: two sums round differently."""
     want = reference.select(scores, kv_heads=card.kv_heads, k=card.k)
@@ -166,7 +205,7 @@ def assert_selected(tokens: Tensor, scores: Tensor, card: Card) -> None:
         assert int((mine >= 0).sum()) == int((theirs >= 0).sum())
         strangers = set(mine.tolist()) ^ set(theirs.tolist())
         least = float(vote[theirs[theirs >= 0].long()].min())
-        assert all(abs(float(vote[token]) - least) < 2 / 256 for token in strangers)
+        assert all(abs(float(vote[token]) - least) < 2 / 128 for token in strangers)
         assert len(strangers) <= 4
 
 
@@ -191,14 +230,15 @@ def test_scan_scores_every_valid_token_and_nothing_else(card: Card, device: str)
     for b in range(case.batch):
         keys = case.cut(case.keys, b)
         want = reference.scan(case.query[b : b + 1], keys, bits=card.bits, scale=SCALE)[0]
-        got = by_head(scratch.scores)[b, :, case.valid(b)]
+        got = scores_of(scratch)[b, :, case.valid(b)]
         # The scaled query is rounded to float16: 2^-11 of products that add up to about 30.
         torch.testing.assert_close(got, want, atol=1e-2, rtol=2e-3)
         blocks = got.unflatten(-1, (-1, BLOCK))
         n = card.blocks[b]
         torch.testing.assert_close(by_head(scratch.top)[b, :, :n], blocks.amax(-1))
+        # A stored score is rounded to 2^-12 of what it lies below the best of its block.
         total = (blocks - blocks.amax(-1, keepdim=True)).exp().sum(-1)
-        torch.testing.assert_close(by_head(scratch.total)[b, :, :n], total, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(by_head(scratch.total)[b, :, :n], total, atol=1e-4, rtol=5e-4)
         assert bool(scratch.scores[b, :, n * BLOCK :].isnan().all())
 
 
@@ -212,7 +252,7 @@ def test_padding_and_a_softcap_reach_scores_selection_and_tail(device: str) -> N
         memory.fill_(torch.nan)
     options: dict[str, Any] = {"bits": 4, "scale": SCALE, "padding": padding, "softcap": 3.0}
     scan(case.query, case.keys, case.n_blocks, scratch, **options)
-    scores = by_head(scratch.scores)
+    scores = scores_of(scratch)
     chosen = case.select(scratch)
     part, _ = case.tail(scratch, chosen, share=0.0)
     for b in range(2):
@@ -240,12 +280,12 @@ def test_select_takes_the_tokens_of_the_reference_out_of_the_scores(
 ) -> None:
     case = Case(card, device)
     scratch = case.scan()
-    before = by_head(scratch.scores)
+    before = scores_of(scratch)
     chosen = case.select(scratch)
     for b in range(case.batch):
         scores = before[b : b + 1, :, case.valid(b)]
         assert_selected(chosen.tokens[b : b + 1], scores, card)
-        torch.testing.assert_close(chosen.lse[b], scores[0].logsumexp(-1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(chosen.lse[b], scores[0].logsumexp(-1), atol=5e-4, rtol=1e-4)
         gone = by_head(scratch.scores)[b, :, case.valid(b)].isneginf()
         for head in range(case.heads):
             taken = chosen.tokens[b, head // card.groups]
@@ -255,41 +295,32 @@ def test_select_takes_the_tokens_of_the_reference_out_of_the_scores(
 @ON
 def test_equal_votes_go_to_the_lower_token_and_empty_slots_are_marked(device: str) -> None:
     scratch = scan_scratch(1, 1, 2, 3 * BLOCK, torch.device(device))
-    scratch.scores.fill_(1.0)
-    scratch.top.fill_(1.0)
-    scratch.total.fill_(float(BLOCK))
-    chosen = empty_selection(1, 2, 1, 16, torch.device(device))
     n_blocks = torch.tensor([3], dtype=torch.int32, device=device)
-    select(scratch, n_blocks, chosen)
-    assert chosen.tokens.flatten().tolist() == list(range(16))
+    scores = torch.ones((1, 1, 3 * BLOCK, 2), device=device)
+    fill(scratch, scores)
+    assert selected(scratch, 2, n_blocks, 16).tokens.flatten().tolist() == list(range(16))
     # Only ten tokens are left to choose from.
-    scratch.scores.fill_(-torch.inf)
-    scratch.scores[:, :, 100:110] = 2.0
-    scratch.top.fill_(-torch.inf)
-    scratch.top[:, :, 1] = 2.0
-    scratch.total.fill_(0.0)
-    scratch.total[:, :, 1] = 10.0
-    select(scratch, n_blocks, chosen)
+    scores.fill_(-torch.inf)
+    scores[:, :, 100:110] = 2.0
+    fill(scratch, scores)
+    chosen = selected(scratch, 2, n_blocks, 16)
     assert chosen.tokens.flatten().tolist() == [*range(100, 110), *[-1] * 6]
+    assert chosen.blocks.flatten().tolist() == [1, *[-1] * 15]
 
 
 @ON
 @pytest.mark.parametrize("spread", [0.001, 0.3, 100.0], ids="spread{}".format)
+@pytest.mark.parametrize("blocks", [40, VOTES + 30])
 def test_votes_that_lie_close_together_or_far_apart_are_told_apart(
-    spread: float, device: str
+    spread: float, blocks: int, device: str
 ) -> None:
-    card = Card(
-        kv_heads=2, groups=2, blocks=(40,), k=16
-    )  # close ones are too many to be looked at alone
+    card = Card(kv_heads=2, groups=2, blocks=(blocks,), k=16)
     random = torch.Generator().manual_seed(3)
-    scratch = scan_scratch(1, 2, 2, 40 * BLOCK, torch.device(device))
-    scratch.scores.copy_(torch.randn(scratch.scores.shape, generator=random) * spread)
-    blocks = scratch.scores.unflatten(2, (-1, BLOCK))
-    scratch.top.copy_(blocks.amax(3))
-    scratch.total.copy_((blocks - blocks.amax(3, keepdim=True)).exp().sum(3))
-    scores = by_head(scratch.scores)
-    chosen = empty_selection(1, 4, 2, 16, torch.device(device))
-    select(scratch, torch.tensor([40], dtype=torch.int32, device=device), chosen)
+    scratch = scan_scratch(1, 2, 2, blocks * BLOCK, torch.device(device))
+    fill(scratch, torch.randn(scratch.scores.shape, generator=random).to(device) * spread)
+    scores = scores_of(scratch)
+    n_blocks = torch.tensor([blocks], dtype=torch.int32, device=device)
+    chosen = selected(scratch, 4, n_blocks, 16)
     assert_selected(chosen.tokens, scores, card)
 
 
@@ -298,7 +329,7 @@ def test_votes_that_lie_close_together_or_far_apart_are_told_apart(
 def test_the_tail_is_attention_over_what_was_not_selected(card: Card, device: str) -> None:
     case = Case(card, device)
     scratch = case.scan()
-    scores = by_head(scratch.scores)
+    scores = scores_of(scratch)
     chosen = case.select(scratch)
     part, skipped = case.tail(scratch, chosen, share=0.0)
     for b in range(case.batch):
@@ -317,7 +348,7 @@ def test_the_tail_is_attention_over_what_was_not_selected(card: Card, device: st
 
 @ON
 def test_skipped_blocks_weigh_less_than_the_share_and_are_counted(device: str) -> None:
-    case = Case(Card(size=128, blocks=(12,), groups=2), device, sharpness=8.0)
+    case = Case(Card(size=128, blocks=(40,), groups=2), device, sharpness=8.0)
     scratch = case.scan()
     chosen = case.select(scratch)
     exact, _ = case.tail(scratch, chosen, share=0.0)
@@ -325,8 +356,7 @@ def test_skipped_blocks_weigh_less_than_the_share_and_are_counted(device: str) -
     assert 0 < float(skipped.max()) < 0.05
     missing = exact.lse.exp() - part.lse.exp()
     everything = chosen.lse.exp().unsqueeze(-1)
-    # A skipped block's weight counts its selected tokens too: never less than what is missing.
-    assert bool((missing / everything <= skipped.unsqueeze(-1) + 1e-4).all())
+    torch.testing.assert_close(missing / everything, skipped.unsqueeze(-1), atol=1e-3, rtol=0.0)
 
 
 @ON
@@ -335,11 +365,10 @@ def test_a_selected_token_with_nearly_all_the_mass_costs_the_tail_no_precision(
 ) -> None:
     case = Case(Card(blocks=(3,), groups=1), device)
     scratch = case.scan()
-    scratch.scores[:, :, 70] += 60.0  # e^60 times the rest
-    blocks = scratch.scores[:, :, : 3 * BLOCK].unflatten(2, (-1, BLOCK))
-    scratch.top[:, :, :3] = blocks.amax(3)
-    scratch.total[:, :, :3] = (blocks - blocks.amax(3, keepdim=True)).exp().sum(3)
-    scores = by_head(scratch.scores)
+    scores = scratch.scores.float() + scratch.top.repeat_interleave(BLOCK, dim=2)
+    scores[:, :, 70] += 60.0  # e^60 times the rest
+    fill(scratch, scores)
+    scores = scores_of(scratch)
     chosen = case.select(scratch)
     part, _ = case.tail(scratch, chosen, share=0.0)
     want = reference.tail(
@@ -384,7 +413,7 @@ def test_selected_rows_and_tail_together_are_close_to_attention_over_all_tokens(
 ) -> None:
     case = Case(Card(size=128, groups=4, blocks=(12,), k=64), device, sharpness=4.0)
     scratch = case.scan()
-    scores = by_head(scratch.scores)[:, :, case.valid(0)]
+    scores = scores_of(scratch)[:, :, case.valid(0)]
     chosen = case.select(scratch)
     exact = case.attend_rows(chosen)
     rest, _ = case.tail(scratch, chosen, share=0.0)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload.kernels import gather, tail
+from offload.kernels.scan import blocks_per_program
 from offload.scheduler import rungs
 from offload.scheduler.rungs import RUNGS, Rung, scratch_bytes, scratch_token_bytes
 from offload.tiers.replica import DevicePath, PathSettings, StepMemory, _splits
@@ -28,7 +29,9 @@ def nbytes(memory: Any) -> int:
 
 def test_the_planner_cuts_a_step_as_the_kernels_do() -> None:
     assert gather.TILE == rungs.ROWS
-    assert tail.BLOCKS_PER_SPLIT * rungs.BLOCK == rungs.TAIL_TOKENS
+    least = min(blocks_per_program(2**i, 8) for i in range(16))
+    assert least * rungs.BLOCK == rungs.TAIL_TOKENS
+    assert tail.SELECTED_PER_SPLIT == rungs.SELECTED_BLOCKS
     assert max(_splits(rows, 1) for rows in (64, 640, 8192, 2**20)) == rungs.WINDOW_PARTS
 
 
