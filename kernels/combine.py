@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 32  # of the output, a program: enough programs to read at the rate of the L2 cache
+STEP, WARPS = 128, 8  # parts that are read at once
 
 
 class Partials(NamedTuple):
@@ -76,8 +77,9 @@ def combine(
         *partials, out, lse if sink_logits is None else sink_logits, lse if counter is None else counter,
         lse if stats is None else stats, lse if skipped is None else skipped, heads, slots, tail_at, n_skipped,
         DV=value_dim, COLUMNS=COLUMNS, SLOTS=triton.next_power_of_2(slots),
-        STEP=min(64, triton.next_power_of_2(slots)), SKIPPED=triton.next_power_of_2(n_skipped),
+        STEP=min(STEP, triton.next_power_of_2(slots)), SKIPPED=triton.next_power_of_2(n_skipped),
         SINKS=sink_logits is not None, COUNTS=counter is not None, STATS=stats is not None,
+        num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -20,19 +20,22 @@ from offload.kernels.unpack import INTERPRETED, decoded, exp
 from offload.kernels.window import capped
 
 WARPS, STAGES = 1, 2
+REGISTERS = 112
+"""Of a thread, of the tail of four bits too: so many that kernels beside them find room on a card full of them."""
 
 
 def blocks_per_program(blocks: int, heads: int) -> int:
     """So many blocks a warp works on, one after another; also of the tail.
 
-    On an H100, where 2,048 warps find room, 8 at 131,072 tokens of 8 KV heads: with 16 the tail takes 40 us, not 33,
-    and with 4 there are twice as many parts to merge.
+    On an H100, where 2,048 warps find room at once, 131,072 tokens of 8 KV heads take least with 8, 32,768 with 4.
 
     Args:
         blocks: That there is room for.
         heads: KV heads of all sequences.
     """
-    return 8 if blocks * heads >= 8 * 2048 else 4
+    if blocks * heads <= 4096:
+        return 4
+    return min(32, max(8, 1 << (blocks * heads // 2048).bit_length() - 1))
 
 
 class ScanScratch(NamedTuple):
@@ -97,7 +100,7 @@ def scan(
         G=groups, G_P=max(8, triton.next_power_of_2(groups)), D=head_size, D_P=width,
         BLOCK=BLOCK, BITS=bits, BLOCKS_PER_PROGRAM=each, PADDED=padding is not None,
         CAPPED=softcap is not None, PLAIN=INTERPRETED,
-        num_warps=WARPS if width <= 128 else 2 * WARPS, num_stages=STAGES,
+        num_warps=WARPS if width <= 128 else 2 * WARPS, num_stages=STAGES, maxnreg=REGISTERS,
     )  # fmt: skip
 
 

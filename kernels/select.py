@@ -141,11 +141,12 @@ def _keep_best(
     shift = tl.full((), 12 - DIGIT, dtype=tl.int32)
     for _ in range(12 // DIGIT):
         trials = limit + (i_trial << shift)
-        reached = tl.zeros((2**DIGIT,), dtype=tl.int32)
+        counts = tl.zeros((CHUNK, 2**DIGIT), dtype=tl.int32)
         for first in range(0, N, CHUNK):
             if CHUNK < N:
                 votes = tl.load(votes_ptr + first + i_c)
-            reached += tl.sum((votes[:, None] >= trials[None, :]).to(tl.int32), axis=0)
+            counts += (votes[:, None] >= trials[None, :]).to(tl.int32)
+        reached = tl.sum(counts, axis=0)
         # Fewer and fewer votes reach higher trials, so how many are reached says which is the last one. The least
         # trial of all that too few reach is one above the limit.
         enough = reached >= K

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from offload.kernels.combine import Partials
 from offload.kernels.reference import BLOCK, GROUP, Codes
-from offload.kernels.scan import ScanScratch, blocks_per_program
+from offload.kernels.scan import REGISTERS, ScanScratch, blocks_per_program
 from offload.kernels.select import Selection
 from offload.kernels.unpack import INTERPRETED, decoded, exp
 
@@ -126,7 +126,7 @@ def _launch(
         kv_heads, values.n_blocks, partials.lse.shape[2], first_slot, share,
         G=groups, G_P=max(8, triton.next_power_of_2(groups)), DV=head_size, D_P=width, BLOCK=BLOCK,
         GROUP=GROUP, BITS=bits, BLOCKS_PER_PROGRAM=blocks_per_split, K=k, PLAIN=INTERPRETED,
-        num_warps=WARPS, num_stages=STAGES,
+        num_warps=WARPS, num_stages=STAGES, maxnreg=REGISTERS if bits == 4 else None,
     )  # fmt: skip
 
 

@@ -130,6 +130,9 @@ class LazyMask:
         if not self._visible_known:
             padding = self.arguments.get("attention_mask")
             if padding is not None:
+                # A model may make a mask of ones for itself. A captured step has noted its padding before.
+                if padding.is_cuda and torch.cuda.is_current_stream_capturing():
+                    return None
                 padding = padding[:, :length].bool()
                 self._visible = None if bool(padding.all()) else padding
             self._visible_known = True

@@ -167,7 +167,10 @@ class CapturedStep:
                 self._output = self._model._call_impl(**inputs)
         except Exception as error:  # noqa: BLE001 - whatever stops a capture, eager steps work
             torch.cuda.synchronize()
-            self.reason = f"capturing it failed ({type(error).__name__}: {_first_line(error)})"
+            first: BaseException = error  # what ended the capture hides what went wrong within it
+            while first.__context__ is not None:
+                first = first.__context__
+            self.reason = f"capturing it failed ({type(first).__name__}: {_first_line(first)})"
             self.release()
             return False
         finally:
@@ -415,5 +418,5 @@ def _decoder_layers(model: Any) -> list[Any]:
     return [layer for layer in layers if layer._compiled_call_impl is None]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200]

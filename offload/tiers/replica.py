@@ -13,9 +13,9 @@ Lengths are read from device memory, so that a captured graph can replay a step.
 else: no allocation that a graph does not own, no synchronisation, no Python branch on a tensor. On a CPU the
 references compute the same.
 
-Ordering. Of the drawing the first line runs on the current stream, rows on a third and the rest on a second one. Each
-waits for what the arrows say, and the current stream for both before it combines, so that a step is over when the
-current stream says so.
+Ordering. Of the drawing the first line runs on the current stream, the tail of selected blocks on a third and the rest
+on a second one. Each waits for what the arrows say, and the current stream for both before it combines, so that a step
+is over when the current stream says so.
 
 A row may be selected only once `lengths` says so, and `publish` writes it after the current stream has waited for the
 copy to the host page. Pages and codes of published blocks never change while a step can read them: whatever changes
@@ -440,11 +440,6 @@ class DevicePath:
                 with torch.cuda.stream(beside):
                     select_tokens(memory.scan, memory.selection)
                     third.wait_stream(beside)
-                    tail_of_blocks(
-                        memory.scan, memory.selection, self._values, memory.partials,
-                        first_slot=memory.selected_at, bits=bits, head_size=self.shape.value_dim,
-                    )  # fmt: skip
-                with torch.cuda.stream(third):
                     if pinned:
                         attend_rows(
                             query, pool, self._table, memory.selection.tokens, memory.partials,
@@ -452,6 +447,11 @@ class DevicePath:
                         )  # fmt: skip
                     else:
                         self._attend_fetched(query, pool, memory, scale, softcap)
+                with torch.cuda.stream(third):
+                    tail_of_blocks(
+                        memory.scan, memory.selection, self._values, memory.partials,
+                        first_slot=memory.selected_at, bits=bits, head_size=self.shape.value_dim,
+                    )  # fmt: skip
             else:
                 _log_sum_exp(memory.scan, n_blocks, memory.selection)
             tail(
