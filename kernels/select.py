@@ -111,11 +111,18 @@ def select_tokens(scratch: ScanScratch, selection: Selection) -> None:
     """
     batch, kv_heads, k = selection.blocks.shape
     capacity, groups = scratch.top.shape[2:]
-    heads = triton.next_power_of_2(groups)
+    heads, chunk = triton.next_power_of_2(groups), _chunk(k * BLOCK, triton.next_power_of_2(groups))
+    if (
+        chunk < k * BLOCK
+    ):  # too many for the registers of one program: others look the votes up for it
+        part = min(1024, chunk)
+        _votes_kernel[(k * BLOCK // part, batch * kv_heads)](
+            scratch.scores, scratch.top, selection.blocks, selection.lse, selection.seen, capacity,
+            G=groups, G_P=heads, K=k, BLOCK=BLOCK, PART=part,
+        )  # fmt: skip
     _tokens_kernel[(batch * kv_heads,)](
         scratch.scores, scratch.top, selection.tokens, selection.blocks, selection.lse, selection.seen, capacity,
-        G=groups, G_P=heads, K=k, BLOCK=BLOCK, CHUNK=_chunk(k * BLOCK, heads), DIGIT=DIGIT,
-        num_warps=WARPS, num_stages=1,
+        G=groups, G_P=heads, K=k, BLOCK=BLOCK, CHUNK=chunk, DIGIT=DIGIT, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
 
 
@@ -250,6 +257,31 @@ def _token_votes(scores_ptr, top_ptr, blocks_ptr, i_n, i_g, shift, G: tl.constex
 
 
 @triton.jit
+def _votes_kernel(
+    scores_ptr,
+    top_ptr,
+    blocks_ptr,
+    lse_ptr,
+    seen_ptr,
+    capacity_blocks,
+    G: tl.constexpr,
+    G_P: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
+    i_row = tl.program_id(1).to(tl.int64)  # sequence and KV head
+    i_g = tl.arange(0, G_P)
+    i_n = tl.program_id(0) * PART + tl.arange(0, PART)
+    top_ptr += i_row * capacity_blocks * G
+    scores_ptr += i_row * capacity_blocks * BLOCK * G
+    lse = tl.load(lse_ptr + i_row * G + i_g, mask=i_g < G, other=0.0)
+    shift = tl.where(lse == float("-inf"), 0.0, lse)
+    votes = _token_votes(scores_ptr, top_ptr, blocks_ptr + i_row * K, i_n, i_g, shift, G, BLOCK)
+    tl.store(seen_ptr + i_row * K * BLOCK + i_n, votes)
+
+
+@triton.jit
 def _tokens_kernel(
     scores_ptr,
     top_ptr,
@@ -270,20 +302,17 @@ def _tokens_kernel(
     i_g = tl.arange(0, G_P)
     m_g = i_g < G
     i_k = tl.arange(0, K)
-    i_c = tl.arange(0, CHUNK)
     top_ptr += i_row * capacity_blocks * G
     scores_ptr += i_row * capacity_blocks * BLOCK * G
     blocks_ptr += i_row * K
     tokens_ptr += i_row * K
     seen_ptr += i_row * N
     tl.store(tokens_ptr + i_k, tl.full((K,), -1, dtype=tl.int32))
-    lse = tl.load(lse_ptr + i_row * G + i_g, mask=m_g, other=0.0)
-    shift = tl.where(lse == float("-inf"), 0.0, lse)
     votes = tl.zeros((CHUNK,), dtype=tl.int32)
-    for first in range(0, N, CHUNK):
-        votes = _token_votes(scores_ptr, top_ptr, blocks_ptr, first + i_c, i_g, shift, G, BLOCK)
-        if CHUNK < N:
-            tl.store(seen_ptr + first + i_c, votes)
+    if CHUNK == N:
+        lse = tl.load(lse_ptr + i_row * G + i_g, mask=m_g, other=0.0)
+        shift = tl.where(lse == float("-inf"), 0.0, lse)
+        votes = _token_votes(scores_ptr, top_ptr, blocks_ptr, tl.arange(0, N), i_g, shift, G, BLOCK)
     tl.debug_barrier()
     _keep_best(votes, seen_ptr, tokens_ptr, N, K, CHUNK, DIGIT)
     tl.debug_barrier()
