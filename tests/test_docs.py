@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,28 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark() -> None:
             digits = len(number.partition(".")[2])
             rounding = 0.5 * 10.0**-digits + 1e-9
             assert abs(float(number.replace(",", "")) - value) <= rounding, (what, number, value)
+
+
+def test_the_figures_of_mode_fast_are_those_of_the_benchmark() -> None:
+    file = ROOT / "benchmarks" / "decode.json"
+    if not file.is_file():
+        pytest.skip("benchmarks/decode.json is not in this checkout")
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    rows = {row["what"]: row for row in record["rows"]}
+    predict = runpy.run_path(str(ROOT / "tools" / "bench" / "predict.py"))["on_rtx_4090"]
+    shown = [row for row in tables(README) if row[-1].endswith(" ms") and len(row) == 5]
+    lengths = [what.removeprefix("ours ") for what in rows if what.startswith("ours ")]
+    assert sorted(row[0].replace(",", "") for row in shown) == sorted(lengths)
+    for context, copy, ours, full, predicted in shown:
+        length = context.replace(",", "")
+        row = rows[f"ours {length}"]
+        assert copy.startswith("none" if row["rung"] is None else f"{row['rung'][0]} bits")
+        assert ours == f"{row['ms_per_token']:.1f} ms"
+        assert full == f"{rows[f'full {length}']['ms_per_token']:.1f} ms"
+        rate = rows["kernels"]["device_bytes_per_s"]
+        assert predicted == f"{predict(row, rate):.0f} ms"
+    error = rows["ours 131072"]["logit_error"]
+    assert f"off by {error:.2f} of their standard deviation" in README.replace("\n", " ")
 
 
 def test_the_fidelity_table_of_the_readme_is_that_of_the_benchmark() -> None:

@@ -1,6 +1,6 @@
 """How far is mode fast from attention over everything? On real models and a real document, through the product.
 
-A document is read exactly; behind it, tokens of the document are fed one by one through the device path, and each
+The window is that of mode fast. A document is read exactly; behind it, tokens of the document are fed one by one through the device path, and each
 next-token distribution is compared with that of transformers' own cache and attention: KL(dense || ours) in nats.
 Settings are written `rung:tokens` (`4k4v:64`), tokens attended to exactly per KV head; `4k4v:0` is what a resident
 4-bit KV cache gives. Planted facts are asked for at the end.
@@ -35,13 +35,13 @@ import offload
 from offload.cache import CACHE
 from offload.decode import captured_steps
 from offload.loading import load
+from offload.scheduler.layout import REPLICA_WINDOW
 
 FACTS = {
     "blue box": "7341", "old lighthouse": "2958", "third drawer": "6017", "night train": "4482",
     "garden gate": "9126", "silver key": "3875", "north tower": "5560", "red umbrella": "8243",
 }  # fmt: skip
 LAYER_STEPS = 8  # steps whose hidden states are compared layer by layer
-WINDOW = 256
 
 
 @dataclass
@@ -128,7 +128,7 @@ def ours(case: Case, rung: str, tokens: int, skipped: float) -> dict[str, Any]:
     """The same through the device path, one token at a time, and the facts."""
     model, ids = case.model, case.ids
     on_card = ids.device.type == "cuda"
-    settings: dict[str, Any] = {"mode": "fast", "window": WINDOW, "rung": rung, "retrieved": tokens, "skipped_mass": skipped}  # fmt: skip
+    settings: dict[str, Any] = {"mode": "fast", "window": REPLICA_WINDOW, "rung": rung, "retrieved": tokens, "skipped_mass": skipped}  # fmt: skip
     with offload.attach(model, **settings, chunk=1024, capture=False) as runtime:
         cache = runtime.new_cache(ids.shape[1] + 64)
         runtime.generate(ids[:, : case.context], cache=cache, max_new_tokens=1, do_sample=False)
