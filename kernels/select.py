@@ -112,9 +112,7 @@ def select_tokens(scratch: ScanScratch, selection: Selection) -> None:
     batch, kv_heads, k = selection.blocks.shape
     capacity, groups = scratch.top.shape[2:]
     heads, chunk = triton.next_power_of_2(groups), _chunk(k * BLOCK, triton.next_power_of_2(groups))
-    if (
-        chunk < k * BLOCK
-    ):  # too many for the registers of one program: others look the votes up for it
+    if chunk < k * BLOCK:  # others look the votes up for the one program that compares them
         part = min(1024, chunk)
         _votes_kernel[(k * BLOCK // part, batch * kv_heads)](
             scratch.scores, scratch.top, selection.blocks, selection.lse, selection.seen, capacity,
@@ -168,9 +166,7 @@ def _keep_best(
             votes = tl.load(votes_ptr + first + i_c)
         above = (votes > limit).to(tl.int32)
         tied = ((votes > 0) & (votes == limit)).to(tl.int32)
-        before = tl.cumsum(
-            above + (tied << 16), axis=0
-        )  # two counts in one pass; each is below 2^15
+        before = tl.cumsum(above + (tied << 16), axis=0)  # two counts; each is below 2^15
         i_above = above_before + (before & 0xFFFF) - above
         i_tied = tied_before + (before >> 16) - tied
         best = (above + tied * (i_tied < room).to(tl.int32)) > 0
