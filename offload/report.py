@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offload.units import gib
+
+logger = logging.getLogger(__name__)
+
+
+class Notes:
+    """What a user has to know of a runtime: every fallback and every choice that was made for them, once each."""
+
+    def __init__(self) -> None:
+        self._notes: dict[str, None] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._notes)
+
+    def add(self, note: str) -> None:
+        """Keeps a note."""
+        self._notes[note] = None
+
+    def tell(self, note: str) -> None:
+        """Keeps what mode fast fell back to, and warns of it the first time."""
+        if note not in self._notes:
+            logger.warning("Mode fast: %s.", note)
+        self.add(note)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from offload.budget import Budgets
-from offload.cache import CACHE, CACHE_NAMES, OffloadCache, cache_in, require_ours, stock_layers
+from offload.cache import CACHE, CACHE_NAMES, OffloadCache, cache_in, require_ours
+from offload.caches import CacheMaker
 from offload.config import OffloadConfig
 from offload.decode import captured_steps, decode
 from offload.errors import CacheError, ConfigError, InputError
-from offload.hardware import host_memory
 from offload.model import (
     ModelShape,
     attention_names,
@@ -29,7 +29,6 @@ from offload.model import (
     our_attention,
     refuse_unsupported,
     restore_attention,
-    text_config,
 )
 from offload.prefill import Progress, prefill, progress_bar
 from offload.prompt import (
@@ -39,13 +38,9 @@ from offload.prompt import (
     read_prompt,
     reuse,
 )
-from offload.report import Report
-from offload.scheduler.layout import AUTO_CHUNK, Layout, budget_for
+from offload.report import Notes, Report
+from offload.scheduler.layout import Layout, budget_for
 from offload.scheduler.rungs import BLOCK
-from offload.tiers.pinned import HostRegion, commit_regions
-from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
-from offload.tiers.store import LayerStore, StoreLimits
-from offload.tiers.transfer import HostReader, HostWriter, Streams, TransferCounters
 
 logger = logging.getLogger(__name__)
 
@@ -147,17 +142,12 @@ class Runtime:
         self.budgets = Budgets(
             config, shape, lambda: [cache.layout for cache in caches if cache.layout is not None]
         )
-        self._streams = Streams(shape.device)
-        self._counters = TransferCounters()
-        self._notes: dict[str, None] = {}
+        self._notes = Notes()
+        self._maker = CacheMaker(model, config, shape, self.budgets, self._notes, caches)
+        self._streams, self._counters = self._maker.streams, self._maker.counters
         if shape.fed_whole is not None:
-            self._notes[f"prompts are read in one piece: {shape.fed_whole}"] = None
+            self._notes.add(f"prompts are read in one piece: {shape.fed_whole}")
             logger.warning("%s reads prompts in one piece: %s", shape.model_type, shape.fed_whole)
-        # The runtime holds every region, caches only borrow them: were one part of a forgotten cache, the garbage
-        # collector would close it while the cache's own finalizer hands it back.
-        self._regions: list[HostRegion] = []
-        self._free_regions: dict[int, list[HostRegion]] = {}
-        self._reserve = max(2**30, host_memory().total // max(1, len(shape.rows)))
         self._last = _LastRun()
         self._idle = threading.Lock()  # held by a generate
         self._asked_tokens = 0  # in calls of mode fast
@@ -249,7 +239,7 @@ class Runtime:
             return self._generate_stock(inputs, cache, kwargs, "inputs beside the text")
         self._check_length(prompt.final_length)
         if cache is None:
-            cache = self._make_cache(
+            cache = self._new(
                 prompt_tokens=prompt.input_ids.shape[1],
                 tokens=prompt.final_length,
                 exact=prompt.is_beams,
@@ -295,7 +285,12 @@ class Runtime:
                 there=None,
                 change="Leave max_tokens out for a cache that grows as needed.",
             )
-        return self._make_cache(prompt_tokens=0, tokens=max_tokens)
+        return self._new(prompt_tokens=0, tokens=max_tokens)
+
+    def _new(self, **wanted: Any) -> OffloadCache:
+        cache = self._maker.make(**wanted)
+        self._current = weakref.ref(cache)
+        return cache
 
     def report(self) -> Report:
         """Bytes per tier, time per token and every fallback, of the last `generate`."""
@@ -344,13 +339,7 @@ class Runtime:
             return
         self._attached = False
         try:
-            for cache in list(self._caches):
-                cache.close("its runtime was detached")
-            self._streams.synchronize()
-            self._free_regions.clear()
-            for region in self._regions:
-                region.close()
-            self._regions.clear()
+            self._maker.close("its runtime was detached")
         finally:  # also after a CUDA error: the model is given back whatever happened to its memory
             for hook in self._hooks:
                 hook.remove()
@@ -391,179 +380,6 @@ class Runtime:
         tokens = prompt_tokens + new_tokens
         demand = self.budgets.demand(batch=batch, tokens=tokens)
         return budget_for(demand, device_tokens=int(kv_share * tokens))
-
-    # Caches.
-
-    def _make_cache(
-        self, *, prompt_tokens: int, tokens: int | None, exact: bool = False
-    ) -> OffloadCache:
-        """A cache whose stores are built at its first use, when its batch is known.
-
-        Args:
-            prompt_tokens: Of the first prompt, where known.
-            tokens: Tokens per sequence at the end, where known.
-            exact: Every token is streamed, whatever the mode.
-        """
-        fast = self.config.mode == "fast" and not exact
-        memory = StepMemory(self.shape.device) if fast else None
-        taken: list[tuple[int, HostRegion]] = []
-        readers: list[HostReader] = []
-
-        def build(sequences: int, copies: int) -> tuple[Layout, list[LayerStore]]:
-            for other in list(self._caches):
-                for store in other.layer_stores:
-                    store.drop_resident()  # copies that an idle cache does without
-            if self._streams.on:
-                torch.cuda.empty_cache()
-            demand = self.budgets.demand(
-                batch=sequences * copies,
-                tokens=tokens,
-                copies=copies,
-                prompt=prompt_tokens,
-                exact=exact,
-            )
-            idle = sum(r.committed for free in list(self._free_regions.values()) for r in free)
-            layout = self.budgets.lay_out(demand, idle_host=idle)
-            auto = isinstance(self.config.prefill.chunk, str) and self.shape.fed_whole is None
-            if auto and layout.chunk < min(AUTO_CHUNK, tokens or AUTO_CHUNK):
-                note = (
-                    f"prefill.chunk is {layout.chunk:,} tokens, not 4,096, to fit the device budget"
-                )
-                self._notes[note] = None
-            reader = HostReader(self._streams, layout.staging_bytes, self._counters)
-            writer = HostWriter(self._streams, layout.eviction_bytes, self._counters)
-            all_limits = self._layer_limits(layout, tokens, sequences * copies)
-            try:
-                grow = []
-                for row, of_layer in zip(self.shape.rows, all_limits, strict=True):
-                    page_bytes = of_layer.page * row.token_bytes
-                    region = self._take_region(page_bytes)
-                    taken.append((page_bytes, region))
-                    pages = LayerStore.initial_pages(of_layer, sequences)
-                    grow.append((region, pages * page_bytes))
-                self._make_host_room(sum(max(0, size - region.committed) for region, size in grow))
-                commit_regions(grow)
-                stores = []
-                for index, (row, of_layer, (_, region)) in enumerate(
-                    zip(self.shape.rows, all_limits, taken, strict=True)
-                ):
-                    path = None
-                    if memory is not None:
-                        path = self._device_path(index, layout, of_layer, memory, sequences)
-                    stores.append(
-                        LayerStore(
-                            row,
-                            of_layer,
-                            batch=sequences,
-                            region=region,
-                            reader=reader,
-                            writer=writer,
-                            path=path,
-                        )
-                    )
-            except BaseException:
-                give_back()
-                raise
-            reader.reset(list(stores))
-            readers.append(reader)
-            return layout, stores
-
-        def settle() -> None:
-            for reader in readers:
-                reader.reset(reader.order)
-
-        def give_back() -> None:
-            self._streams.synchronize()
-            for reader in readers:
-                reader.reset(
-                    []
-                )  # it and its stores hold each other: without this memory waits for the GC
-            readers.clear()
-            for page_bytes, region in taken:
-                self._free_regions.setdefault(page_bytes, []).append(region)
-            taken.clear()
-
-        cache = OffloadCache(
-            stock_layers(text_config(self.model)),
-            self.shape.offloaded,
-            build,
-            on_settle=settle,
-            on_close=give_back,
-            modules=self.shape.modules,
-        )
-        self._caches.add(cache)
-        self._current = weakref.ref(cache)
-        return cache
-
-    def _layer_limits(self, layout: Layout, tokens: int | None, batch: int) -> list[StoreLimits]:
-        """How each layer's tokens are divided between the tiers."""
-        usual = StoreLimits(
-            page=self.config.cache.page,
-            sink_blocks=layout.sink_blocks,
-            window_blocks=layout.window_blocks,
-            host_tokens=layout.host_tokens,
-            batch=batch,
-        )
-        # Layers that keep all their tokens on the device have a window as long as the run.
-        blocks = -(-(tokens or 0) // usual.page) - layout.sink_blocks
-        whole = replace(usual, window_blocks=max(1, blocks), host_tokens=0)
-        return [whole if i in layout.whole else usual for i in range(len(self.shape.rows))]
-
-    def _device_path(
-        self, index: int, layout: Layout, limits: StoreLimits, memory: StepMemory, batch: int
-    ) -> DevicePath | None:
-        """The device path of one layer, or None where the replica did not fit and every token is streamed."""
-        if not layout.rungs and layout.host_tokens:
-            self._tell("no replica fits the device budget: every token is streamed")
-            return None
-        asked = self.config.retrieval.tokens
-        rung = layout.rungs[index] if layout.rungs else None
-        automatic = 0 if rung is None else rung.tokens
-        path = DevicePath(
-            self.shape.rows[index],
-            PathSettings(
-                bits=4 if rung is None else rung.bits,
-                tokens=automatic if isinstance(asked, str) else asked,
-                skipped_mass=self.config.replica.skipped_mass,
-            ),
-            memory,
-            batch=batch,
-            blocks=0 if index in layout.whole else layout.replica_tokens // limits.page,
-            slots=limits.device_blocks + 1,
-            page=limits.page,
-            device=self.shape.device,
-        )
-        if self._streams.on and not path.has_kernels:
-            self._tell(f"heads are larger than {LARGEST_HEAD}, which no kernel knows: slow steps")
-        return path
-
-    def _tell(self, note: str) -> None:
-        """Warns of a fallback once, and keeps it for `report`."""
-        if note not in self._notes:
-            logger.warning("Mode fast: %s.", note)
-        self._notes[note] = None
-
-    def _take_region(self, page_bytes: int) -> HostRegion:
-        free = self._free_regions.get(page_bytes)
-        if free:
-            free.sort(key=lambda region: region.committed)
-            return free.pop()
-        region = HostRegion(
-            page_bytes, self._reserve, self.shape.device, self.budgets.pins, self.budgets.host
-        )
-        self._regions.append(region)
-        return region
-
-    def _make_host_room(self, nbytes: int) -> None:
-        """Closes idle regions where the host budget has no room beside them."""
-        room = self.budgets.host.room()
-        if room is None or room >= nbytes:
-            return
-        for free in list(self._free_regions.values()):
-            while free:
-                region = free.pop()
-                region.close()
-                self._regions.remove(region)
 
     # One call of generate.
 
@@ -650,7 +466,7 @@ class Runtime:
                 self._check_replica(cache)
             # Steps on the device path stream nothing, and those of an assistant's candidates need the memory.
             if not fast and not prompt.is_assisted:
-                self._keep_pages_resident(cache)
+                self._maker.keep_pages_resident(cache)
         last.prefill_s = done.seconds
         last.tail_mass = last.skipped_mass = 0.0
         last.selected_bytes = 0
@@ -685,9 +501,9 @@ class Runtime:
         if captured is not None:
             last.capture_s, last.replayed_steps = captured.seconds, captured.replays
             if captured.reason is not None:
-                self._tell(f"decode steps run eagerly: {captured.reason}")
+                self._notes.tell(f"decode steps run eagerly: {captured.reason}")
             if captured.not_compiled is not None:
-                self._tell(f"layers are not compiled: {captured.not_compiled}")
+                self._notes.tell(f"layers are not compiled: {captured.not_compiled}")
         if fast:
             self._note_masses(cache, last.new_tokens)
         self._note_tiers(cache)
@@ -724,7 +540,7 @@ class Runtime:
         reasons = [path.why_streamed(columns) for path, columns in offloaded]
         why = next((reason for reason in reasons if reason is not None), None)
         if why is not None:
-            self._tell(f"every token is streamed: {why}")
+            self._notes.tell(f"every token is streamed: {why}")
             return
         masses = torch.zeros(2)
         for store in cache.layer_stores:
@@ -734,28 +550,6 @@ class Runtime:
                 selected += path.settings.tokens * store.shape.token_bytes * store.batch
         last.tail_mass, last.skipped_mass = masses.tolist()
         last.selected_bytes = selected
-
-    def _keep_pages_resident(self, cache: OffloadCache) -> None:
-        """Fills the memory that prefill needed and decoding does not with the oldest host pages.
-
-        They then need not be streamed. The next prefill takes the memory back.
-        """
-        layout = cache.layout
-        stores = cache.layer_stores
-        # A CPU's copy would be no nearer, and an explicit window says what shall be on the device.
-        wanted = self._streams.on and isinstance(self.config.cache.window, str)
-        if not wanted or layout is None or not stores or not stores[0].columns:
-            return
-        torch.cuda.empty_cache()
-        # One token of each sequence is computed now; its logits are copied by processors and samplers.
-        per_sequence = self.shape.workspace_per_token + 6 * 4 * self.shape.vocabulary
-        needed = self.shape.workspace + stores[0].batch * per_sequence
-        spare = max(0, layout.device["workspace"] - needed)
-        per_column = sum(
-            store.page_bytes * (1 if store.shared_columns else store.batch) for store in stores
-        )
-        for store in stores:
-            store.keep_resident(spare // per_column)
 
     def _generate_stock(
         self, inputs: Tensor | None, cache: OffloadCache | None, kwargs: dict[str, Any], what: str

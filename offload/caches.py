@@ -1,0 +1,255 @@
+"""How does a cache come by its memory? Laid out for its batch, its host regions borrowed, its stores built."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from offload.budget import Budgets
+from offload.cache import OffloadCache, stock_layers
+from offload.config import OffloadConfig
+from offload.hardware import host_memory
+from offload.model import ModelShape, text_config
+from offload.report import Notes
+from offload.scheduler.layout import AUTO_CHUNK, Layout
+from offload.tiers.pinned import HostRegion, commit_regions
+from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
+from offload.tiers.store import LayerStore, StoreLimits
+from offload.tiers.transfer import HostReader, HostWriter, Streams, TransferCounters
+
+
+class CacheMaker:
+    """Makes the caches of one model.
+
+    It holds every host region, caches only borrow them: were one part of a forgotten cache, the garbage collector would
+    close it while the cache's own finalizer hands it back.
+
+    Attributes:
+        caches: Those that are in use.
+        streams: On which all of them copy.
+        counters: What they copied.
+    """
+
+    def __init__(
+        self, model: Any, config: OffloadConfig, shape: ModelShape, budgets: Budgets, notes: Notes,
+        caches: weakref.WeakSet[OffloadCache],
+    ) -> None:  # fmt: skip
+        """For one runtime.
+
+        Args:
+            model: With our attention.
+            config: As asked.
+            shape: As examined.
+            budgets: Of the runtime.
+            notes: Where fallbacks are told.
+            caches: Where caches are noted.
+        """
+        self._model = model
+        self._config = config
+        self._shape = shape
+        self._budgets = budgets
+        self._notes = notes
+        self.caches = caches
+        self.streams = Streams(shape.device)
+        self.counters = TransferCounters()
+        self._regions: list[HostRegion] = []
+        self._free_regions: dict[int, list[HostRegion]] = {}
+        self._reserve = max(2**30, host_memory().total // max(1, len(shape.rows)))
+
+    def make(self, *, prompt_tokens: int, tokens: int | None, exact: bool = False) -> OffloadCache:
+        """A cache whose stores are built at its first use, when its batch is known.
+
+        Args:
+            prompt_tokens: Of the first prompt, where known.
+            tokens: Tokens per sequence at the end, where known.
+            exact: Every token is streamed, whatever the mode.
+        """
+        fast = self._config.mode == "fast" and not exact
+        memory = StepMemory(self._shape.device) if fast else None
+        taken: list[tuple[int, HostRegion]] = []
+        readers: list[HostReader] = []
+
+        def build(sequences: int, copies: int) -> tuple[Layout, list[LayerStore]]:
+            for other in list(self.caches):
+                for store in other.layer_stores:
+                    store.drop_resident()  # copies that an idle cache does without
+            if self.streams.on:
+                torch.cuda.empty_cache()
+            demand = self._budgets.demand(
+                batch=sequences * copies,
+                tokens=tokens,
+                copies=copies,
+                prompt=prompt_tokens,
+                exact=exact,
+            )
+            idle = sum(r.committed for free in list(self._free_regions.values()) for r in free)
+            layout = self._budgets.lay_out(demand, idle_host=idle)
+            auto = isinstance(self._config.prefill.chunk, str) and self._shape.fed_whole is None
+            if auto and layout.chunk < min(AUTO_CHUNK, tokens or AUTO_CHUNK):
+                note = (
+                    f"prefill.chunk is {layout.chunk:,} tokens, not 4,096, to fit the device budget"
+                )
+                self._notes.add(note)
+            reader = HostReader(self.streams, layout.staging_bytes, self.counters)
+            writer = HostWriter(self.streams, layout.eviction_bytes, self.counters)
+            all_limits = self._layer_limits(layout, tokens, sequences * copies)
+            try:
+                grow = []
+                for row, of_layer in zip(self._shape.rows, all_limits, strict=True):
+                    page_bytes = of_layer.page * row.token_bytes
+                    region = self._take_region(page_bytes)
+                    taken.append((page_bytes, region))
+                    pages = LayerStore.initial_pages(of_layer, sequences)
+                    grow.append((region, pages * page_bytes))
+                self._make_host_room(sum(max(0, size - region.committed) for region, size in grow))
+                commit_regions(grow)
+                stores = []
+                for index, (row, of_layer, (_, region)) in enumerate(
+                    zip(self._shape.rows, all_limits, taken, strict=True)
+                ):
+                    path = None
+                    if memory is not None:
+                        path = self._device_path(index, layout, of_layer, memory, sequences)
+                    stores.append(
+                        LayerStore(
+                            row,
+                            of_layer,
+                            batch=sequences,
+                            region=region,
+                            reader=reader,
+                            writer=writer,
+                            path=path,
+                        )
+                    )
+            except BaseException:
+                give_back()
+                raise
+            reader.reset(list(stores))
+            readers.append(reader)
+            return layout, stores
+
+        def settle() -> None:
+            for reader in readers:
+                reader.reset(reader.order)
+
+        def give_back() -> None:
+            self.streams.synchronize()
+            for reader in readers:
+                # It and its stores hold each other: without this their memory waits for the garbage collector.
+                reader.reset([])
+            readers.clear()
+            for page_bytes, region in taken:
+                self._free_regions.setdefault(page_bytes, []).append(region)
+            taken.clear()
+
+        cache = OffloadCache(
+            stock_layers(text_config(self._model)),
+            self._shape.offloaded,
+            build,
+            on_settle=settle,
+            on_close=give_back,
+            modules=self._shape.modules,
+        )
+        self.caches.add(cache)
+        return cache
+
+    def close(self, reason: str) -> None:
+        """Closes every cache and gives all host memory back."""
+        for cache in list(self.caches):
+            cache.close(reason)
+        self.streams.synchronize()
+        self._free_regions.clear()
+        for region in self._regions:
+            region.close()
+        self._regions.clear()
+
+    def _layer_limits(self, layout: Layout, tokens: int | None, batch: int) -> list[StoreLimits]:
+        """How each layer's tokens are divided between the tiers."""
+        usual = StoreLimits(
+            page=self._config.cache.page,
+            sink_blocks=layout.sink_blocks,
+            window_blocks=layout.window_blocks,
+            host_tokens=layout.host_tokens,
+            batch=batch,
+        )
+        # Layers that keep all their tokens on the device have a window as long as the run.
+        blocks = -(-(tokens or 0) // usual.page) - layout.sink_blocks
+        whole = replace(usual, window_blocks=max(1, blocks), host_tokens=0)
+        return [whole if i in layout.whole else usual for i in range(len(self._shape.rows))]
+
+    def _device_path(
+        self, index: int, layout: Layout, limits: StoreLimits, memory: StepMemory, batch: int
+    ) -> DevicePath | None:
+        """The device path of one layer, or None where the replica did not fit and every token is streamed."""
+        if not layout.rungs and layout.host_tokens:
+            self._notes.tell("no replica fits the device budget: every token is streamed")
+            return None
+        asked = self._config.retrieval.tokens
+        rung = layout.rungs[index] if layout.rungs else None
+        automatic = 0 if rung is None else rung.tokens
+        path = DevicePath(
+            self._shape.rows[index],
+            PathSettings(
+                bits=4 if rung is None else rung.bits,
+                tokens=automatic if isinstance(asked, str) else asked,
+                skipped_mass=self._config.replica.skipped_mass,
+            ),
+            memory,
+            batch=batch,
+            blocks=0 if index in layout.whole else layout.replica_tokens // limits.page,
+            slots=limits.device_blocks + 1,
+            page=limits.page,
+            device=self._shape.device,
+        )
+        if self.streams.on and not path.has_kernels:
+            self._notes.tell(
+                f"heads are larger than {LARGEST_HEAD}, which no kernel knows: slow steps"
+            )
+        return path
+
+    def _take_region(self, page_bytes: int) -> HostRegion:
+        free = self._free_regions.get(page_bytes)
+        if free:
+            free.sort(key=lambda region: region.committed)
+            return free.pop()
+        region = HostRegion(
+            page_bytes, self._reserve, self._shape.device, self._budgets.pins, self._budgets.host
+        )
+        self._regions.append(region)
+        return region
+
+    def _make_host_room(self, nbytes: int) -> None:
+        """Closes idle regions where the host budget has no room beside them."""
+        room = self._budgets.host.room()
+        if room is None or room >= nbytes:
+            return
+        for free in list(self._free_regions.values()):
+            while free:
+                region = free.pop()
+                region.close()
+                self._regions.remove(region)
+
+    def keep_pages_resident(self, cache: OffloadCache) -> None:
+        """Fills the memory that prefill needed and decoding does not with the oldest host pages.
+
+        They then need not be streamed. The next prefill takes the memory back.
+        """
+        layout = cache.layout
+        stores = cache.layer_stores
+        # A CPU's copy would be no nearer, and an explicit window says what shall be on the device.
+        wanted = self.streams.on and isinstance(self._config.cache.window, str)
+        if not wanted or layout is None or not stores or not stores[0].columns:
+            return
+        torch.cuda.empty_cache()
+        # One token of each sequence is computed now; its logits are copied by processors and samplers.
+        per_sequence = self._shape.workspace_per_token + 6 * 4 * self._shape.vocabulary
+        needed = self._shape.workspace + stores[0].batch * per_sequence
+        spare = max(0, layout.device["workspace"] - needed)
+        per_column = sum(
+            store.page_bytes * (1 if store.shared_columns else store.batch) for store in stores
+        )
+        for store in stores:
+            store.keep_resident(spare // per_column)
