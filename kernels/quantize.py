@@ -4,8 +4,8 @@ Keys are coded per channel in blocks of `BLOCK` tokens, because their outliers s
 projection, RoPE) and stay there; values per token in groups of `GROUP` channels. Keys are never rotated: that
 spreads the outliers of models with a key bias over all channels.
 
-A line, offset and slope, takes a code to its value. Both are rounded to 16 bits *before* the codes are chosen, outwards,
-so that no value is further than half a step from its code.
+A line, offset and slope, takes a code to its value. Both are rounded to 16 bits *before* the codes are chosen, so
+that no value is further than half a step from its code, and to the nearest, so that none is always off to one side.
 
 Codes are packed in bytes by *planes* along the axis that a product sums over, channels of keys, tokens of values: at
 4 bits byte u holds entry u in its low and entry u + L/2 in its high nibble; at 2 bits it holds entries u + L/4 * j at
@@ -123,13 +123,11 @@ def _rounded(x, BF16: tl.constexpr):
 
 @triton.jit
 def _line(low, high, LEVELS: tl.constexpr, BASE: tl.constexpr, UNIT: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
-    """Offset and slope of a range as 16-bit numbers in float32, rounded so that the range is covered."""
-    STEP: tl.constexpr = 0.0078125 if BF16 else 0.0009765625  # from 1 to the next number
-    ROOM: tl.constexpr = LEVELS - 1.5 * STEP * BASE / UNIT
-    scale = (high - low + 1.5 * STEP * tl.abs(low)) * ((1.0 + STEP) / ROOM)
-    slope = _rounded(scale * (1.0 / UNIT), BF16)
-    offset = low - BASE * slope
-    return _rounded(offset - tl.abs(offset) * STEP, BF16), slope
+    """Offset and slope of a range as 16-bit numbers in float32; see the reference."""
+    EPS: tl.constexpr = 0.0078125 if BF16 else 0.0009765625  # from 1 to the next number
+    wide = tl.maximum(EPS * tl.abs(low) - 0.25 * ((high - low) * (1.0 / LEVELS)), 0.0)
+    slope = _rounded((high - low + wide) * (1.0 / (LEVELS * UNIT)), BF16)
+    return _rounded(low - 0.5 * wide - BASE * slope, BF16), slope
 
 
 @triton.jit

@@ -346,14 +346,16 @@ def _numbers(codes: Tensor, bits: int, kind: Kind) -> Tensor:
 
 
 def _line(low: Tensor, high: Tensor, bits: int, kind: Kind) -> tuple[Tensor, Tensor]:
-    """Offset and slope of ranges as 16-bit numbers in float32, rounded so that the range is covered."""
-    step, levels, unit = torch.finfo(kind.dtype).eps, 2**bits - 1, kind.unit(bits)
-    # The offset lies base * slope below the range and is rounded there, downwards: by up to 1.5 of its steps.
-    room = levels - 1.5 * step * kind.base / unit
-    scale = (high - low + 1.5 * step * low.abs()) * ((1 + step) / room)
-    slope = (scale / unit).to(kind.dtype).float()
-    offset = low - kind.base * slope
-    return (offset - offset.abs() * step).to(kind.dtype).float(), slope
+    """Offset and slope of ranges as 16-bit numbers in float32.
+
+    Rounded to the nearest, not outwards: a channel that is always the least or the greatest of its group would be off
+    by the same in every token, which no mean over tokens takes away. Only where a range lies far from zero, so that
+    rounding the offset alone could move it by more than an eighth of a step, it is made wider by what that may be.
+    """
+    eps, levels, unit = torch.finfo(kind.dtype).eps, 2**bits - 1, kind.unit(bits)
+    wide = (eps * low.abs() - 0.25 * ((high - low) * (1.0 / levels))).clamp(min=0.0)
+    slope = ((high - low + wide) * (1.0 / (levels * unit))).to(kind.dtype).float()
+    return (low - 0.5 * wide - kind.base * slope).to(kind.dtype).float(), slope
 
 
 def _in_fours(offset: Tensor, slope: Tensor) -> Tensor:

@@ -51,6 +51,21 @@ def test_no_value_is_further_than_half_a_step_from_its_code(
     assert bool((error <= steps(codes, bits=bits, keys=keys, size=size) * 0.5 + 1e-5).all())
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_outliers_are_not_off_to_one_side(bits: int) -> None:
+    random = torch.Generator().manual_seed(5)
+    rows = torch.randn((1, 40 * BLOCK, 2, 64), generator=random)
+    rows[..., 7] += 8.0  # always the greatest of its group of channels
+    rows[..., 40] -= 8.0  # always the least
+    back = reference.dequantize_values(
+        reference.quantize_values(rows, bits=bits), bits=bits, head_size=64
+    )
+    error = (back - rows.transpose(1, 2))[..., [7, 40]]
+    mean, spread = error.mean(2), error.pow(2).mean(2).sqrt()
+    # Attention takes means over many tokens: what is random in each must vanish in them.
+    assert float((mean.abs() / spread).max()) < 5 / (40 * BLOCK) ** 0.5
+
+
 @given(constant=st.floats(-1000, 1000, width=16), bits=st.sampled_from(BITS))
 def test_a_constant_channel_comes_back_within_its_rounding(constant: float, bits: int) -> None:
     rows = torch.full((1, BLOCK, 1, 32), constant)
