@@ -212,9 +212,8 @@ def _tail_kernel(
 ):
     RUNS: tl.constexpr = 2 if BITS == 4 else 4
     RUN: tl.constexpr = BLOCK // RUNS
-    SPAN: tl.constexpr = (
-        32 // RUN
-    )  # blocks side by side: the tensor cores take 32 columns without shuffling them
+    # Blocks side by side: the tensor cores take 32 columns without shuffling them.
+    SPAN: tl.constexpr = 32 // RUN
     GROUPS: tl.constexpr = D_P // GROUP
     i_split = tl.program_id(0)
     n_splits = tl.num_programs(0)

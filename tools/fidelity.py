@@ -1,7 +1,8 @@
 """How far is mode fast from attention over everything? On real models and a real document, through the product.
 
-The window is that of mode fast. A document is read exactly; behind it, tokens of the document are fed one by one through the device path, and each
-next-token distribution is compared with that of transformers' own cache and attention: KL(dense || ours) in nats.
+The window is that of mode fast. A document is read exactly; behind it, tokens of the document are fed one by one
+through the device path, and each next-token distribution is compared with that of transformers' own cache and
+attention: KL(dense || ours) in nats.
 Settings are written `rung:tokens` (`4k4v:64`), tokens attended to exactly per KV head; `4k4v:0` is what a resident
 4-bit KV cache gives. Planted facts are asked for at the end.
 
