@@ -1,13 +1,23 @@
 """How are selected tokens attended to exactly? From their rows in pinned host memory, read by the kernel itself.
 
-Zero-copy: the kernel's loads go over PCIe, so no host code, no page cache and no staging is needed; 64 rows of 512
-bytes a KV head are 8.4 MB a step for an 8B model.
+Zero-copy: the kernel's loads go over PCIe, so no host code and no staging is needed; 64 rows of 512 bytes a KV head
+are 8.4 MB a step for an 8B model.
+
+Most tokens that a step selects were selected a few steps ago, so a `RowCache` keeps their rows on the device: token t
+in slot t mod the number of slots, the next such token in its place. A row that is there is read from there, one that
+is not comes from the host and stays. Both hold the same bits, so what comes out does not depend on the cache.
+
+No two programs of a launch meet in a slot: of the selected tokens that belong there only the first may write, and only
+if the slot's own token is not selected. So what is read is never being written, and no lock is needed.
 
 The references are `gather` and `attend` of `offload.kernels.reference`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,8 +31,51 @@ TILE = 16
 """Rows that one program reads: few, so that many programs have reads of the host under way."""
 
 
+OTHERS = 256
+"""Selected tokens that a program compares its own with at once."""
+
+
+class RowCache(NamedTuple):
+    """Rows of tokens that were selected lately, on the device.
+
+    Attributes:
+        rows: [B, H_kv, slots, D + D_v] in the dtype of the pool; slots a power of two.
+        tokens: int32 [B, H_kv, slots], the token of each, -1 for none. Fill with -1 to forget them all.
+        fetched: int64 [1]: rows that came from the host, added up.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    fetched: Tensor
+
+
+def empty_row_cache(
+    batch: int, kv_heads: int, slots: int, width: int, dtype: torch.dtype, device: torch.device
+) -> RowCache:
+    """Room for rows.
+
+    Args:
+        batch: Sequences.
+        kv_heads: KV heads.
+        slots: Per KV head, a power of two.
+        width: D + D_v.
+        dtype: Of the rows.
+        device: Where.
+
+    Raises:
+        ValueError: slots is not a power of two.
+    """
+    if slots < 1 or slots & (slots - 1):
+        raise ValueError(f"slots must be a power of two, got {slots:,}")
+    return RowCache(
+        torch.zeros((batch, kv_heads, slots, width), dtype=dtype, device=device),
+        torch.full((batch, kv_heads, slots), -1, dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
 def row_slots(k: int) -> int:
-    """Slots that k tokens per KV head take."""
+    """Slots of partials that k tokens per KV head take."""
     return k // TILE
 
 
@@ -37,6 +90,7 @@ def attend_rows(
     key_dim: int,
     scale: float,
     softcap: float | None = None,
+    cache: RowCache | None = None,
 ) -> None:
     """Attends to selected tokens of each KV head.
 
@@ -44,12 +98,13 @@ def attend_rows(
         query: [B, H_q, D], last stride 1, on the device.
         pool: [pages, P, H_kv, D + D_v] in the dtype of `query`: host pages, pinned (any tensor on a CPU).
         table: int32 [B, columns] on the query's device: the page of each block of P tokens.
-        tokens: int32 [B, H_kv, k], -1 for none; k a multiple of TILE.
+        tokens: int32 [B, H_kv, k], none twice, -1 for none; k a multiple of TILE.
         partials: `row_slots(k)` slots are written.
         first_slot: The first of them.
         key_dim: D.
         scale: Factor on the dot products.
         softcap: Logits become softcap * tanh(logits / softcap).
+        cache: Rows that are on the device; others join them.
 
     Raises:
         ValueError: k is not a multiple of TILE.
@@ -60,12 +115,16 @@ def attend_rows(
     if k % TILE:
         raise ValueError(f"k must be a multiple of {TILE}, got {k}")
     value_dim, groups = width - key_dim, heads // kv_heads
+    # Without a cache the kernel is given tensors that it does not touch.
+    cached = RowCache(query, tokens, tokens) if cache is None else cache
     _rows_kernel[(row_slots(k), batch * kv_heads)](
-        query, pool, table, tokens, *partials, kv_heads, table.stride(0), k,
+        query, pool, table, tokens, *partials, *cached, kv_heads, table.stride(0), k,
         partials.lse.shape[2], first_slot, scale, 1.0 if softcap is None else softcap,
         query.stride(0), query.stride(1), *pool.stride()[:3],
         G=groups, G_P=max(16, triton.next_power_of_2(groups)), D=key_dim, DV=value_dim,
-        D_P=padded(key_dim), DV_P=padded(value_dim), TILE=TILE, PAGE=page, CAPPED=softcap is not None, num_warps=WARPS,
+        D_P=padded(key_dim), DV_P=padded(value_dim), TILE=TILE, PAGE=page, CAPPED=softcap is not None,
+        CACHED=0 if cache is None else cache.tokens.shape[2], OTHERS=min(OTHERS, triton.next_power_of_2(k)),
+        num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -77,6 +136,9 @@ def _rows_kernel(
     ids_ptr,
     out_ptr,
     lse_ptr,
+    near_ptr,
+    near_ids_ptr,
+    fetched_ptr,
     kv_heads,
     columns,
     n_ids,
@@ -98,6 +160,8 @@ def _rows_kernel(
     TILE: tl.constexpr,
     PAGE: tl.constexpr,
     CAPPED: tl.constexpr,
+    CACHED: tl.constexpr,
+    OTHERS: tl.constexpr,
 ):
     i_tile = tl.program_id(0)
     i_row = tl.program_id(1).to(tl.int64)  # sequence and KV head
@@ -111,14 +175,37 @@ def _rows_kernel(
     m_k = ids >= 0
     page = tl.load(table_ptr + i_batch * columns + ids // PAGE, mask=m_k, other=0).to(tl.int64)
     o_row = page * stride_page + (ids % PAGE).to(tl.int64) * stride_token + i_kv * stride_head
-    key = tl.load(
-        base_ptr + o_row[:, None] + i_d[None, :], mask=m_k[:, None] & (i_d < D)[None, :], other=0.0
-    )
+    m_d, m_v = (i_d < D)[None, :], (i_v < DV)[None, :]
+    m_far, held = m_k, ids
+    i_slot = i_row * CACHED
+    if CACHED > 0:
+        i_slot += ids % CACHED
+        held = tl.load(near_ids_ptr + i_slot, mask=m_k, other=-1)
+        m_far = m_k & (held != ids)
+    key = tl.load(base_ptr + o_row[:, None] + i_d[None, :], mask=m_far[:, None] & m_d, other=0.0)
     value = tl.load(
-        base_ptr + o_row[:, None] + D + i_v[None, :],
-        mask=m_k[:, None] & (i_v < DV)[None, :],
-        other=0.0,
+        base_ptr + o_row[:, None] + D + i_v[None, :], mask=m_far[:, None] & m_v, other=0.0
     )
+    if CACHED > 0:
+        m_near = m_k & (held == ids)
+        p_near = near_ptr + i_slot[:, None] * (D + DV)
+        near_key = tl.load(p_near + i_d[None, :], mask=m_near[:, None] & m_d, other=0.0)
+        near_value = tl.load(p_near + D + i_v[None, :], mask=m_near[:, None] & m_v, other=0.0)
+        taken = tl.zeros((TILE,), dtype=tl.int32)  # whether the slot is another token's
+        for first in range(0, n_ids, OTHERS):
+            i_other = first + tl.arange(0, OTHERS)
+            other = tl.load(ids_ptr + i_row * n_ids + i_other, mask=i_other < n_ids, other=-1)
+            meets = (other % CACHED)[None, :] == (ids % CACHED)[:, None]
+            meets &= (other >= 0)[None, :]
+            ahead = (other[None, :] < ids[:, None]) | (other[None, :] == held[:, None])
+            taken = tl.maximum(taken, tl.max((meets & ahead).to(tl.int32), axis=1))
+        m_stays = m_far & (taken == 0)
+        tl.store(p_near + i_d[None, :], key, mask=m_stays[:, None] & m_d)
+        tl.store(p_near + D + i_v[None, :], value, mask=m_stays[:, None] & m_v)
+        tl.store(near_ids_ptr + i_slot, ids, mask=m_stays)
+        tl.atomic_add(fetched_ptr, tl.sum(m_far.to(tl.int64), axis=0))
+        key = tl.where(m_near[:, None], near_key, key)
+        value = tl.where(m_near[:, None], near_value, value)
     q = tl.load(
         q_ptr + i_batch * stride_qb + (i_kv * G + i_g)[:, None] * stride_qh + i_d[None, :],
         mask=m_g[:, None] & (i_d < D)[None, :],

@@ -17,7 +17,13 @@ from offload.errors import BudgetError, ConfigError
 from offload.hardware import DeviceMemory, device_memory, host_memory
 from offload.model import ModelShape
 from offload.scheduler.layout import Demand, Layout, RungPrice, lay_out
-from offload.scheduler.rungs import RUNGS, scratch_bytes, scratch_token_bytes
+from offload.scheduler.rungs import (
+    RUNGS,
+    cached_rows,
+    row_cache_bytes,
+    scratch_bytes,
+    scratch_token_bytes,
+)
 from offload.tiers.pinned import HostBudget, PinBudget
 
 logger = logging.getLogger(__name__)
@@ -177,17 +183,24 @@ class Budgets:
 
     def _selected(self) -> int:
         """Tokens that a step attends to exactly per KV head, at most."""
-        asked = self._config.retrieval.tokens
-        return max(rung.tokens for rung in RUNGS) if isinstance(asked, str) else asked
+        return max(rung.selected(self._config.retrieval.tokens) for rung in RUNGS)
 
     def _rungs(self) -> tuple[RungPrice, ...]:
         """The rungs that the config allows, best first."""
-        asked = self._config.replica.rung
+        asked, retrieval = self._config.replica.rung, self._config.retrieval
         return tuple(
             RungPrice(
                 rung=rung,
                 layer_bytes=tuple(
                     rung.token_bytes(row.kv_heads, row.key_dim, row.value_dim)
+                    for row in self._shape.rows
+                ),
+                row_bytes=tuple(
+                    row_cache_bytes(
+                        cached_rows(rung.selected(retrieval.tokens), retrieval.row_cache),
+                        row.kv_heads,
+                        row.token_bytes,
+                    )
                     for row in self._shape.rows
                 ),
             )
@@ -248,7 +261,15 @@ class Budgets:
 
     def _held(self) -> int:
         """Device bytes of the model and of live caches, where no allocator counts them."""
-        pools = ("sinks and window", "tail", "staging", "eviction", "replica", "other KV")
+        pools = (
+            "sinks and window",
+            "tail",
+            "staging",
+            "eviction",
+            "replica",
+            "cached rows",
+            "other KV",
+        )
         return self._shape.weights + sum(
             layout.device[pool] for layout in self._layouts() for pool in pools
         )

@@ -15,6 +15,7 @@ from offload.hardware import host_memory
 from offload.model import ModelShape, text_config
 from offload.report import Notes
 from offload.scheduler.layout import AUTO_CHUNK, Layout
+from offload.scheduler.rungs import cached_rows
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
 from offload.tiers.store import LayerStore, StoreLimits
@@ -187,14 +188,15 @@ class CacheMaker:
         if not layout.rungs and layout.host_tokens:
             self._notes.tell("no replica fits the device budget: every token is streamed")
             return None
-        asked = self._config.retrieval.tokens
+        retrieval = self._config.retrieval
         rung = layout.rungs[index] if layout.rungs else None
-        automatic = 0 if rung is None else rung.tokens
+        tokens = 0 if rung is None else rung.selected(retrieval.tokens)
         path = DevicePath(
             self._shape.rows[index],
             PathSettings(
                 bits=4 if rung is None else rung.bits,
-                tokens=automatic if isinstance(asked, str) else asked,
+                tokens=tokens,
+                cached_rows=cached_rows(tokens, retrieval.row_cache),
                 skipped_mass=self._config.replica.skipped_mass,
             ),
             memory,

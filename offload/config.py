@@ -209,10 +209,18 @@ class RetrievalConfig(_Table):
         json_schema_extra=_unit("tokens, or auto"),
     )
 
-    @field_validator("tokens")
+    row_cache: _AutoOrTokensOrNone = Field(
+        default="auto",
+        description="Rows per KV head that stay on the device after they were selected, so that the next "
+        "steps need not read them from the host. A power of two from 16 to 65,536, or 0. What comes out "
+        "does not depend on it. auto: eight times retrieval.tokens, at most 4,096, where these are 256 or more, else none.",
+        json_schema_extra=_unit("tokens, or auto"),
+    )
+
+    @field_validator("tokens", "row_cache")
     @classmethod
-    def _tokens_are_a_power_of_two(cls, tokens: int | str) -> int | str:
-        least, most = 16, 4096
+    def _tokens_are_a_power_of_two(cls, tokens: int | str, info: ValidationInfo) -> int | str:
+        least, most = 16, 4096 if info.field_name == "tokens" else 65536
         if isinstance(tokens, str) or tokens == 0:
             return tokens
         if least <= tokens <= most and tokens & (tokens - 1) == 0:
@@ -368,6 +376,7 @@ class OffloadConfig(_Table):
         "whole_layers": "replica.whole_layers",
         "skipped_mass": "replica.skipped_mass",
         "retrieved": "retrieval.tokens",
+        "row_cache": "retrieval.row_cache",
         "progress": "trace.progress",
         "progress_from": "trace.progress_from",
     }

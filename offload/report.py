@@ -60,7 +60,9 @@ class Report:
         rung: The replica of offloaded tokens in mode fast, or None without one.
         lifted_layers: Layers whose replica has more bits than that.
         whole_layers: Layers that keep all their tokens on the device and have none.
-        selected_bytes: KV bytes that each step of mode fast reads exactly from the host.
+        selected_bytes: KV bytes that each step of mode fast attends to exactly, beside sinks and window.
+        fetched_bytes: How many of them came from the host, mean over the last decode's steps; the others were on the
+            device since an earlier step.
         tail_mass: Share of attention that the replica answered for, mean over the last decode's steps, layers and
             heads.
         skipped_mass: Share of attention that was not read at all, likewise.
@@ -92,6 +94,7 @@ class Report:
     lifted_layers: int = 0
     whole_layers: int = 0
     selected_bytes: int = 0
+    fetched_bytes: int = 0
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
     replayed_steps: int = 0
@@ -129,7 +132,7 @@ class Report:
             more = f" ({shown})" if shown else ""
             lines.append(
                 f"  fast    {self.rung:>10}  replica{more} answered for {self.tail_mass:.2%} of attention, "
-                f"{self.skipped_mass:.3%} skipped, {gib(self.selected_bytes)} a step read exactly"
+                f"{self.skipped_mass:.3%} skipped, {gib(self.selected_bytes)} a step read exactly, {gib(self.fetched_bytes)} from the host"
             )
         if self.replayed_steps:
             lines.append(

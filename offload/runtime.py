@@ -107,6 +107,7 @@ class _LastRun:
     capture_s: float = 0.0
     replayed_steps: int = 0
     selected_bytes: int = 0
+    fetched_bytes: int = 0
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
 
@@ -326,6 +327,7 @@ class Runtime:
             lifted_layers=layout.lifted_layers if layout else 0,
             whole_layers=len(layout.whole) if layout else 0,
             selected_bytes=last.selected_bytes,
+            fetched_bytes=last.fetched_bytes,
             tail_mass=last.tail_mass,
             skipped_mass=last.skipped_mass,
             replayed_steps=last.replayed_steps,
@@ -469,10 +471,10 @@ class Runtime:
                 self._maker.keep_pages_resident(cache)
         last.prefill_s = done.seconds
         last.tail_mass = last.skipped_mass = 0.0
-        last.selected_bytes = 0
+        last.selected_bytes = last.fetched_bytes = 0
         for store in cache.layer_stores:
             if store.path is not None:
-                store.path.stats.zero_()  # what a stock generate or an interrupted one left
+                store.path.reset_stats()  # what a stock generate or an interrupted one left
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
         call = dict(kwargs)
         call.pop("input_ids", None)
@@ -535,7 +537,7 @@ class Runtime:
 
     def _note_masses(self, cache: OffloadCache, steps: int) -> None:
         """Keeps for `report` what the steps left to the replica, and what they read from the host."""
-        last, selected = self._last, 0
+        last, selected, fetched = self._last, 0, 0
         offloaded = [(s.path, s.columns) for s in cache.layer_stores if s.path and s.columns]
         reasons = [path.why_streamed(columns) for path, columns in offloaded]
         why = next((reason for reason in reasons if reason is not None), None)
@@ -547,9 +549,11 @@ class Runtime:
             path = store.path
             if path is not None and store.columns:
                 masses += path.stats.cpu() / max(1, steps * len(cache.layer_stores))
-                selected += path.settings.tokens * store.shape.token_bytes * store.batch
+                exactly, from_host = path.selected_bytes(steps)
+                selected += exactly
+                fetched += from_host
         last.tail_mass, last.skipped_mass = masses.tolist()
-        last.selected_bytes = selected
+        last.selected_bytes, last.fetched_bytes = selected, fetched
 
     def _generate_stock(
         self, inputs: Tensor | None, cache: OffloadCache | None, kwargs: dict[str, Any], what: str
@@ -607,6 +611,7 @@ class Runtime:
             "window": sum(store.window_bytes for store in stores),
             "resident": sum(store.resident_bytes for store in stores),
             "replica": sum(store.replica_bytes for store in stores),
+            "cached rows": sum(store.row_cache_bytes for store in stores),
             "staging": 2 * layout.staging_bytes,
             "eviction": 2 * layout.eviction_bytes,
             "host_pinned": pinned,

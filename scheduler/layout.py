@@ -6,6 +6,7 @@ numbers: bytes are ints, tokens are ints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offload.errors import BudgetError
@@ -30,10 +31,12 @@ class RungPrice:
     Attributes:
         rung: Of `offload.scheduler.rungs`.
         layer_bytes: Device bytes of one token of one sequence, for each offloaded layer.
+        row_bytes: Device bytes of one sequence for cached rows, likewise.
     """
 
     rung: Rung
     layer_bytes: tuple[int, ...]
+    row_bytes: tuple[int, ...]
 
     @property
     def token_bytes(self) -> int:
@@ -227,6 +230,7 @@ def _lifted(
             if layer in layout.whole:
                 continue
             more = tokens * (price.layer_bytes[layer] - now[layer].layer_bytes[layer])
+            more += demand.batch * (price.row_bytes[layer] - now[layer].row_bytes[layer])
             if (
                 price.rung.tokens not in sets
             ):  # layers that select other numbers of tokens share no scratch
@@ -235,8 +239,13 @@ def _lifted(
                 spare -= more
                 sets.add(price.rung.tokens)
                 now[layer] = price
-    held = sum(p.layer_bytes[layer] for layer, p in enumerate(now) if layer not in layout.whole)
-    device = layout.device | {"replica": tokens * held, "decode step": scratch * len(sets)}
+    held = _outside(layout.whole, [price.layer_bytes[layer] for layer, price in enumerate(now)])
+    rows = _outside(layout.whole, [price.row_bytes[layer] for layer, price in enumerate(now)])
+    device = layout.device | {
+        "replica": tokens * held,
+        "cached rows": demand.batch * rows,
+        "decode step": scratch * len(sets),
+    }
     return replace(layout, rungs=tuple(price.rung for price in now), device=device)
 
 
@@ -381,7 +390,7 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
     """The bytes of a layout, by purpose."""
     sink_blocks = demand.sinks // demand.page
     whole = _whole(demand)
-    split = sum(size for layer, size in enumerate(demand.token_bytes) if layer not in whole)
+    split = _outside(whole, demand.token_bytes)
     kept = sum(demand.token_bytes) - split  # bytes of a token in layers that keep all of them
     on_device = (sink_blocks + window_blocks) * demand.page
     host_tokens = 0
@@ -415,6 +424,8 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "staging": 2 * staging,
             "eviction": 2 * eviction,
             "replica": demand.batch * replica_tokens * _replica_bytes(demand),
+            "cached rows": demand.batch
+            * sum(_outside(whole, price.row_bytes) for price in demand.rungs[:1]),
             "decode step": demand.batch
             * (demand.scratch_bytes + replica_tokens * demand.scratch_token_bytes),
             "other KV": demand.other_kv,
@@ -439,9 +450,12 @@ def _replica_bytes(demand: Demand) -> int:
     """Bytes of one token of one sequence in the replica of the first rung."""
     if not demand.rungs:
         return 0
-    whole = _whole(demand)
-    sizes = enumerate(demand.rungs[0].layer_bytes)
-    return sum(size for layer, size in sizes if layer not in whole)
+    return _outside(_whole(demand), demand.rungs[0].layer_bytes)
+
+
+def _outside(whole: frozenset[int], sizes: Sequence[int]) -> int:
+    """The sum of what layers with a replica take."""
+    return sum(size for layer, size in enumerate(sizes) if layer not in whole)
 
 
 def _replica_token_bytes(demand: Demand) -> int:

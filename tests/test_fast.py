@@ -230,7 +230,7 @@ def test_shares_in_the_report_are_those_of_the_run() -> None:
 
 def test_an_unknown_length_takes_the_rung_with_the_most_room() -> None:
     model = build("llama", "cpu")
-    with offload.attach(model, **(ALL | {"rung": "auto"})) as runtime:
+    with offload.attach(model, **(ALL | {"rung": "auto", "retrieved": 64})) as runtime:
         demand = runtime.budgets.demand(batch=1, tokens=None)
         one = demand.rungs[0].token_bytes + demand.scratch_token_bytes
         with pytest.raises(BudgetError) as caught:
@@ -416,6 +416,42 @@ def test_rows_that_cannot_be_pinned_come_by_way_of_the_host() -> None:
     assert any("not all host pages are pinned" in note for note in report.notes)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "steps", [{"capture": False}, {"compile": False}], ids=["eager", "captured"]
+)
+def test_cached_rows_change_no_logit_over_turns_crops_and_copies(steps: dict[str, Any]) -> None:
+    model = build("llama", "cuda")
+    ids, others = prompts(2, N).cuda(), prompts(2, 300, seed=5).cuda()
+    call = CALL | {"return_dict_in_generate": True, "output_logits": True}
+    logits: dict[int, list[torch.Tensor]] = {}
+    for slots in (0, 64):
+        few = ALL | {"retrieved": 32, "window": 128, "row_cache": slots}
+        with offload.attach(model, **few, **steps) as runtime:
+            cache = runtime.new_cache(N + 700)
+            first = runtime.generate(ids, past_key_values=cache, **call)
+            report = runtime.report()
+            second = runtime.generate(
+                torch.cat([first.sequences, others], dim=1), past_key_values=cache, **call
+            )
+            cache.crop(
+                200 - cache.get_seq_length()
+            )  # tokens of the host go, and others take their place
+            third = runtime.generate(
+                torch.cat([ids[:, :200], others], dim=1), past_key_values=cache, **call
+            )
+            copies = runtime.generate(
+                ids[:1], **(call | {"do_sample": True, "num_return_sequences": 2, "top_k": 1})
+            )
+            logits[slots] = [x for run in (first, second, third, copies) for x in run.logits]
+            assert (report.fetched_bytes < report.selected_bytes) == (slots > 0)
+            assert report.fetched_bytes > 0
+            assert report.bytes["cached rows"] == slots * 2 * 2 * model.config.num_hidden_layers * (
+                report.selected_bytes // (2 * 2 * 32 * model.config.num_hidden_layers) + 4
+            )
+    assert all(torch.equal(a, b) for a, b in zip(logits[0], logits[64], strict=True))
+
+
 MILLISECOND = 2_000_000  # clock cycles, about
 
 
@@ -460,7 +496,7 @@ def test_a_greedy_run_gives_the_same_tokens_a_hundred_times(
 ) -> None:
     model = build("llama", "cuda")
     ids = prompts(2, N).cuda()
-    few = ALL | {"retrieved": 16, "window": 128}
+    few = ALL | {"retrieved": 16, "window": 128, "row_cache": 64}
     random = torch.Generator().manual_seed(0)
     seen = set()
     with offload.attach(model, **few, compile=False) as runtime:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from offload.kernels import reference
 from offload.kernels.combine import Partials, combine, empty_partials
-from offload.kernels.gather import attend_rows, row_slots
+from offload.kernels.gather import RowCache, attend_rows, empty_row_cache, row_slots
 from offload.kernels.quantize import empty_codes, quantize_keys, quantize_values
 from offload.kernels.reference import BLOCK, Codes, Part
 from offload.kernels.scan import ScanScratch, scan, scan_scratch
@@ -52,12 +52,14 @@ class PathSettings:
     Attributes:
         bits: Of the replica's codes.
         tokens: Attended to exactly per KV head; 0 or a power of two of at least 16.
+        cached_rows: Rows per KV head that stay on the device after they were selected; 0 or a power of two.
         skipped_mass: Share of all weights that blocks may have together whose values are not read.
     """
 
     bits: int
     tokens: int
     skipped_mass: float
+    cached_rows: int = 0
 
 
 class _Memory:
@@ -192,6 +194,7 @@ class DevicePath:
         self._device = device
         self._keys: Codes | None = None
         self._values: Codes | None = None
+        self._near: RowCache | None = None
         self.lengths = torch.zeros(1 + batch, dtype=torch.int32, device=device)
         self._starts = torch.zeros(slots, dtype=torch.int32, device=device)
         self._table = torch.zeros((batch, max(1, blocks)), dtype=torch.int32, device=device)
@@ -204,6 +207,7 @@ class DevicePath:
         self.stats = torch.zeros(2, device=device)
         if blocks:
             self._make_codes(batch, blocks)
+            self._make_row_cache(batch)
 
     def _make_codes(self, batch: int, blocks: int) -> None:
         def make(head_size: int, keys: bool) -> Codes:
@@ -219,6 +223,13 @@ class DevicePath:
 
         self._keys = make(self.shape.key_dim, True)
         self._values = make(self.shape.value_dim, False)
+
+    def _make_row_cache(self, batch: int) -> None:
+        if self.settings.tokens and self.settings.cached_rows:
+            shape = self.shape
+            self._near = empty_row_cache(
+                batch, shape.kv_heads, self.settings.cached_rows, shape.width, shape.dtype, self._device
+            )  # fmt: skip
 
     @property
     def has_kernels(self) -> bool:
@@ -252,6 +263,30 @@ class DevicePath:
         """Bytes of the replica on the device, its page table too."""
         codes = [c for c in (self._keys, self._values) if c is not None]
         return sum(t.nbytes for c in codes for t in (*c.planes, c.meta)) + self._table.nbytes
+
+    def reset_stats(self) -> None:
+        """Begins to add up anew."""
+        self.stats.zero_()
+        if self._near is not None:
+            self._near.fetched.zero_()
+
+    def selected_bytes(self, steps: int) -> tuple[int, int]:
+        """Bytes of rows that a step attended to exactly, and how many of them came from the host.
+
+        Args:
+            steps: Since `reset_stats`.
+        """
+        row = self.shape.width * self.shape.dtype.itemsize
+        batch = self.lengths.numel() - 1
+        selected = batch * self.settings.tokens * self.shape.kv_heads * row
+        if self._near is None:
+            return selected, selected
+        return selected, int(self._near.fetched) * row // max(1, steps)
+
+    @property
+    def row_cache_nbytes(self) -> int:
+        """Bytes of cached rows on the device."""
+        return 0 if self._near is None else self._near.rows.nbytes + self._near.tokens.nbytes
 
     def can_step(self, visible: Tensor | None, blocks: int) -> bool:
         """Whether a step can be made here; if not, every token is streamed.
@@ -321,8 +356,10 @@ class DevicePath:
                 target[:, :, first_block : first_block + n] = new
 
     def forget_table(self) -> None:
-        """Columns may mean other pages than those that were published."""
+        """Columns may mean other pages, and tokens other rows, than those that were published."""
         self._known = 0
+        if self._near is not None:
+            self._near.tokens.fill_(-1)
 
     def select_sequences(self, rows: Tensor) -> None:
         """Makes sequence i the former sequence rows[i]."""
@@ -335,6 +372,8 @@ class DevicePath:
             self.epoch += 1
             self.lengths = torch.zeros(1 + rows.numel(), dtype=torch.int32, device=self._device)
             self._table = self._table.index_select(0, rows)
+            if self._near is not None:
+                self._make_row_cache(rows.numel())
 
     def publish(
         self,
@@ -444,6 +483,7 @@ class DevicePath:
                         attend_rows(
                             query, pool, self._table, memory.selection.tokens, memory.partials,
                             first_slot=memory.rows_at, key_dim=self.shape.key_dim, scale=scale, softcap=softcap,
+                            cache=self._near,
                         )  # fmt: skip
                     else:
                         self._attend_fetched(query, pool, memory, scale, softcap)
@@ -477,6 +517,8 @@ class DevicePath:
         assert memory.selection is not None
         tokens = memory.selection.tokens
         rows = reference.gather(pool, self._table.cpu(), tokens.cpu()).to(query.device)
+        if self._near is not None:
+            self._near.fetched.add_(tokens.numel())
         part = _attend_selected(query, rows, tokens, self.shape.key_dim, scale, softcap)
         # One slot holds them all; the others may still hold what a kernel read while all pages were pinned.
         memory.partials.lse[:, :, memory.rows_at : memory.tail_at] = -torch.inf
@@ -522,6 +564,8 @@ class DevicePath:
             )  # fmt: skip
             tokens = reference.select(scores, kv_heads=self.shape.kv_heads, k=self.settings.tokens)
             fetched = reference.gather(pool, self._table, tokens).to(query.device)
+            if self._near is not None:
+                self._near.fetched.add_(tokens.numel())
             parts.append(_attend_selected(query, fetched, tokens, dim, scale, softcap))
             rest = reference.tail(
                 scores, tokens, _first(self._values, n), bits=bits, head_size=self.shape.value_dim

@@ -194,8 +194,8 @@ class LayerStore:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes allocated on the device for sinks, window, tail, resident pages and replica."""
-        return self.window_bytes + self.resident_bytes + self.replica_bytes
+        """Bytes allocated on the device for sinks, window, tail, resident pages, replica and cached rows."""
+        return self.window_bytes + self.resident_bytes + self.replica_bytes + self.row_cache_bytes
 
     @property
     def window_bytes(self) -> int:
@@ -206,6 +206,11 @@ class LayerStore:
     def replica_bytes(self) -> int:
         """Bytes of the replica of host pages."""
         return 0 if self.path is None else self.path.nbytes
+
+    @property
+    def row_cache_bytes(self) -> int:
+        """Bytes of the device copy of rows that were selected lately."""
+        return 0 if self.path is None else self.path.row_cache_nbytes
 
     @property
     def resident_bytes(self) -> int:

@@ -117,6 +117,7 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
         "\n"
         "[retrieval]\n"
         'tokens = "auto"           # default\n'
+        'row_cache = "auto"        # default\n'
         "\n"
         "[replica]\n"
         'rung = "auto"             # default\n'

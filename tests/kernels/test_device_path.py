@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offload.kernels import reference
 from offload.kernels.combine import Partials, combine, empty_partials
-from offload.kernels.gather import attend_rows, row_slots
+from offload.kernels.gather import RowCache, attend_rows, empty_row_cache, row_slots
 from offload.kernels.reference import BLOCK, Codes, Part
 from offload.kernels.scan import ScanScratch, scan, scan_scratch
 from offload.kernels.select import (
@@ -153,18 +153,21 @@ class Case:
         )
         return merged(partials), skipped.sum(-1)
 
-    def attend_rows(self, chosen: Selection, softcap: float | None = None) -> Part:
+    def attend_rows(
+        self, chosen: Tensor, softcap: float | None = None, cache: RowCache | None = None
+    ) -> Part:
         partials = self.partials(row_slots(self.card.k))
         attend_rows(
             self.query,
             self.pool,
             self.table,
-            chosen.tokens,
+            chosen,
             partials,
             first_slot=0,
             key_dim=self.card.size,
             scale=SCALE,
             softcap=softcap,
+            cache=cache,
         )
         return merged(partials)
 
@@ -391,7 +394,7 @@ def test_rows_are_read_from_their_pages_and_attended_to_exactly(
     case = Case(card, device)
     chosen = case.select(case.scan())
     chosen.tokens[:, :, -3:] = -1  # empty slots
-    part = case.attend_rows(chosen, softcap)
+    part = case.attend_rows(chosen.tokens, softcap)
     rows = reference.gather(case.pool, case.table.cpu(), chosen.tokens.cpu()).float()
     rows = rows.to(device)
     mask = (chosen.tokens >= 0).repeat_interleave(card.groups, dim=1).unsqueeze(2)
@@ -407,6 +410,67 @@ def test_rows_are_read_from_their_pages_and_attended_to_exactly(
     torch.testing.assert_close(part.out, want.out, atol=5e-3, rtol=5e-3)
 
 
+def cache_after(held: list[int], chosen: list[int]) -> int:
+    """What the slots of a row cache hold after a step, in place, and how many rows came from the host."""
+    slots, before = len(held), list(held)
+    for token in reversed(chosen):  # the first of those that share a slot comes last
+        if before[token % slots] not in chosen:
+            held[token % slots] = token
+    return sum(before[token % slots] != token for token in chosen)
+
+
+@ON
+@pytest.mark.parametrize("slots", [16, 64])
+@pytest.mark.parametrize(
+    "card",
+    [Card(), Card(size=80, groups=1, k=32), Card(size=128, blocks=(9,), k=512)],
+    ids=card_id,
+)
+def test_cached_rows_change_nothing_and_are_read_where_they_are(
+    card: Card, slots: int, device: str
+) -> None:
+    case = Case(card, device)
+    cache = empty_row_cache(
+        case.batch, card.kv_heads, slots, 2 * card.size, case.pool.dtype, case.device
+    )
+    held = [[[-1] * slots for _ in range(card.kv_heads)] for _ in range(case.batch)]
+    random = torch.Generator().manual_seed(1)
+    fetched = 0
+    tokens = torch.full((case.batch, card.kv_heads, card.k), -1, dtype=torch.int32)
+    for step in range(5):
+        tokens.fill_(-1)
+        for b, heads in enumerate(held):
+            for h, tags in enumerate(heads):
+                n = card.blocks[b] * BLOCK
+                some = torch.randperm(min(n, 2 * card.k), generator=random)[: card.k - step]
+                tokens[b, h, : some.numel()] = some.sort().values
+                fetched += cache_after(tags, tokens[b, h, : some.numel()].tolist())
+        on_device = tokens.to(device)
+        with_cache = case.attend_rows(on_device, cache=cache)
+        without = case.attend_rows(on_device)
+        assert torch.equal(with_cache.out, without.out)
+        assert torch.equal(with_cache.lse, without.lse)
+        assert cache.tokens.tolist() == held
+        assert int(cache.fetched) == fetched
+    there = cache.tokens.cpu()
+    rows = reference.gather(case.pool, case.table.cpu(), there)
+    assert torch.equal(cache.rows.cpu()[there >= 0], rows[there >= 0])
+    # Only what is there is asked for, and the host has nothing any more.
+    best = there.sort(-1, descending=True).values[:, :, : min(slots, card.k)]
+    tokens.fill_(-1)
+    tokens[:, :, : best.shape[2]] = best
+    without = case.attend_rows(tokens.to(device))
+    case.pool.fill_(torch.nan)
+    with_cache = case.attend_rows(tokens.to(device), cache=cache)
+    assert torch.equal(with_cache.out, without.out)
+    assert int(cache.fetched) == fetched
+
+
+def test_a_row_cache_of_odd_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        empty_row_cache(1, 1, 48, 128, torch.float32, torch.device("cpu"))
+
+
 @ON
 def test_selected_rows_and_tail_together_are_close_to_attention_over_all_tokens(
     device: str,
@@ -415,7 +479,7 @@ def test_selected_rows_and_tail_together_are_close_to_attention_over_all_tokens(
     scratch = case.scan()
     scores = scores_of(scratch)[:, :, case.valid(0)]
     chosen = case.select(scratch)
-    exact = case.attend_rows(chosen)
+    exact = case.attend_rows(chosen.tokens)
     rest, _ = case.tail(scratch, chosen, share=0.0)
     got = reference.merge([exact, rest])
     rows = case.rows[:, case.valid(0)].transpose(1, 2)

@@ -144,7 +144,11 @@ def test_copies_of_one_prompt_share_its_host_pages() -> None:
 
 
 LADDER = tuple(
-    RungPrice(rung=rung, layer_bytes=(300 * rung.bits, 250 * rung.bits, 300 * rung.bits) * 2)
+    RungPrice(
+        rung=rung,
+        layer_bytes=(300 * rung.bits, 250 * rung.bits, 300 * rung.bits) * 2,
+        row_bytes=(MIB if rung.bits == 2 else 0, 0, 0) * 2,
+    )
     for rung in RUNGS
 )
 FAST = replace(
@@ -170,6 +174,8 @@ def test_a_ladder_of_replicas_stays_within_the_budget(extra: int, unknown: bool)
         held = {price.rung: price.layer_bytes for price in LADDER}
         per_token = sum(held[rung][i] for i, rung in enumerate(layout.rungs))
         assert layout.device["replica"] == layout.replica_tokens * per_token
+        rows = sum(layout.rungs[i].bits == 2 for i in (0, 3))
+        assert layout.device["cached rows"] == rows * MIB
 
 
 @given(extra=st.integers(0, 1500 * MIB), more=st.integers(0, 300 * MIB))

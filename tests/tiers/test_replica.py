@@ -14,7 +14,14 @@ from torch import Tensor
 from offload.kernels import gather, tail
 from offload.kernels.scan import blocks_per_program
 from offload.scheduler import rungs
-from offload.scheduler.rungs import RUNGS, Rung, scratch_bytes, scratch_token_bytes
+from offload.scheduler.rungs import (
+    RUNGS,
+    Rung,
+    cached_rows,
+    row_cache_bytes,
+    scratch_bytes,
+    scratch_token_bytes,
+)
 from offload.tiers.replica import DevicePath, PathSettings, StepMemory, _splits
 from offload.tiers.rows import RowShape
 
@@ -44,6 +51,7 @@ def test_the_planner_cuts_a_step_as_the_kernels_do() -> None:
     slots=st.integers(2, 200),
     rung=st.sampled_from(RUNGS),
     tokens=st.sampled_from([0, 16, 64, 256, 1024, 4096]),
+    asked=st.sampled_from(["auto", 0, 16, 1024]),
 )
 def test_no_step_takes_more_than_was_planned(
     kv_heads: int,
@@ -54,11 +62,13 @@ def test_no_step_takes_more_than_was_planned(
     slots: int,
     rung: Rung,
     tokens: int,
+    asked: int | str,
 ) -> None:
     row = RowShape(kv_heads=kv_heads, key_dim=size, value_dim=size, dtype=torch.bfloat16)
+    cached = cached_rows(tokens, asked)
     path = DevicePath(
         row,
-        PathSettings(bits=rung.bits, tokens=tokens, skipped_mass=0.0),
+        PathSettings(bits=rung.bits, tokens=tokens, skipped_mass=0.0, cached_rows=cached),
         StepMemory(META),
         batch=batch,
         blocks=blocks,
@@ -73,6 +83,37 @@ def test_no_step_takes_more_than_was_planned(
     assert taken <= batch * each
     if blocks:
         assert path.nbytes <= batch * 64 * blocks * rung.token_bytes(kv_heads, size, size)
+        assert path.row_cache_nbytes == batch * row_cache_bytes(cached, kv_heads, row.token_bytes)
+
+
+def test_rows_are_cached_where_reading_them_takes_longer_than_the_replica() -> None:
+    automatic = {k: cached_rows(k, "auto") for k in (0, 16, 64, 256, 1024, 4096)}
+    assert automatic == {0: 0, 16: 0, 64: 0, 256: 2048, 1024: 4096, 4096: 4096}
+    assert [cached_rows(k, 512) for k in (0, 16, 1024)] == [0, 512, 512]
+
+
+def test_cached_rows_are_forgotten_when_tokens_may_mean_other_rows() -> None:
+    row = RowShape(kv_heads=2, key_dim=64, value_dim=64, dtype=torch.float32)
+    cpu = torch.device("cpu")
+    path = DevicePath(
+        row,
+        PathSettings(bits=4, tokens=16, skipped_mass=0.0, cached_rows=32),
+        StepMemory(cpu),
+        batch=3,
+        blocks=4,
+        slots=3,
+        page=64,
+        device=cpu,
+    )
+    for change in (path.forget_table, lambda: path.select_sequences(torch.tensor([2, 0, 1]))):
+        assert path._near is not None
+        path._near.tokens.fill_(7)
+        change()
+        assert bool((path._near.tokens == -1).all())
+    path.select_sequences(torch.tensor([1, 1]))
+    assert path._near is not None
+    assert path._near.tokens.shape == (2, 2, 32)
+    assert bool((path._near.tokens == -1).all())
 
 
 def test_rows_that_come_by_way_of_the_host_leave_no_older_ones_beside_them() -> None:

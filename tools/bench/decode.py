@@ -1,8 +1,9 @@
 """How long does a token take in mode fast under the 24 GB cap, against all KV on a large card?
 
-An 8B-shaped Llama with random weights; queries of random weights attend to everything alike, so nothing is skipped:
-the time is that of the worst text, and errors of what was timed are logits against dense attention (see
-`tools/fidelity.py` for real models).
+An 8B-shaped Llama with random weights. With `--vectors` it attends with keys and queries recorded from a real model
+that reads a real document (`_vectors.py` says how); without, and in the rows `random`, queries attend to everything
+alike, so that nothing is skipped and no row is selected twice: the worst there is. Errors of what was timed are logits
+against dense attention (see `tools/fidelity.py` for real models).
 
 - `ours`: `Runtime.generate` in mode fast after our own prefill, wall clock of the decode over its tokens, compiling
   and capturing apart (they are in the row);
@@ -17,11 +18,16 @@ from __future__ import annotations
 import gc
 import logging
 import statistics
+import sys
+from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from _record import GIB, PeakMemory, Record, arguments, parse, seconds, synchronize
+from _vectors import played, record
 from generate import (
     ALONE,
     CAP_BYTES,
@@ -44,6 +50,7 @@ from offload.kernels.reference import BLOCK, Codes
 from offload.kernels.scan import scan, scan_scratch
 from offload.kernels.select import empty_selection, select_blocks, select_tokens
 from offload.kernels.tail import block_slots, tail, tail_of_blocks, tail_slots
+from offload.scheduler.layout import REPLICA_WINDOW
 
 CHECKED = 8  # steps whose logits are compared
 
@@ -88,7 +95,7 @@ def full_step_ms(model: Any, tokens: int, device: torch.device) -> float:
     """Milliseconds of a step with all KV on the card: median of three runs of 100."""
     model.set_attn_implementation(ALONE)
     config = model.config
-    size = config.hidden_size // config.num_attention_heads
+    size = config.head_dim
     shape = (1, config.num_key_value_heads, tokens, size)
     cache = Cache(
         layers=[FullLayer(shape, model.dtype, device) for _ in range(config.num_hidden_layers)]
@@ -155,7 +162,7 @@ def run_ours(
             "ms_per_token": ms, "new_tokens": report.new_tokens, "capture_s": report.capture_s,
             "replayed_steps": report.replayed_steps, "prefill_s": report.prefill_s, "rung": report.rung,
             "tail_mass": report.tail_mass, "skipped_mass": report.skipped_mass,
-            "selected_bytes": report.selected_bytes, "peak_bytes": peak.nbytes, "bytes": report.bytes,
+            "selected_bytes": report.selected_bytes, "fetched_bytes": report.fetched_bytes, "peak_bytes": peak.nbytes, "bytes": report.bytes,
             "planned": report.planned, "tokens_on_host": report.tokens_on_host, "notes": report.notes,
         },
     }  # fmt: skip
@@ -241,14 +248,65 @@ def measure_kernels(record: Record, tokens: int, device: torch.device) -> None:
     record.bars["select_us"] = select_us
 
 
+def load_vectors(asked: str, steps: int, device: torch.device) -> dict[str, Any]:
+    """What `record` makes of a model and its tokens, written `smollm2@7168`."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from fidelity import prepare
+
+    source, _, context = asked.partition("@")
+    case = prepare(source, int(context or 7168), steps, torch.float32, str(device))
+    vectors = record(case.model, case.ids, case.context)
+    del case
+    free()
+    return vectors
+
+
+def measure_131072(
+    record: Record, model: Any, ids: Tensor, args: Namespace, settings: dict[str, Any]
+) -> None:
+    """Ours against full attention at the length of most bars, with the errors of both."""
+    got = run_ours(model, ids, args.new, settings, logits=True)
+    free()
+    reference = run_dense(model, ids, args.chunk, got["answer"], CHECKED)
+    free()
+    n = ids.shape[1]
+    record.row(f"ours {n}", **got["row"], **compare(got["logits"], reference["logits"]))
+    record.row(f"dense prefill {n}", prefill_s=reference["prefill_s"], logit_error=0.0)
+    record.bars["prefill_with_replica_vs_dense"] = got["prefill_s"] / reference["prefill_s"]
+    if ids.is_cuda:
+        record.bars["peak_gib_131072"] = got["peak"] / GIB
+    full = full_step_ms(model, n, ids.device)
+    free()
+    record.row(f"full {n}", ms_per_token=full, error="exact attention")
+    record.bars["decode_131072_vs_full"] = got["row"]["ms_per_token"] / full
+
+
+def measure(
+    record: Record, model: Any, ids: Tensor, args: Namespace, settings: dict[str, Any], bar: str
+) -> None:
+    """Ours against full attention."""
+    got = run_ours(model, ids, args.new, settings, logits=False)
+    free()
+    full = full_step_ms(model, ids.shape[1], ids.device)
+    free()
+    record.row(f"ours {ids.shape[1]}", **got["row"], error="see tools/fidelity.py")
+    record.row(f"full {ids.shape[1]}", ms_per_token=full, error="exact attention")
+    record.bars[bar] = got["row"]["ms_per_token"] / full
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--new", type=int, default=544, help="tokens that ours decodes")
-    parser.add_argument("--chunk", type=int, default=4096, help="prefill chunk")
+    parser.add_argument("--chunk", type=int, default=2048, help="prefill chunk")
     parser.add_argument("--hf-steps", type=int, default=8, help="steps of the offloaded cache")
     parser.add_argument(
-        "--only", nargs="*", default=["131072", "32768", "fits", "262144", "hf", "kernels"],
-        help="parts to run",
+        "--vectors",
+        help="a real model and the tokens that it reads, smollm2@7168 or FILE.gguf@16384: its keys and queries "
+        "take the place of random ones",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="*", help="parts to run",
+        default=["131072", "32768", "fits", "262144", "random", "hf", "kernels"],
     )  # fmt: skip
     args = parse(parser)
     logging.basicConfig(level=logging.WARNING)
@@ -257,64 +315,63 @@ def main() -> None:
     if args.smoke:
         args.new, args.chunk, args.hf_steps = 70, 256, 3
         lengths = {"131072": 1024, "32768": 640, "fits": 512, "262144": 1280}
-    record = Record("decode", settings={**vars(args), "out": None, "cap_bytes": CAP_BYTES})
+    result = Record("decode", settings={**vars(args), "out": None, "cap_bytes": CAP_BYTES})
     AttentionInterface.register(ALONE, dense_attention)
     AttentionMaskInterface.register(ALONE, lambda **kwargs: None)
+    vectors = load_vectors(args.vectors, args.new + CHECKED, device) if args.vectors else None
+
+    def playing(length: int) -> AbstractContextManager[None]:
+        return nullcontext() if vectors is None else played(model, vectors, length)
+
     model = build_model(args.smoke, device)
     torch.manual_seed(1)
     text = torch.randint(1, model.config.vocab_size, (1, max(lengths.values())), device=device)
     base: dict[str, Any] = {"chunk": args.chunk, "compile": True}
     if device.type == "cuda":
         base["gpu_memory"] = CAP_BYTES
-    offloaded = base | {"window": 256}  # also where everything would fit
+    # Also where everything would fit.
+    offloaded = base | {"window": 256 if args.smoke else REPLICA_WINDOW}
+    settings = {
+        "131072": base | {"rung": "4k4v"},
+        "fits": base,
+        "32768": offloaded | {"rung": "4k4v"},
+        "262144": base | {"rung": "2k2v"},
+    }
+    if args.smoke:
+        settings |= dict.fromkeys(("131072", "262144"), offloaded)
 
-    if "131072" in args.only:
-        ids = text[:, : lengths["131072"]]
-        got = run_ours(model, ids, args.new, base | {"rung": "4k4v"} if not args.smoke else offloaded, logits=True)  # fmt: skip
-        free()
-        reference = run_dense(model, ids, args.chunk, got["answer"], CHECKED)
-        free()
-        record.row("ours 131072", **got["row"], **compare(got["logits"], reference["logits"]))
-        record.row("dense prefill 131072", prefill_s=reference["prefill_s"], logit_error=0.0)
-        record.bars["prefill_with_replica_vs_dense"] = got["prefill_s"] / reference["prefill_s"]
-        if device.type == "cuda":
-            record.bars["peak_gib_131072"] = got["peak"] / GIB
-        record.write(args.out)
-        full = full_step_ms(model, ids.shape[1], device)
-        free()
-        record.row("full 131072", ms_per_token=full, error="exact attention")
-        record.bars["decode_131072_vs_full"] = got["row"]["ms_per_token"] / full
-        if "hf" in args.only:
-            steps = run_hf_offloaded(model, ids, args.hf_steps)
-            hf_ms = 1000 * statistics.median(steps[len(steps) // 2 :])
-            record.row("transformers offloaded", ms_per_token=hf_ms, step_s=steps, error="exact")
-            record.bars["hf_offloaded_over_ours_131072"] = hf_ms / got["row"]["ms_per_token"]
-            free()
-        record.write(args.out)
-    for part, rung, settings in (
-        ("fits", None, base), ("32768", "4k4v", offloaded), ("262144", "2k2v", base),
-    ):  # fmt: skip
+    for part, length in lengths.items():
         if part not in args.only:
             continue
-        ids = text[:, : lengths[part]]
-        more = settings if rung is None else settings | {"rung": rung}
-        if args.smoke and part == "262144":
-            more = offloaded
-        got = run_ours(model, ids, args.new, more, logits=False)
-        free()
-        full = full_step_ms(model, ids.shape[1], device)
-        free()
-        record.row(f"ours {lengths[part]}", **got["row"], error="see tools/fidelity.py")
-        record.row(f"full {lengths[part]}", ms_per_token=full, error="exact attention")
         bar = "fits_step_overhead" if part == "fits" else f"decode_{part}_vs_full"
-        record.bars[bar] = got["row"]["ms_per_token"] / full
-        record.write(args.out)  # what follows may not fit the time
+        with playing(length):
+            if part == "131072":
+                measure_131072(result, model, text[:, :length], args, settings[part])
+            else:
+                measure(result, model, text[:, :length], args, settings[part], bar)
+        result.write(args.out)  # what follows may not fit the time
+    if "hf" in args.only:
+        steps = run_hf_offloaded(model, text[:, : lengths["131072"]], args.hf_steps)
+        hf_ms = 1000 * statistics.median(steps[len(steps) // 2 :])
+        result.row("transformers offloaded", ms_per_token=hf_ms, step_s=steps, error="exact")
+        for row in result.rows:
+            if row["what"] == f"ours {lengths['131072']}":
+                result.bars["hf_offloaded_over_ours_131072"] = hf_ms / row["ms_per_token"]
+        result.write(args.out)
+        free()
+    if "random" in args.only and args.vectors:
+        for part in ("131072", "262144"):
+            ids = text[:, : lengths[part]]
+            got = run_ours(model, ids, args.new, settings[part], logits=False)
+            free()
+            result.row(f"random {ids.shape[1]}", **got["row"], error="see tools/fidelity.py")
+            result.write(args.out)
     if "kernels" in args.only and device.type == "cuda":
         del model
         free()
-        measure_kernels(record, 131072, device)
+        measure_kernels(result, 131072, device)
     synchronize()
-    print(f"written to {record.write(args.out).name}")
+    print(f"written to {result.write(args.out).name}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def build_model(smoke: bool, device: torch.device) -> Any:
     """The 8B shape in bfloat16, or a tiny one in float32."""
     shape: dict[str, Any] = (
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": 256}
+         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 256}
         if smoke
         else {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
               "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -179,7 +179,7 @@ def run_hf_offloaded(model: Any, ids: Tensor, steps: int) -> list[float]:
     """
     model.set_attn_implementation("sdpa")
     config, device = model.config, ids.device
-    size = config.hidden_size // config.num_attention_heads
+    size = config.head_dim
     cache: Any = DynamicCache(config=config, offloading=device.type == "cuda")
     shape = (1, config.num_key_value_heads, ids.shape[1], size)
     for layer in cache.layers:
