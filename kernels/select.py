@@ -75,8 +75,8 @@ def empty_selection(
     return Selection(room(k), room(k), lse, room(blocks), room(k * BLOCK))
 
 
-DIGIT = 2  # bits of the threshold that one pass finds
 VOTES, WARPS = 4096, 8  # votes that are looked at together
+UNROLLED: tl.constexpr = tl.constexpr(8)  # chunks that stay in registers of twice as many warps
 
 
 def _chunk(n: int, heads: int) -> int:
@@ -84,13 +84,20 @@ def _chunk(n: int, heads: int) -> int:
     return min(n, VOTES * 4 // max(4, heads))
 
 
+def _looks_itself(k: int, heads: int) -> bool:
+    """Whether one program can make the votes of all tokens that it compares; else many make them beforehand."""
+    return _chunk(k * BLOCK, heads) == k * BLOCK
+
+
 def select_blocks(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) -> None:
     """Finds the blocks that the k best tokens are in, and marks them: their `total` becomes negative.
+
+    Where there are too many for one program, the votes of their tokens are looked up as well.
 
     Args:
         scratch: Of `scan`.
         n_blocks: int32 [B] on the device: valid blocks.
-        selection: `blocks` and `lse` are written.
+        selection: `blocks` and `lse` are written, and `seen`.
     """
     batch, kv_heads, k = selection.blocks.shape
     capacity, groups = scratch.top.shape[2:]
@@ -98,8 +105,14 @@ def select_blocks(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) 
     _blocks_kernel[(batch * kv_heads,)](
         scratch.top, scratch.total, n_blocks, selection.blocks, selection.lse, selection.votes,
         kv_heads, capacity, G=groups, G_P=heads, K=k, BLOCKS=blocks, CHUNK=_chunk(blocks, heads),
-        DIGIT=DIGIT, PLAIN=INTERPRETED, num_warps=WARPS, num_stages=1,
+        PLAIN=INTERPRETED, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
+    if not _looks_itself(k, heads):
+        part = min(1024, k * BLOCK)
+        _votes_kernel[(k * BLOCK // part, batch * kv_heads)](
+            scratch.scores, scratch.top, selection.blocks, selection.lse, selection.seen, capacity,
+            G=groups, G_P=heads, K=k, BLOCK=BLOCK, PART=part,
+        )  # fmt: skip
 
 
 def select_tokens(scratch: ScanScratch, selection: Selection) -> None:
@@ -111,16 +124,12 @@ def select_tokens(scratch: ScanScratch, selection: Selection) -> None:
     """
     batch, kv_heads, k = selection.blocks.shape
     capacity, groups = scratch.top.shape[2:]
-    heads, chunk = triton.next_power_of_2(groups), _chunk(k * BLOCK, triton.next_power_of_2(groups))
-    if chunk < k * BLOCK:  # others look the votes up for the one program that compares them
-        part = min(1024, chunk)
-        _votes_kernel[(k * BLOCK // part, batch * kv_heads)](
-            scratch.scores, scratch.top, selection.blocks, selection.lse, selection.seen, capacity,
-            G=groups, G_P=heads, K=k, BLOCK=BLOCK, PART=part,
-        )  # fmt: skip
+    heads = triton.next_power_of_2(groups)
+    alone = _looks_itself(k, heads)
     _tokens_kernel[(batch * kv_heads,)](
         scratch.scores, scratch.top, selection.tokens, selection.blocks, selection.lse, selection.seen, capacity,
-        G=groups, G_P=heads, K=k, BLOCK=BLOCK, CHUNK=chunk, DIGIT=DIGIT, num_warps=WARPS, num_stages=1,
+        G=groups, G_P=heads, K=k, BLOCK=BLOCK, CHUNK=k * BLOCK if alone else min(k * BLOCK, VOTES) // 2,
+        num_warps=WARPS if alone else 2 * WARPS, num_stages=1,
     )  # fmt: skip
 
 
@@ -132,8 +141,17 @@ def _steps(votes):
 
 
 @triton.jit
+def _count(votes, trial, step, first, second, third):
+    """Adds to three counts of votes: which of them reach `trial` and one, two and three steps."""
+    first += (votes >= trial + step).to(tl.int32)
+    second += (votes >= trial + 2 * step).to(tl.int32)
+    third += (votes >= trial + 3 * step).to(tl.int32)
+    return first, second, third
+
+
+@triton.jit
 def _keep_best(
-    votes, votes_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, DIGIT: tl.constexpr
+    votes, votes_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Writes which K of N votes are the best, in ascending order; of equal ones the first. None of 0 is.
 
@@ -142,22 +160,28 @@ def _keep_best(
     i_c = tl.arange(0, CHUNK)
     limit = tl.zeros((), dtype=tl.int32)  # the K-th largest vote, or 0 if there are fewer
     n_above = tl.zeros((), dtype=tl.int32)  # votes above it
-    i_trial = tl.arange(0, 2**DIGIT)
-    shift = tl.full((), 12 - DIGIT, dtype=tl.int32)
-    for _ in range(12 // DIGIT):
-        trials = limit + (i_trial << shift)
-        counts = tl.zeros((CHUNK, 2**DIGIT), dtype=tl.int32)
-        for first in range(0, N, CHUNK):
-            if CHUNK < N:
-                votes = tl.load(votes_ptr + first + i_c)
-            counts += (votes[:, None] >= trials[None, :]).to(tl.int32)
-        reached = tl.sum(counts, axis=0)
-        # Fewer and fewer votes reach higher trials, so how many are reached says which is the last one. The least
-        # trial of all that too few reach is one above the limit.
-        enough = reached >= K
-        n_above = tl.maximum(n_above, tl.max(tl.where(enough, 0, reached), axis=0))
-        limit += tl.maximum(tl.sum(enough.to(tl.int32), axis=0) - 1, 0) << shift
-        shift -= DIGIT
+    step = tl.full((), 1 << 10, dtype=tl.int32)
+    for _ in range(6):  # two of twelve bits each
+        first = tl.zeros((CHUNK,), dtype=tl.int32)
+        second, third = first, first
+        if CHUNK == N:
+            first, second, third = _count(votes, limit, step, first, second, third)
+        elif N <= UNROLLED * CHUNK:
+            for at in tl.static_range(0, N, CHUNK):
+                votes = tl.load(votes_ptr + at + i_c)
+                first, second, third = _count(votes, limit, step, first, second, third)
+        else:
+            for at in range(0, N, CHUNK):
+                votes = tl.load(votes_ptr + at + i_c)
+                first, second, third = _count(votes, limit, step, first, second, third)
+        one, two, three = tl.sum(first, axis=0), tl.sum(second, axis=0), tl.sum(third, axis=0)
+        # The K-th largest reaches as many trials as enough votes reach. Of the others, the least says how many votes
+        # are above it, if none of the next passes comes closer.
+        n_enough = tl.where(one >= K, 1, 0) + tl.where(two >= K, 1, 0) + tl.where(three >= K, 1, 0)
+        above = tl.where(one >= K, tl.where(two >= K, tl.where(three >= K, 0, three), two), one)
+        n_above = tl.maximum(n_above, above)
+        limit += n_enough * step
+        step = step // 4
     room = K - n_above
     above_before = tl.zeros((), dtype=tl.int32)
     tied_before = tl.zeros((), dtype=tl.int32)
@@ -199,7 +223,6 @@ def _blocks_kernel(
     K: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHUNK: tl.constexpr,
-    DIGIT: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)  # sequence and KV head
@@ -233,7 +256,7 @@ def _blocks_kernel(
         if CHUNK < BLOCKS:
             tl.store(votes_ptr + first + i_c, votes)
     tl.debug_barrier()
-    _keep_best(votes, votes_ptr, blocks_ptr, BLOCKS, K, CHUNK, DIGIT)
+    _keep_best(votes, votes_ptr, blocks_ptr, BLOCKS, K, CHUNK)
     tl.debug_barrier()
     chosen = tl.load(blocks_ptr + tl.arange(0, K))
     o_mark = chosen[:, None] * G + i_g[None, :]
@@ -291,7 +314,6 @@ def _tokens_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    DIGIT: tl.constexpr,
 ):
     N: tl.constexpr = K * BLOCK
     i_row = tl.program_id(0).to(tl.int64)  # sequence and KV head
@@ -310,7 +332,7 @@ def _tokens_kernel(
         shift = tl.where(lse == float("-inf"), 0.0, lse)
         votes = _token_votes(scores_ptr, top_ptr, blocks_ptr, tl.arange(0, N), i_g, shift, G, BLOCK)
     tl.debug_barrier()
-    _keep_best(votes, seen_ptr, tokens_ptr, N, K, CHUNK, DIGIT)
+    _keep_best(votes, seen_ptr, tokens_ptr, N, K, CHUNK)
     tl.debug_barrier()
     # So far they are places in the listed blocks. Selected tokens are taken out of the scores.
     place = tl.load(tokens_ptr + i_k)

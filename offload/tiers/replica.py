@@ -43,6 +43,7 @@ from offload.kernels.window import attend_window
 from offload.tiers.rows import RowShape
 
 LARGEST_HEAD = 256  # of the kernels
+PRIORITY = -1  # of what runs beside the tail: few programs that much waits for come before its many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,7 @@ class StepMemory:
         self.version = 0
         self._seen: Tensor | None = None
         on_card = device.type == "cuda"
-        self.beside = [torch.cuda.Stream(device) for _ in range(2)] if on_card else []
+        self.beside = [torch.cuda.Stream(device, PRIORITY) for _ in range(2)] if on_card else []
         self.is_left = True
         self.suspended = False
 

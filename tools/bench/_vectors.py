@@ -162,9 +162,9 @@ def played(model: Any, recorded: dict[str, Any], length: int) -> Iterator[None]:
         raise SystemExit(f"vectors of {keys.shape[-1]} do not fill heads of {size}")
     sets = keys.shape[0] // kv_heads
     device, dtype = model.device, model.dtype
-    at = places(length, recorded["context"], keys.shape[1])
+    at = places(length, recorded["context"], keys.shape[1]).to(device)
     steps = queries.shape[1]
-    query_at = (torch.arange(at.numel()) - length) % steps
+    query_at = (torch.arange(at.numel()) - length).to(device) % steps
 
     def vectors(of: Tensor) -> Tensor:
         """[heads, tokens, n, D] as [tokens, heads * n * size]."""
@@ -186,8 +186,8 @@ def played(model: Any, recorded: dict[str, Any], length: int) -> Iterator[None]:
         attention = layer.self_attn
         before.append((attention, attention.k_proj, attention.q_proj))
         all_keys, all_queries = made[i % sets]
-        attention.k_proj = _Played(attention.k_proj, all_keys, at.to(device), embedding)
-        attention.q_proj = _Played(attention.q_proj, all_queries, query_at.to(device), embedding)
+        attention.k_proj = _Played(attention.k_proj, all_keys, at, embedding)
+        attention.q_proj = _Played(attention.q_proj, all_queries, query_at, embedding)
     try:
         yield
     finally:
