@@ -141,12 +141,11 @@ def _steps(votes):
 
 
 @triton.jit
-def _count(votes, trial, step, first, second, third):
-    """Adds to three counts of votes: which of them reach `trial` and one, two and three steps."""
-    first += (votes >= trial + step).to(tl.int32)
-    second += (votes >= trial + 2 * step).to(tl.int32)
-    third += (votes >= trial + 3 * step).to(tl.int32)
-    return first, second, third
+def _count(counts, votes, trial, step):
+    """Adds three counts of ten bits each: of votes that reach `trial` and one, two and three steps."""
+    counts += (votes >= trial + step).to(tl.int32)
+    counts += (votes >= trial + 2 * step).to(tl.int32) << 10
+    return counts + ((votes >= trial + 3 * step).to(tl.int32) << 20)
 
 
 @triton.jit
@@ -162,19 +161,23 @@ def _keep_best(
     n_above = tl.zeros((), dtype=tl.int32)  # votes above it
     step = tl.full((), 1 << 10, dtype=tl.int32)
     for _ in range(6):  # two of twelve bits each
-        first = tl.zeros((CHUNK,), dtype=tl.int32)
-        second, third = first, first
+        counts = tl.zeros((CHUNK,), dtype=tl.int32)
         if CHUNK == N:
-            first, second, third = _count(votes, limit, step, first, second, third)
+            counts = _count(counts, votes, limit, step)
         elif N <= UNROLLED * CHUNK:
-            for at in tl.static_range(0, N, CHUNK):
-                votes = tl.load(votes_ptr + at + i_c)
-                first, second, third = _count(votes, limit, step, first, second, third)
+            for first in tl.static_range(0, N, CHUNK):
+                counts = _count(counts, tl.load(votes_ptr + first + i_c), limit, step)
         else:
-            for at in range(0, N, CHUNK):
-                votes = tl.load(votes_ptr + at + i_c)
-                first, second, third = _count(votes, limit, step, first, second, third)
-        one, two, three = tl.sum(first, axis=0), tl.sum(second, axis=0), tl.sum(third, axis=0)
+            for first in range(0, N, CHUNK):
+                counts = _count(counts, tl.load(votes_ptr + first + i_c), limit, step)
+        low = (counts & 0x3FF).to(tl.int64)
+        middle = ((counts >> 10) & 0x3FF).to(tl.int64) << 20
+        total = tl.sum(
+            low + middle + ((counts >> 20).to(tl.int64) << 40), axis=0
+        )  # one sum of three
+        one = (total & 0xFFFFF).to(tl.int32)
+        two = ((total >> 20) & 0xFFFFF).to(tl.int32)
+        three = (total >> 40).to(tl.int32)
         # The K-th largest reaches as many trials as enough votes reach. Of the others, the least says how many votes
         # are above it, if none of the next passes comes closer.
         n_enough = tl.where(one >= K, 1, 0) + tl.where(two >= K, 1, 0) + tl.where(three >= K, 1, 0)

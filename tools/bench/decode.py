@@ -311,10 +311,10 @@ def main() -> None:
     args = parse(parser)
     logging.basicConfig(level=logging.WARNING)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lengths = {"131072": 131072, "32768": 32768, "fits": 8192, "262144": 262144}
+    lengths = {"131072": 131072, "262144": 262144, "32768": 32768, "fits": 8192}
     if args.smoke:
         args.new, args.chunk, args.hf_steps = 70, 256, 3
-        lengths = {"131072": 1024, "32768": 640, "fits": 512, "262144": 1280}
+        lengths = {"131072": 1024, "262144": 1280, "32768": 640, "fits": 512}
     result = Record("decode", settings={**vars(args), "out": None, "cap_bytes": CAP_BYTES})
     AttentionInterface.register(ALONE, dense_attention)
     AttentionMaskInterface.register(ALONE, lambda **kwargs: None)
