@@ -27,7 +27,7 @@ from offload.kernels.unpack import INTERPRETED, decoded, exp
 
 SELECTED_PER_SPLIT, WARPS, STAGES = 2, 1, 2
 REGISTERS = {2: 112, 3: None, 4: 112}
-"""Of a thread of `tail`, by bits: so few that all programs of a usual one find room at once."""
+"""Of a thread, by bits: so few that all programs of a usual tail find room at once."""
 
 
 def tail_slots(n_tokens: int, heads: int) -> int:
@@ -128,7 +128,7 @@ def _launch(
         kv_heads, values.n_blocks, partials.lse.shape[2], first_slot, share,
         G=groups, G_P=max(8, triton.next_power_of_2(groups)), DV=head_size, D_P=width, BLOCK=BLOCK,
         GROUP=GROUP, BITS=bits, BLOCKS_PER_PROGRAM=blocks_per_split, K=k, PLAIN=INTERPRETED,
-        num_warps=WARPS, num_stages=STAGES, maxnreg=None if k else REGISTERS[bits],
+        num_warps=WARPS, num_stages=STAGES, maxnreg=None if k and bits < 4 else REGISTERS[bits],
     )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ def on_rtx_4090(row: dict[str, Any], measured_bytes_per_s: float) -> float:
     share = measured_bytes_per_s / H100_BYTES_PER_S
     read = sum(row["bytes"][what] for what in ("weights", "window", "resident", "replica"))
     slower = 1 / (share * RTX_4090_BYTES_PER_S) - 1 / measured_bytes_per_s
-    rows = row["fetched_bytes"] * (1 / RTX_4090_PCIE - 1 / H100_PCIE)
+    fetched = row.get("fetched_bytes", row["selected_bytes"])  # all, before rows were cached
+    rows = fetched * (1 / RTX_4090_PCIE - 1 / H100_PCIE)
     return float(row["ms_per_token"] + 1000 * (read * slower + rows))
 
 
