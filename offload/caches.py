@@ -206,9 +206,11 @@ class CacheMaker:
             page=limits.page,
             device=self._shape.device,
         )
-        if self.streams.on and not path.has_kernels:
+        if not path.has_kernels and path.blocks:
             self._notes.tell(
                 f"heads are larger than {LARGEST_HEAD}, which no kernel knows: slow steps"
+                if self.streams.on
+                else "without a GPU its steps are slower than those of mode exact"
             )
         return path
 

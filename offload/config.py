@@ -342,13 +342,13 @@ class OffloadConfig(_Table):
     takes the sections by name, as their classes or as dicts. Both raise `ConfigError`.
     """
 
-    mode: Literal["exact", "fast"] = Field(
-        default="exact",
-        description="What is promised of the tokens. exact: those of the stock cache, every offloaded "
-        "token is streamed for each new one. fast: nearly always the same, from a low-bit replica on "
-        "the device and a few tokens read exactly; beams of runtime.generate, and steps of several "
-        "tokens, are exact.",
-        json_schema_extra=_unit('"exact" or "fast"'),
+    mode: Literal["fast", "exact"] = Field(
+        default="fast",
+        description="What is promised of the tokens. fast: nearly always those of the stock cache, from a "
+        "low-bit replica on the device and a few tokens read exactly; what fits the device, beams of "
+        "runtime.generate, and steps of several tokens are exact. exact: always those of the stock cache; "
+        "every offloaded token is streamed for each new one.",
+        json_schema_extra=_unit('"fast" or "exact"'),
     )
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)

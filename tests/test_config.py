@@ -53,7 +53,7 @@ def refused(config: Any = None, **overrides: Any) -> str:
 
 def test_the_defaults_are_the_documented_ones() -> None:
     assert OffloadConfig().to_toml() == (
-        'mode = "exact"\n'
+        'mode = "fast"\n'
         "\n"
         "[memory]\n"
         'gpu = "auto"\n'
@@ -93,7 +93,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
 def test_toml_reads_back_equal(config: OffloadConfig) -> None:
     assert OffloadConfig.from_toml(config.to_toml()) == config
     assert OffloadConfig.from_toml(config.to_toml(origin="some.toml")) == config
-    assert OffloadConfig.build(config, mode="exact") == config
+    assert OffloadConfig.build(config, mode="fast") == config
 
 
 def test_the_template_is_the_default_commented_out_or_not() -> None:
@@ -190,7 +190,7 @@ def test_all_mistakes_of_a_call_are_in_one_message() -> None:
     ) == (
         "8 settings cannot be used.\n"
         "  gpu_memroy: unknown setting. Did you mean 'gpu_memory'?\n"
-        '  mode: \'quick\' is not one of its values. Write "exact" or "fast".\n'
+        '  mode: \'quick\' is not one of its values. Write "fast" or "exact".\n'
         "  memory.cpu: 'gigs' in '24 gigs' is not a unit of memory. Write \"24GiB\" (1 GiB = "
         '1024^3 bytes) or "24GB" (1 GB = 1000^3).\n'
         "  memory.gup: unknown key. Did you mean 'gpu'?\n"

@@ -13,7 +13,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Generatio
 
 import offload
 
-SETTINGS: dict[str, Any] = {"page": 16, "sinks": 16, "window": 64, "chunk": 100}
+SETTINGS: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64, "chunk": 100}
 CALL: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 N = 300
 

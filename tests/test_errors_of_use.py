@@ -19,7 +19,7 @@ from offload.errors import (
     UnsupportedModelError,
 )
 
-SETTINGS: dict[str, Any] = {"page": 16, "sinks": 16, "window": 64, "chunk": 100}
+SETTINGS: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64, "chunk": 100}
 CALL: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 N = 300
 

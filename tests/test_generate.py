@@ -19,7 +19,7 @@ import offload
 from offload.prefill import Progress
 from offload.runtime import Runtime
 
-SETTINGS: dict[str, Any] = {"page": 16, "sinks": 16, "window": 64, "chunk": 100}
+SETTINGS: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64, "chunk": 100}
 N = 360
 
 
@@ -159,7 +159,13 @@ def test_beams_on_a_cache_of_the_users_are_laid_out_for_all_of_them(model: Any) 
     want = model.generate(ids, num_beams=4, max_new_tokens=30, do_sample=False)
     with attached(model) as free:
         need = free.budget_for(kv_share=0.2, prompt_tokens=N, new_tokens=30, batch=4)
-    settings: dict[str, Any] = {"page": 16, "sinks": 16, "chunk": 64, "gpu_memory": need}
+    settings: dict[str, Any] = {
+        "mode": "exact",
+        "page": 16,
+        "sinks": 16,
+        "chunk": 64,
+        "gpu_memory": need,
+    }
     with offload.attach(model, **settings) as runtime:
         cache = runtime.new_cache()
         got = runtime.generate(

@@ -44,7 +44,7 @@ def driver_bytes() -> int:
 
 
 def budget_of(model: Any, **sizes: Any) -> int:
-    with offload.attach(model) as runtime:
+    with offload.attach(model, mode="exact") as runtime:
         return runtime.budget_for(**sizes)
 
 
@@ -55,7 +55,7 @@ def test_device_bytes_stay_under_the_budget_at_every_step() -> None:
     seen: list[int] = []
     model.register_forward_hook(lambda *_: seen.append(driver_bytes()))
     torch.cuda.empty_cache()
-    with offload.attach(model, gpu_memory=budget) as runtime:
+    with offload.attach(model, mode="exact", gpu_memory=budget) as runtime:
         torch.cuda.reset_peak_memory_stats()
         runtime.generate(ids, max_new_tokens=80, do_sample=False)
         report = runtime.report()
@@ -74,7 +74,7 @@ def test_resident_pages_change_no_token_and_save_their_bytes() -> None:
     call: dict[str, Any] = {"max_new_tokens": 70, "do_sample": False}
     want = model.generate(ids, **call)
     budget = budget_of(model, kv_share=0.25, prompt_tokens=4096, new_tokens=200)
-    with offload.attach(model, gpu_memory=budget) as runtime:
+    with offload.attach(model, mode="exact", gpu_memory=budget) as runtime:
         cache = runtime.new_cache(4400)
         got = runtime.generate(ids, past_key_values=cache, **call)
         stores: Any = cache.stores
@@ -94,7 +94,7 @@ def test_a_budget_below_the_weights_is_refused_before_anything_is_allocated() ->
     model = wide_llama(torch.bfloat16)
     before = torch.cuda.memory_allocated()
     with pytest.raises(BudgetError) as caught:
-        offload.attach(model, gpu_memory=before // 2)
+        offload.attach(model, mode="exact", gpu_memory=before // 2)
     assert caught.value.requested > caught.value.available
     assert torch.cuda.memory_allocated() <= before + MIB
     assert model.config._attn_implementation != "offload"
@@ -103,7 +103,10 @@ def test_a_budget_below_the_weights_is_refused_before_anything_is_allocated() ->
 def test_the_allocator_refuses_what_an_explicit_budget_does_not_allow() -> None:
     model = wide_llama(torch.bfloat16)
     budget = budget_of(model, kv_share=0.5, prompt_tokens=4096, new_tokens=16)
-    with offload.attach(model, gpu_memory=budget), pytest.raises(torch.OutOfMemoryError):
+    with (
+        offload.attach(model, mode="exact", gpu_memory=budget),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
         torch.empty(budget, dtype=torch.uint8, device="cuda")
     torch.empty(budget, dtype=torch.uint8, device="cuda")  # detached, the card is free again
 
@@ -124,7 +127,7 @@ def test_logits_differ_from_the_stock_caches_by_rounding_only(dtype: torch.dtype
     model = wide_llama(dtype)
     ids = prompts(1, 3001).cuda()
     _, want = step_logits(model, ids)
-    with offload.attach(model, window=512, chunk=700) as runtime:
+    with offload.attach(model, mode="exact", window=512, chunk=700) as runtime:
         _, got = step_logits(runtime, ids)
         assert runtime.report().tokens_on_host > 2000
     error = (got[0] - want[0]).square().mean().sqrt() / want[0].std()
@@ -138,7 +141,9 @@ def test_pages_that_cannot_be_pinned_give_the_same_tokens_and_are_named() -> Non
     ids = prompts(1, 3001).cuda()
     call: dict[str, Any] = {"max_new_tokens": 70, "do_sample": False}
     want = model.generate(ids, **call)
-    with offload.attach(model, window=512, chunk=512, pinned_memory="40MiB") as runtime:
+    with offload.attach(
+        model, mode="exact", window=512, chunk=512, pinned_memory="40MiB"
+    ) as runtime:
         got = runtime.generate(ids, **call)
         report = runtime.report()
     assert torch.equal(got, want)
@@ -168,7 +173,7 @@ def test_a_model_with_nf4_weights_attaches_generates_and_detaches(tmp_path: Path
         "eos_token_id": None,
     }
     want = model.generate(ids, **call)
-    with offload.attach(model, window=256, chunk=512) as runtime:
+    with offload.attach(model, mode="exact", window=256, chunk=512) as runtime:
         got = runtime.generate(ids, **call)
         report = runtime.report()
     assert torch.equal(got, want)
@@ -184,7 +189,7 @@ def test_a_stock_call_after_detach_finds_the_memory_free() -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    with offload.attach(model, window=1024) as runtime:
+    with offload.attach(model, mode="exact", window=1024) as runtime:
         runtime.generate(prompts(1, 4096).cuda(), max_new_tokens=4, do_sample=False)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before + MIB

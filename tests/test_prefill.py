@@ -48,7 +48,13 @@ def test_the_bar_comes_with_prompts_of_the_set_length_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model: Any = FAMILIES["llama"].build()
-    settings: dict[str, Any] = {"page": 16, "sinks": 16, "window": 64, "chunk": 100}
+    settings: dict[str, Any] = {
+        "mode": "exact",
+        "page": 16,
+        "sinks": 16,
+        "window": 64,
+        "chunk": 100,
+    }
     for length, bar in ((250, True), (150, False)):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
@@ -75,7 +81,7 @@ def test_stop_strings_and_a_text_streamer_work(
     stop = text[5:8]
     want = model.generate(ids, **call, stop_strings=[stop], tokenizer=tokenizer)
     assert want.shape[1] < free.shape[1]
-    with offload.attach(model, page=16, sinks=16, window=64, chunk=100) as runtime:
+    with offload.attach(model, mode="exact", page=16, sinks=16, window=64, chunk=100) as runtime:
         got = runtime.generate(
             ids,
             **call,

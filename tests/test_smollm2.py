@@ -14,7 +14,7 @@ from offload.loading import Loaded, load
 
 pytestmark = pytest.mark.slow
 
-SETTINGS: dict[str, Any] = {"window": 256, "chunk": 512}
+SETTINGS: dict[str, Any] = {"mode": "exact", "window": 256, "chunk": 512}
 
 
 @pytest.fixture(scope="module")

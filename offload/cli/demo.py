@@ -303,11 +303,11 @@ def _answer_offloaded(
     if gpu_memory is not None:
         budget = gpu_memory
     else:
-        with offload.attach(loaded.model, gpu_memory="auto") as runtime:
+        with offload.attach(loaded.model, mode="exact", gpu_memory="auto") as runtime:
             budget = runtime.budget_for(
                 kv_share=KV_SHARE, prompt_tokens=n_prompt, new_tokens=max_new_tokens
             )
-    with offload.attach(loaded.model, gpu_memory=budget) as runtime:
+    with offload.attach(loaded.model, mode="exact", gpu_memory=budget) as runtime:
         if show:
             shown = f"{gib(budget, digits=2)} of" if isinstance(budget, int) else f"{budget} as"
             print(f"Budget     {shown} device memory, for weights, work and KV cache")

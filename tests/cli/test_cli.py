@@ -102,7 +102,7 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
     Path("my.toml").write_text('[memory]\ngpu = "24gb"\n[cache]\nwindow = "4K"\n')
     assert cli.main(["config", "show", "--config", "my.toml"]) == 0
     assert capsys.readouterr().out == (
-        'mode = "exact"            # default\n'
+        'mode = "fast"             # default\n'
         "\n"
         "[memory]\n"
         'gpu = "24GB"              # my.toml\n'

@@ -76,7 +76,8 @@ class FakeAttach:
         self.calls: list[Any] = []
         self.wrong_from: int | None = None
 
-    def __call__(self, model: Any, *, gpu_memory: int | str) -> FakeRuntime:
+    def __call__(self, model: Any, *, mode: str, gpu_memory: int | str) -> FakeRuntime:
+        assert mode == "exact"  # its promise is the same tokens
         self.calls.append(("attach", gpu_memory))
         return FakeRuntime(model, gpu_memory, self.share, self.wrong_from, self.calls)
 

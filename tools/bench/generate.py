@@ -271,7 +271,7 @@ def main() -> None:
     ids = torch.randint(1, model.config.vocab_size, (1, args.tokens), device=device)
 
     # Ours.
-    settings: dict[str, Any] = {"chunk": args.chunk}
+    settings: dict[str, Any] = {"mode": "exact", "chunk": args.chunk}
     if args.smoke:
         settings |= {"window": 128}
     if device.type == "cuda":
