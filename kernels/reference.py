@@ -130,6 +130,12 @@ BLOCK = 64
 GROUP = 32
 """Channels that share the zero and scale of a token's values."""
 
+CLUSTERS = 4
+"""Clusters of the tokens of a block, where only the means of values are kept."""
+
+_CLUSTER_PASSES = 6
+_CLUSTERED_NUMBERS = 2**20  # that are clustered at once
+
 PLANES = {4: (4,), 3: (2, 1), 2: (2,)}
 """Bits of a code -> bits of each of its planes, low bits first."""
 
@@ -171,6 +177,9 @@ class Codes(NamedTuple):
             [B, H_kv, N / BLOCK, D_p, L * bits / 8].
         meta: Offsets, then slopes, of four neighbours each. Keys: float16 [B, H_kv, N / BLOCK, D_p / 4, 2, 4]. Values:
             bfloat16 [B, H_kv, N / BLOCK, D_p / GROUP, BLOCK / 4, 2, 4].
+
+    Values of which only means are kept (`cluster_values`) have the cluster of each token in the one plane, uint8
+    [B, H_kv, N / BLOCK, BLOCK], and the clusters' means in `meta`, bfloat16 [B, H_kv, N / BLOCK, CLUSTERS, D_p].
     """
 
     planes: tuple[Tensor, ...]
@@ -225,6 +234,56 @@ def dequantize_values(codes: Codes, *, bits: int, head_size: int) -> Tensor:
     numbers = _numbers(_unpack(codes.planes, bits), bits, VALUES)
     values = offset.flatten(4) + slope.flatten(4) * numbers  # [.., D_p, BLOCK]
     return values.mT.flatten(2, 3)[..., :head_size]
+
+
+def cluster_values(keys: Tensor, values: Tensor) -> Codes:
+    """Means of values over tokens of similar keys: what a query weighs alike may lie in one number.
+
+    k-means of the keys of each block of BLOCK tokens, less their mean, from CLUSTERS tokens an even way apart, in
+    float32. A cluster that loses all its tokens keeps its centre, and has a mean of zeros.
+
+    Args:
+        keys: [B, T, H_kv, D], T a multiple of BLOCK.
+        values: [B, T, H_kv, D_v].
+
+    Returns:
+        Clusters of T tokens: see `Codes`.
+    """
+    batch, n_tokens, kv_heads, key_dim = keys.shape
+    blocks = n_tokens // BLOCK
+    width = padded(values.shape[-1])
+    ids = keys.new_empty((batch, kv_heads, blocks, BLOCK), dtype=torch.uint8)
+    means = keys.new_zeros((batch, kv_heads, blocks, CLUSTERS, width), dtype=torch.bfloat16)
+    together = max(1, _CLUSTERED_NUMBERS // (batch * kv_heads * BLOCK * max(key_dim, width)))
+    for first in range(0, blocks, together):  # so that they take little memory
+        part = slice(first, first + together)
+        tokens = slice(first * BLOCK, (first + together) * BLOCK)
+        near = _clusters(keys[:, tokens].transpose(1, 2).unflatten(2, (-1, BLOCK)).float())
+        members = torch.nn.functional.one_hot(near, CLUSTERS).float().mT  # [.., CLUSTERS, BLOCK]
+        sums = members @ values[:, tokens].transpose(1, 2).unflatten(2, (-1, BLOCK)).float()
+        ids[:, :, part] = near.to(torch.uint8)
+        means[:, :, part, :, : values.shape[-1]] = (
+            sums / members.sum(-1, keepdim=True).clamp(min=1)
+        ).to(torch.bfloat16)
+    return Codes((ids,), means)
+
+
+def _clusters(keys: Tensor) -> Tensor:
+    """Which of CLUSTERS each key of a block belongs to: int64 [.., BLOCK], from float32 [.., BLOCK, D]."""
+    keys = keys - keys.mean(-2, keepdim=True)
+    every = BLOCK // CLUSTERS
+    centres = keys[..., every // 2 :: every, :]
+    for _ in range(_CLUSTER_PASSES):
+        near = _nearest(keys, centres)
+        members = torch.nn.functional.one_hot(near, CLUSTERS).float().mT
+        n = members.sum(-1, keepdim=True)
+        centres = torch.where(n > 0, members @ keys / n.clamp(min=1), centres)
+    return _nearest(keys, centres)
+
+
+def _nearest(keys: Tensor, centres: Tensor) -> Tensor:
+    distance = centres.square().sum(-1).unsqueeze(-2) - 2 * keys @ centres.mT
+    return distance.argmin(-1)
 
 
 def scan(
@@ -299,7 +358,11 @@ def tail(scores: Tensor, selected: Tensor, values: Codes, *, bits: int, head_siz
     Returns:
         `out` float32 [B, H_q, 1, D_v], `lse` [B, H_q, 1].
     """
-    low = dequantize_values(values, bits=bits, head_size=head_size)
+    return _tail(scores, selected, dequantize_values(values, bits=bits, head_size=head_size))
+
+
+def _tail(scores: Tensor, selected: Tensor, low: Tensor) -> Part:
+    """Attention over all tokens that are not selected, with values float32 [B, H_kv, N, D_v]."""
     groups = scores.shape[1] // low.shape[1]
     taken = torch.zeros(
         (*low.shape[:2], scores.shape[-1] + 1), dtype=torch.bool, device=scores.device
@@ -310,6 +373,23 @@ def tail(scores: Tensor, selected: Tensor, values: Codes, *, bits: int, head_siz
     lse = torch.logsumexp(rest, dim=-1, keepdim=True)
     weights = torch.exp(rest - lse).masked_fill(lse.isneginf(), 0.0).unsqueeze(2)
     return Part(weights @ low.repeat_interleave(groups, dim=1), lse)
+
+
+def tail_of_clusters(scores: Tensor, selected: Tensor, clusters: Codes, *, head_size: int) -> Part:
+    """Attention over all tokens that are not selected, each with the mean value of its cluster.
+
+    Args:
+        scores: As in `tail`.
+        selected: As in `tail`. Means are over selected tokens too.
+        clusters: Of `cluster_values`, of N tokens.
+        head_size: D_v.
+
+    Returns:
+        As `tail`.
+    """
+    near = clusters.planes[0].long().unsqueeze(-1).expand(-1, -1, -1, -1, head_size)
+    means = clusters.meta[..., :head_size].float()
+    return _tail(scores, selected, means.gather(3, near).flatten(2, 3))
 
 
 def gather(pool: Tensor, table: Tensor, selected: Tensor) -> Tensor:

@@ -195,6 +195,7 @@ class CacheMaker:
             self._shape.rows[index],
             PathSettings(
                 bits=4 if rung is None else rung.bits,
+                clustered=rung is not None and rung.clustered,
                 tokens=tokens,
                 cached_rows=cached_rows(tokens, retrieval.row_cache),
                 skipped_mass=self._config.replica.skipped_mass,

@@ -128,12 +128,12 @@ class Layout:
 
     @property
     def rung(self) -> Rung | None:
-        """The rung of the fewest bits among the layers, or None without a replica."""
-        return min(self.rungs, key=lambda rung: rung.bits, default=None)
+        """The lowest rung among the layers, or None without a replica."""
+        return min(self.rungs, key=lambda rung: rung.rank, default=None)
 
     @property
     def lifted_layers(self) -> int:
-        """Layers whose replica has more bits than that."""
+        """Layers whose replica is a better one."""
         pairs = enumerate(self.rungs)
         return sum(rung != self.rung for layer, rung in pairs if layer not in self.whole)
 
@@ -224,20 +224,18 @@ def _lifted(
     now = [rungs[0]] * len(layout.rungs)
     tokens = demand.batch * layout.replica_tokens
     scratch = demand.batch * demand.scratch_bytes + tokens * demand.scratch_token_bytes
-    spare, sets = budget - layout.device_bytes, {rungs[0].rung.tokens}
+    spare, sets = budget - layout.device_bytes, {rungs[0].rung.scratch}
     for price in better:
         for layer in _ends_first(len(now)):
             if layer in layout.whole:
                 continue
             more = tokens * (price.layer_bytes[layer] - now[layer].layer_bytes[layer])
             more += demand.batch * (price.row_bytes[layer] - now[layer].row_bytes[layer])
-            if (
-                price.rung.tokens not in sets
-            ):  # layers that select other numbers of tokens share no scratch
+            if price.rung.scratch not in sets:  # layers whose steps write other parts share none
                 more += scratch
             if more <= spare:
                 spare -= more
-                sets.add(price.rung.tokens)
+                sets.add(price.rung.scratch)
                 now[layer] = price
     held = _outside(layout.whole, [price.layer_bytes[layer] for layer, price in enumerate(now)])
     rows = _outside(layout.whole, [price.row_bytes[layer] for layer, price in enumerate(now)])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 BLOCK = 64  # tokens that share the scales of their keys: what a replica grows by
 _GROUP = 32  # channels that share the scales of a token's values
+_CLUSTERS = 4  # of a block's values, where they are clustered
 # How a step is cut into parts; a test compares these with the kernels'.
 WINDOW_PARTS = 32  # at most
 ROWS = 16  # selected rows of a part
@@ -26,13 +27,25 @@ class Rung:
 
     Attributes:
         name: As in the config.
-        bits: Of the codes of keys and of values.
+        bits: Of the codes of keys, and of values unless these are clustered.
         tokens: Attended to exactly per KV head, unless the config says otherwise.
+        clustered: Of values only the means of clusters are kept.
     """
 
     name: str
     bits: int
     tokens: int
+    clustered: bool = False
+
+    @property
+    def rank(self) -> tuple[int, bool]:
+        """The better the larger."""
+        return self.bits, not self.clustered
+
+    @property
+    def scratch(self) -> tuple[int, bool]:
+        """What the scratch of its steps depends on."""
+        return self.tokens, self.clustered
 
     def selected(self, asked: int | str) -> int:
         """Tokens per KV head that a step attends to exactly.
@@ -52,7 +65,11 @@ class Rung:
         """
         keys, values = _padded(key_dim), _padded(value_dim)
         # Zero and scale of a channel take four bytes for a block, those of a token's group four for itself.
-        block = BLOCK * self.bits * (keys + values) // 8 + 4 * keys + 4 * BLOCK * (values // _GROUP)
+        block = BLOCK * self.bits * keys // 8 + 4 * keys
+        if self.clustered:
+            block += BLOCK + 2 * _CLUSTERS * values
+        else:
+            block += BLOCK * self.bits * values // 8 + 4 * BLOCK * (values // _GROUP)
         return -(-(kv_heads * block + 4) // BLOCK)  # and four bytes for the number of its page
 
 
@@ -84,7 +101,12 @@ def row_cache_bytes(rows: int, kv_heads: int, token_bytes: int) -> int:
     return rows * (token_bytes + 4 * kv_heads)
 
 
-RUNGS = (Rung("4k4v", 4, 64), Rung("3k3v", 3, 64), Rung("2k2v", 2, 256))
+RUNGS = (
+    Rung("4k4v", 4, 64),
+    Rung("3k3v", 3, 64),
+    Rung("2k2v", 2, 256),
+    Rung("2k+clusters", 2, 256, clustered=True),
+)
 
 
 def scratch_bytes(query_heads: int, value_dim: int, tokens: int) -> int:

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.kernels import reference
+from offload.kernels.clusters import empty_clusters, tail_of_clusters
 from offload.kernels.combine import Partials, combine, empty_partials
 from offload.kernels.gather import RowCache, attend_rows, empty_row_cache, row_slots
 from offload.kernels.quantize import empty_codes, quantize_keys, quantize_values
@@ -52,6 +53,7 @@ class PathSettings:
 
     Attributes:
         bits: Of the replica's codes.
+        clustered: Whether of values only the means of clusters are kept.
         tokens: Attended to exactly per KV head; 0 or a power of two of at least 16.
         cached_rows: Rows per KV head that stay on the device after they were selected; 0 or a power of two.
         skipped_mass: Share of all weights that blocks may have together whose values are not read.
@@ -61,6 +63,7 @@ class PathSettings:
     tokens: int
     skipped_mass: float
     cached_rows: int = 0
+    clustered: bool = False
 
 
 class _Memory:
@@ -112,10 +115,22 @@ class StepMemory:
         self.suspended = False
 
     def of(
-        self, batch: int, heads: int, shape: RowShape, blocks: int, splits: int, tokens: int
+        self,
+        batch: int,
+        heads: int,
+        shape: RowShape,
+        blocks: int,
+        splits: int,
+        settings: PathSettings,
     ) -> _Memory:
-        """The scratch for layers of a shape."""
-        kind = (heads, shape.kv_heads, shape.key_dim, shape.value_dim, tokens, blocks > 0)
+        """The scratch for layers of a shape.
+
+        Those whose steps write other parts have one of their own: what a step does not write stays empty.
+        """
+        tokens = settings.tokens
+        kind = (
+            heads, shape.kv_heads, shape.key_dim, shape.value_dim, tokens, settings.clustered, blocks > 0,
+        )  # fmt: skip
         key = (*kind, batch, blocks, splits)
         if key not in self._made:
             # Another number of blocks or sequences takes the place of what there was.
@@ -223,7 +238,13 @@ class DevicePath:
             )
 
         self._keys = make(self.shape.key_dim, True)
-        self._values = make(self.shape.value_dim, False)
+        if self.settings.clustered:
+            shape = self.shape
+            self._values = empty_clusters(
+                batch, shape.kv_heads, blocks * BLOCK, shape.value_dim, self._device
+            )
+        else:
+            self._values = make(self.shape.value_dim, False)
 
     def _make_row_cache(self, batch: int) -> None:
         if self.settings.tokens and self.settings.cached_rows:
@@ -343,17 +364,21 @@ class DevicePath:
         assert self._values is not None
         rows = rows[:, : n * BLOCK]
         keys, values = rows[..., : self.shape.key_dim], rows[..., self.shape.key_dim :]
-        bits = self.settings.bits
+        bits, clustered = self.settings.bits, self.settings.clustered
+        made: list[tuple[Codes, Codes]] = []
         if self.has_kernels:
             first = torch.full((), first_block, dtype=torch.int32, device=self._device)
             quantize_keys(keys, self._keys, first, bits=bits)
-            quantize_values(values, self._values, first, bits=bits)
-            return
-        for codes, made in (
-            (self._keys, reference.quantize_keys(keys, bits=bits)),
-            (self._values, reference.quantize_values(values, bits=bits)),
-        ):
-            for target, new in zip((*codes.planes, codes.meta), (*made.planes, made.meta), strict=True):  # fmt: skip
+            if not clustered:
+                quantize_values(values, self._values, first, bits=bits)
+        else:
+            made.append((self._keys, reference.quantize_keys(keys, bits=bits)))
+            if not clustered:
+                made.append((self._values, reference.quantize_values(values, bits=bits)))
+        if clustered:
+            made.append((self._values, reference.cluster_values(keys, values)))
+        for codes, fresh in made:
+            for target, new in zip((*codes.planes, codes.meta), (*fresh.planes, fresh.meta), strict=True):  # fmt: skip
                 target[:, :, first_block : first_block + n] = new
 
     def forget_table(self) -> None:
@@ -453,7 +478,7 @@ class DevicePath:
         batch, heads = query.shape[:2]
         blocks = self.blocks if pool is not None else 0
         k, bits = self.settings.tokens, self.settings.bits
-        memory = self._memory.of(batch, heads, self.shape, blocks, self._splits, k)
+        memory = self._memory.of(batch, heads, self.shape, blocks, self._splits, self.settings)
         padding = self._memory.padding
         beside, third = self._memory.beside
         main = torch.cuda.current_stream(self._device)
@@ -488,18 +513,27 @@ class DevicePath:
                         )  # fmt: skip
                     else:
                         self._attend_fetched(query, pool, memory, scale, softcap)
-                with torch.cuda.stream(third):
-                    tail_of_blocks(
-                        memory.scan, memory.selection, self._values, memory.partials,
-                        first_slot=memory.selected_at, bits=bits, head_size=self.shape.value_dim,
-                    )  # fmt: skip
+                if not self.settings.clustered:
+                    with torch.cuda.stream(third):
+                        tail_of_blocks(
+                            memory.scan, memory.selection, self._values, memory.partials,
+                            first_slot=memory.selected_at, bits=bits, head_size=self.shape.value_dim,
+                        )  # fmt: skip
             else:
                 _log_sum_exp(memory.scan, n_blocks, memory.selection)
-            tail(
-                memory.scan, memory.selection, self._values, n_blocks, memory.partials, memory.skipped,
-                first_slot=memory.tail_at, bits=bits, head_size=self.shape.value_dim,
-                share=self.settings.skipped_mass,
-            )  # fmt: skip
+            if self.settings.clustered:
+                if k:
+                    main.wait_stream(third)  # which waits for the selection
+                tail_of_clusters(
+                    memory.scan, memory.selection, self._values, n_blocks, memory.partials,
+                    first_slot=memory.tail_at, head_size=self.shape.value_dim,
+                )  # fmt: skip
+            else:
+                tail(
+                    memory.scan, memory.selection, self._values, n_blocks, memory.partials, memory.skipped,
+                    first_slot=memory.tail_at, bits=bits, head_size=self.shape.value_dim,
+                    share=self.settings.skipped_mass,
+                )  # fmt: skip
             if k:
                 main.wait_stream(third)
         main.wait_stream(beside)
@@ -568,9 +602,15 @@ class DevicePath:
             if self._near is not None:
                 self._near.fetched.add_(tokens.numel())
             parts.append(_attend_selected(query, fetched, tokens, dim, scale, softcap))
-            rest = reference.tail(
-                scores, tokens, _first(self._values, n), bits=bits, head_size=self.shape.value_dim
-            )
+            codes = _first(self._values, n)
+            if self.settings.clustered:
+                rest = reference.tail_of_clusters(
+                    scores, tokens, codes, head_size=self.shape.value_dim
+                )
+            else:
+                rest = reference.tail(
+                    scores, tokens, codes, bits=bits, head_size=self.shape.value_dim
+                )
             parts.append(rest)
             lse = reference.merge(parts).lse
             self.stats[0] += (rest.lse - lse).exp().mean()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload.kernels import quantize, reference
+from offload.kernels.clusters import empty_clusters
 from offload.kernels.reference import BLOCK, GROUP, Codes
 from offload.scheduler.rungs import RUNGS, Rung
 
@@ -116,9 +117,13 @@ def test_parts_of_blocks_and_strided_channels_are_refused() -> None:
 def test_the_planner_prices_a_token_as_it_is_kept(rung: Rung, sizes: tuple[int, int]) -> None:
     held = 4 * 8  # a page number for each block
     for size, keys in zip(sizes, (True, False), strict=True):
-        codes = quantize.empty_codes(
-            1, 3, 8 * BLOCK, size, bits=rung.bits, keys=keys, device=torch.device("cpu")
-        )
+        cpu = torch.device("cpu")
+        if rung.clustered and not keys:
+            codes = empty_clusters(1, 3, 8 * BLOCK, size, cpu)
+        else:
+            codes = quantize.empty_codes(
+                1, 3, 8 * BLOCK, size, bits=rung.bits, keys=keys, device=cpu
+            )
         held += sum(tensor.nbytes for tensor in (*codes.planes, codes.meta))
     priced = rung.token_bytes(3, *sizes) * 8 * BLOCK
     assert held <= priced < held + 8 * BLOCK

@@ -146,7 +146,10 @@ def test_copies_of_one_prompt_share_its_host_pages() -> None:
 LADDER = tuple(
     RungPrice(
         rung=rung,
-        layer_bytes=(300 * rung.bits, 250 * rung.bits, 300 * rung.bits) * 2,
+        layer_bytes=tuple(
+            n * rung.bits for n in ((200, 150, 200) if rung.clustered else (300, 250, 300))
+        )
+        * 2,
         row_bytes=(MIB if rung.bits == 2 else 0, 0, 0) * 2,
     )
     for rung in RUNGS
@@ -185,8 +188,8 @@ def test_more_budget_never_makes_a_replica_worse(extra: int, more: int) -> None:
     def bits(budget: int) -> int:
         layout = lay_out(FAST, device_budget=budget, host_budget=PLENTY)
         if not layout.host_tokens:
-            return 6 * 16
-        return sum(rung.bits for rung in layout.rungs)
+            return 6 * 160
+        return sum(10 * rung.bits + (not rung.clustered) for rung in layout.rungs)
 
     assert bits(base + extra) <= bits(base + extra + more)
 

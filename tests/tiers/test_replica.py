@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload.kernels import gather, tail
+from offload.kernels import clusters, gather, reference, tail
 from offload.kernels.scan import blocks_per_program
 from offload.scheduler import rungs
 from offload.scheduler.rungs import (
@@ -39,6 +39,8 @@ def test_the_planner_cuts_a_step_as_the_kernels_do() -> None:
     least = min(blocks_per_program(2**i, 8) for i in range(16))
     assert least * rungs.BLOCK == rungs.TAIL_TOKENS
     assert tail.SELECTED_PER_SPLIT == rungs.SELECTED_BLOCKS
+    assert reference.CLUSTERS == rungs._CLUSTERS
+    assert least % clusters.TOGETHER == 0
     assert max(_splits(rows, 1) for rows in (64, 640, 8192, 2**20)) == rungs.WINDOW_PARTS
 
 
@@ -68,7 +70,13 @@ def test_no_step_takes_more_than_was_planned(
     cached = cached_rows(tokens, asked)
     path = DevicePath(
         row,
-        PathSettings(bits=rung.bits, tokens=tokens, skipped_mass=0.0, cached_rows=cached),
+        PathSettings(
+            bits=rung.bits,
+            tokens=tokens,
+            skipped_mass=0.0,
+            cached_rows=cached,
+            clustered=rung.clustered,
+        ),
         StepMemory(META),
         batch=batch,
         blocks=blocks,
@@ -77,7 +85,7 @@ def test_no_step_takes_more_than_was_planned(
         device=META,
     )
     heads = kv_heads * groups
-    memory = path._memory.of(batch, heads, row, blocks, path._splits, tokens)
+    memory = path._memory.of(batch, heads, row, blocks, path._splits, path.settings)
     taken = nbytes([memory.partials, memory.scan, memory.selection, memory.skipped])
     each = scratch_bytes(heads, size, tokens) + 64 * blocks * scratch_token_bytes(heads, size)
     assert taken <= batch * each
@@ -129,7 +137,7 @@ def test_rows_that_come_by_way_of_the_host_leave_no_older_ones_beside_them() -> 
         page=64,
         device=cpu,
     )
-    memory = path._memory.of(1, 2, row, 4, path._splits, 64)
+    memory = path._memory.of(1, 2, row, 4, path._splits, path.settings)
     assert memory.selection is not None
     memory.selection.tokens.copy_(torch.arange(64))
     memory.partials.lse.zero_()  # as the kernel left them while all pages were pinned
