@@ -38,6 +38,8 @@ OTHERS = 256
 class RowCache(NamedTuple):
     """Rows of tokens that were selected lately, on the device.
 
+    Its slots are places for rows; those of `Partials` are places for parts of the attention.
+
     Attributes:
         rows: [B, H_kv, slots, D + D_v] in the dtype of the pool; slots a power of two.
         tokens: int32 [B, H_kv, slots], the token of each, -1 for none. Fill with -1 to forget them all.
@@ -176,21 +178,12 @@ def _rows_kernel(
     page = tl.load(table_ptr + i_batch * columns + ids // PAGE, mask=m_k, other=0).to(tl.int64)
     o_row = page * stride_page + (ids % PAGE).to(tl.int64) * stride_token + i_kv * stride_head
     m_d, m_v = (i_d < D)[None, :], (i_v < DV)[None, :]
-    m_far, held = m_k, ids
+    m_far, m_stays, held = m_k, m_k, ids
     i_slot = i_row * CACHED
     if CACHED > 0:
         i_slot += ids % CACHED
         held = tl.load(near_ids_ptr + i_slot, mask=m_k, other=-1)
         m_far = m_k & (held != ids)
-    key = tl.load(base_ptr + o_row[:, None] + i_d[None, :], mask=m_far[:, None] & m_d, other=0.0)
-    value = tl.load(
-        base_ptr + o_row[:, None] + D + i_v[None, :], mask=m_far[:, None] & m_v, other=0.0
-    )
-    if CACHED > 0:
-        m_near = m_k & (held == ids)
-        p_near = near_ptr + i_slot[:, None] * (D + DV)
-        near_key = tl.load(p_near + i_d[None, :], mask=m_near[:, None] & m_d, other=0.0)
-        near_value = tl.load(p_near + D + i_v[None, :], mask=m_near[:, None] & m_v, other=0.0)
         taken = tl.zeros((TILE,), dtype=tl.int32)  # whether the slot is another token's
         for first in range(0, n_ids, OTHERS):
             i_other = first + tl.arange(0, OTHERS)
@@ -200,12 +193,18 @@ def _rows_kernel(
             ahead = (other[None, :] < ids[:, None]) | (other[None, :] == held[:, None])
             taken = tl.maximum(taken, tl.max((meets & ahead).to(tl.int32), axis=1))
         m_stays = m_far & (taken == 0)
-        tl.store(p_near + i_d[None, :], key, mask=m_stays[:, None] & m_d)
-        tl.store(p_near + D + i_v[None, :], value, mask=m_stays[:, None] & m_v)
+    p_row = base_ptr + o_row
+    p_near = near_ptr + i_slot * (D + DV)
+    if CACHED > 0:
+        p_row = tl.where(held == ids, p_near, p_row)
+    key = tl.load(p_row[:, None] + i_d[None, :], mask=m_k[:, None] & m_d, other=0.0)
+    value = tl.load(p_row[:, None] + D + i_v[None, :], mask=m_k[:, None] & m_v, other=0.0)
+    if CACHED > 0:
+        tl.debug_barrier()  # every warp has read the slots' tokens before the first one writes them
+        tl.store(p_near[:, None] + i_d[None, :], key, mask=m_stays[:, None] & m_d)
+        tl.store(p_near[:, None] + D + i_v[None, :], value, mask=m_stays[:, None] & m_v)
         tl.store(near_ids_ptr + i_slot, ids, mask=m_stays)
         tl.atomic_add(fetched_ptr, tl.sum(m_far.to(tl.int64), axis=0))
-        key = tl.where(m_near[:, None], near_key, key)
-        value = tl.where(m_near[:, None], near_value, value)
     q = tl.load(
         q_ptr + i_batch * stride_qb + (i_kv * G + i_g)[:, None] * stride_qh + i_d[None, :],
         mask=m_g[:, None] & (i_d < D)[None, :],

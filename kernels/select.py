@@ -6,7 +6,7 @@ tail then leaves alone; `select_tokens` looks into them, and meanwhile the tail 
 
 Nothing is sorted: the k-th largest vote is found a few bits at a time, by counting how many votes reach each of
 several thresholds. Up to 4,096 votes stay in registers; more are read again from memory for every pass, so that
-no number of them needs a stack.
+their number alone needs no stack.
 
 Votes are compared in steps of 1/128 of their logarithm, down to -32: twelve bits. The scores that they come from are
 several times as uncertain. Of equal votes the lower token wins, whatever the timing.
@@ -108,7 +108,7 @@ def select_blocks(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) 
         PLAIN=INTERPRETED, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     if not _looks_itself(k, heads):
-        part = min(1024, k * BLOCK)
+        part = min(1024, _chunk(k * BLOCK, heads))
         _votes_kernel[(k * BLOCK // part, batch * kv_heads)](
             scratch.scores, scratch.top, selection.blocks, selection.lse, selection.seen, capacity,
             G=groups, G_P=heads, K=k, BLOCK=BLOCK, PART=part,
@@ -170,11 +170,9 @@ def _keep_best(
         else:
             for first in range(0, N, CHUNK):
                 counts = _count(counts, tl.load(votes_ptr + first + i_c), limit, step)
-        low = (counts & 0x3FF).to(tl.int64)
-        middle = ((counts >> 10) & 0x3FF).to(tl.int64) << 20
-        total = tl.sum(
-            low + middle + ((counts >> 20).to(tl.int64) << 40), axis=0
-        )  # one sum of three
+        # One sum of all three, twenty bits each.
+        wide = (counts & 0x3FF).to(tl.int64) + (((counts >> 10) & 0x3FF).to(tl.int64) << 20)
+        total = tl.sum(wide + ((counts >> 20).to(tl.int64) << 40), axis=0)
         one = (total & 0xFFFFF).to(tl.int32)
         two = ((total >> 20) & 0xFFFFF).to(tl.int32)
         three = (total >> 40).to(tl.int32)

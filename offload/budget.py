@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 
@@ -188,25 +189,26 @@ class Budgets:
     def _rungs(self) -> tuple[RungPrice, ...]:
         """The rungs that the config allows, best first."""
         asked, retrieval = self._config.replica.rung, self._config.retrieval
-        return tuple(
-            RungPrice(
-                rung=rung,
-                layer_bytes=tuple(
-                    rung.token_bytes(row.kv_heads, row.key_dim, row.value_dim)
-                    for row in self._shape.rows
-                ),
-                row_bytes=tuple(
-                    row_cache_bytes(
-                        cached_rows(rung.selected(retrieval.tokens), retrieval.row_cache),
-                        row.kv_heads,
-                        row.token_bytes,
-                    )
-                    for row in self._shape.rows
-                ),
+        prices = []
+        for rung in RUNGS:
+            if asked not in ("auto", rung.name):
+                continue
+            layer_bytes = tuple(
+                rung.token_bytes(row.kv_heads, row.key_dim, row.value_dim)
+                for row in self._shape.rows
             )
-            for rung in RUNGS
-            if asked in ("auto", rung.name)
-        )
+            tokens = rung.selected(retrieval.tokens)
+            slots = cached_rows(tokens, retrieval.row_cache) if self._on_card else 0
+            row_bytes = tuple(
+                row_cache_bytes(slots, row.kv_heads, row.token_bytes) for row in self._shape.rows
+            )
+            prices.append(RungPrice(rung=rung, layer_bytes=layer_bytes, row_bytes=row_bytes))
+            if slots and isinstance(retrieval.row_cache, str):
+                # What is only faster must not cost a rung.
+                without = replace(rung, caches=False)
+                none = (0,) * len(row_bytes)
+                prices.append(RungPrice(rung=without, layer_bytes=layer_bytes, row_bytes=none))
+        return tuple(prices)
 
     def lay_out(self, demand: Demand, *, idle_host: int = 0) -> Layout:
         """Divides a run between the tiers.

@@ -191,13 +191,15 @@ class CacheMaker:
         retrieval = self._config.retrieval
         rung = layout.rungs[index] if layout.rungs else None
         tokens = 0 if rung is None else rung.selected(retrieval.tokens)
+        keeps_rows = self.streams.on and rung is not None and rung.caches
+        slots = cached_rows(tokens, retrieval.row_cache) if keeps_rows else 0
         path = DevicePath(
             self._shape.rows[index],
             PathSettings(
                 bits=4 if rung is None else rung.bits,
                 clustered=rung is not None and rung.clustered,
                 tokens=tokens,
-                cached_rows=cached_rows(tokens, retrieval.row_cache),
+                cached_rows=slots,
                 skipped_mass=self._config.replica.skipped_mass,
             ),
             memory,

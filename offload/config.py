@@ -153,7 +153,7 @@ class CacheConfig(_Table):
     page: _Tokens = Field(
         default=64,
         description="Tokens that leave the device window together. A power of two, at least "
-        f"{SMALLEST_PAGE}.",
+        f"{SMALLEST_PAGE}; mode fast takes 64 only.",
         json_schema_extra=_unit("tokens"),
     )
     sinks: _TokensOrNone = Field(

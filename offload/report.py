@@ -41,7 +41,7 @@ class Report:
         model_type: Of the model.
         device: Where the model runs.
         bytes: Bytes by purpose: weights, window (sinks and tail too), resident (device copies of host pages
-            in the memory that prefill needed), replica, staging, eviction, host_pinned, host_pageable.
+            in the memory that prefill needed), replica, cached rows, staging, eviction, host_pinned, host_pageable.
         tokens_on_device: Tokens per sequence in the device window.
         tokens_on_host: Tokens per sequence in host pages.
         budget: Device bytes allowed, weights included.

@@ -358,7 +358,9 @@ class Runtime:
     def budget_for(
         self, *, kv_share: float, prompt_tokens: int, new_tokens: int, batch: int = 1
     ) -> int:
-        """The smallest device budget that leaves room for a share of the KV cache in the window.
+        """The smallest device budget that leaves room for a share of the KV cache in the window of mode exact.
+
+        Mode fast spends the same bytes on a small window and a replica of the rest.
 
         Args:
             kv_share: Share of the final tokens that shall stay on the device, over 0 and at most 1.
@@ -507,7 +509,7 @@ class Runtime:
             if captured.not_compiled is not None:
                 self._notes.tell(f"layers are not compiled: {captured.not_compiled}")
         if fast:
-            self._note_masses(cache, last.new_tokens)
+            self._note_masses(cache)
         self._note_tiers(cache)
         return result
 
@@ -535,7 +537,7 @@ class Runtime:
                     change="Load the model in bfloat16 or float32, or set mode to 'exact'.",
                 )
 
-    def _note_masses(self, cache: OffloadCache, steps: int) -> None:
+    def _note_masses(self, cache: OffloadCache) -> None:
         """Keeps for `report` what the steps left to the replica, and what they read from the host."""
         last, selected, fetched = self._last, 0, 0
         offloaded = [(s.path, s.columns) for s in cache.layer_stores if s.path and s.columns]
@@ -548,8 +550,8 @@ class Runtime:
         for store in cache.layer_stores:
             path = store.path
             if path is not None and store.columns:
-                masses += path.stats.cpu() / max(1, steps * len(cache.layer_stores))
-                exactly, from_host = path.selected_bytes(steps)
+                masses += path.stats.cpu() / max(1, path.steps * len(cache.layer_stores))
+                exactly, from_host = path.selected_bytes()
                 selected += exactly
                 fetched += from_host
         last.tail_mass, last.skipped_mass = masses.tolist()
@@ -568,8 +570,13 @@ class Runtime:
         own = cache if cache is not None else self.new_cache()
         last = self._last = _LastRun(reused_tokens=own.get_seq_length())
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
+        for store in own.layer_stores:
+            if store.path is not None:
+                store.path.reset_stats()
         try:
             result = self.model.generate(inputs, **{CACHE: own}, **kwargs)
+            if own.decodes_fast:
+                self._note_masses(own)
             last.decode_s = time.perf_counter() - began
             last.decode_h2d_bytes = self._counters.h2d_bytes - h2d
             return result

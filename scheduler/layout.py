@@ -135,7 +135,8 @@ class Layout:
     def lifted_layers(self) -> int:
         """Layers whose replica is a better one."""
         pairs = enumerate(self.rungs)
-        return sum(rung != self.rung for layer, rung in pairs if layer not in self.whole)
+        least = None if self.rung is None else self.rung.rank
+        return sum(rung.rank != least for layer, rung in pairs if layer not in self.whole)
 
     @property
     def device_bytes(self) -> int:
@@ -423,7 +424,8 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "eviction": 2 * eviction,
             "replica": demand.batch * replica_tokens * _replica_bytes(demand),
             "cached rows": demand.batch
-            * sum(_outside(whole, price.row_bytes) for price in demand.rungs[:1]),
+            * sum(_outside(whole, price.row_bytes) for price in demand.rungs[:1])
+            * (replica_tokens > 0),
             "decode step": demand.batch
             * (demand.scratch_bytes + replica_tokens * demand.scratch_token_bytes),
             "other KV": demand.other_kv,

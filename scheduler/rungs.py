@@ -18,7 +18,7 @@ SELECTED_BLOCKS = 2  # blocks of a part of the tail that selected tokens are in
 TAIL_TOKENS = 256  # tokens of a part of the rest of the tail, at least
 
 
-MOST_CACHED_ROWS = 4096  # per KV head, unless more are asked for: 17 MiB a layer of an 8B model
+MOST_CACHED_ROWS = 4096  # per KV head, unless more are asked for: 16 MiB a layer of an 8B model
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +30,18 @@ class Rung:
         bits: Of the codes of keys, and of values unless these are clustered.
         tokens: Attended to exactly per KV head, unless the config says otherwise.
         clustered: Of values only the means of clusters are kept.
+        caches: Rows may stay on the device after they were selected; without them it takes less.
     """
 
     name: str
     bits: int
     tokens: int
     clustered: bool = False
+    caches: bool = True
 
     @property
     def rank(self) -> tuple[int, bool]:
-        """The better the larger."""
+        """The more faithful the larger."""
         return self.bits, not self.clustered
 
     @property
@@ -74,7 +76,7 @@ class Rung:
 
 
 def cached_rows(tokens: int, asked: int | str) -> int:
-    """Rows per KV head that stay on the device after they were selected.
+    """Rows per KV head that stay on the device after they were selected, where they may.
 
     Of eight times as many as are selected in a step, a step finds most of its own there: 89 % of 256 and 78 % of 64
     on SmolLM2. 64 rows are read beside the replica, so that they need not be there; 256 take longer than it.

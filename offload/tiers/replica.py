@@ -175,6 +175,7 @@ class DevicePath:
         lengths: int32 [1 + B]: rows on the device, then blocks of the replica of each sequence. Kernels read them; a
             step adds one to the first.
         epoch: Grows whenever an address changes that a captured graph has kept.
+        steps: Made since `reset_stats`.
     """
 
     @torch.inference_mode(False)
@@ -205,6 +206,7 @@ class DevicePath:
         self.shape = shape
         self.settings = settings
         self.epoch = 0
+        self.steps = 0
         self._memory = memory
         self._page = page
         self._device = device
@@ -288,22 +290,21 @@ class DevicePath:
 
     def reset_stats(self) -> None:
         """Begins to add up anew."""
+        self.steps = 0
         self.stats.zero_()
         if self._near is not None:
             self._near.fetched.zero_()
 
-    def selected_bytes(self, steps: int) -> tuple[int, int]:
-        """Bytes of rows that a step attended to exactly, and how many of them came from the host.
-
-        Args:
-            steps: Since `reset_stats`.
-        """
+    def selected_bytes(self) -> tuple[int, int]:
+        """Bytes of rows that a step attended to exactly, and how many of them came from the host: means."""
+        if not self.steps:
+            return 0, 0
         row = self.shape.width * self.shape.dtype.itemsize
         batch = self.lengths.numel() - 1
         selected = batch * self.settings.tokens * self.shape.kv_heads * row
         if self._near is None:
             return selected, selected
-        return selected, int(self._near.fetched) * row // max(1, steps)
+        return selected, int(self._near.fetched) * row // self.steps
 
     @property
     def row_cache_nbytes(self) -> int:
@@ -553,7 +554,7 @@ class DevicePath:
         tokens = memory.selection.tokens
         rows = reference.gather(pool, self._table.cpu(), tokens.cpu()).to(query.device)
         if self._near is not None:
-            self._near.fetched.add_(tokens.numel())
+            self._near.fetched.add_((tokens >= 0).sum())
         part = _attend_selected(query, rows, tokens, self.shape.key_dim, scale, softcap)
         # One slot holds them all; the others may still hold what a kernel read while all pages were pinned.
         memory.partials.lse[:, :, memory.rows_at : memory.tail_at] = -torch.inf
@@ -600,7 +601,7 @@ class DevicePath:
             tokens = reference.select(scores, kv_heads=self.shape.kv_heads, k=self.settings.tokens)
             fetched = reference.gather(pool, self._table, tokens).to(query.device)
             if self._near is not None:
-                self._near.fetched.add_(tokens.numel())
+                self._near.fetched.add_((tokens >= 0).sum())
             parts.append(_attend_selected(query, fetched, tokens, dim, scale, softcap))
             codes = _first(self._values, n)
             if self.settings.clustered:

@@ -383,6 +383,8 @@ class LayerStore:
 
     def after_step(self) -> None:
         """Counts the token that a step has written, and moves a full block on."""
+        assert self.path is not None
+        self.path.steps += 1
         self.length += 1
         self._tail_length += 1
         if self._tail_length == self.limits.page:

@@ -194,6 +194,24 @@ def test_more_budget_never_makes_a_replica_worse(extra: int, more: int) -> None:
     assert bits(base + extra) <= bits(base + extra + more)
 
 
+def test_cached_rows_cost_no_rung_and_nothing_where_nothing_is_offloaded() -> None:
+    two = next(price for price in LADDER if price.rung.name == "2k2v")
+    cached = replace(two, row_bytes=(50 * MIB,) * 6)
+    plain = replace(two, rung=replace(two.rung, caches=False), row_bytes=(0,) * 6)
+    demand = replace(FAST, rungs=(cached, plain), streams=False)
+    least = least_budget(demand)
+    tight = lay_out(demand, device_budget=least, host_budget=PLENTY)
+    assert {rung.name for rung in tight.rungs} == {"2k2v"}
+    assert not any(rung.caches for rung in tight.rungs)
+    assert (tight.device["cached rows"], tight.lifted_layers) == (0, 0)
+    roomy = lay_out(demand, device_budget=least + 400 * MIB, host_budget=PLENTY)
+    assert all(rung.caches for rung in roomy.rungs)
+    assert roomy.device["cached rows"] == 300 * MIB
+    short = replace(demand, tokens=1_000, window=4_096)
+    layout = lay_out(short, device_budget=PLENTY, host_budget=PLENTY)
+    assert (layout.host_tokens, layout.device["cached rows"]) == (0, 0)
+
+
 def test_the_first_and_the_last_layers_are_lifted_first() -> None:
     low, above = LADDER[2], LADDER[1]
     tight = replace(FAST, rungs=(low,), streams=False)
