@@ -30,7 +30,6 @@ WARPS = 4
 TILE = 16
 """Rows that one program reads: few, so that many programs have reads of the host under way."""
 
-
 OTHERS = 256
 """Selected tokens that a program compares its own with at once."""
 
