@@ -38,6 +38,7 @@ from offload.errors import ConfigError
 from offload.units import Size, parse_tokens
 
 SMALLEST_PAGE: Final = 16  # one tile of the tensor cores: no kernel reads fewer tokens at a time
+FAST_PAGE: Final = 64  # tokens that share the scales of their keys in a replica
 _LEAST_SINKS: Final = 64  # tokens; the first few carry the attention sink, the rest is rounding
 
 
@@ -381,6 +382,16 @@ class OffloadConfig(_Table):
         "progress": "trace.progress",
         "progress_from": "trace.progress_from",
     }
+
+    def require_usable(self) -> None:
+        """Raises ConfigError where keys that are right by themselves exclude each other."""
+        if self.mode == "fast" and self.cache.page != FAST_PAGE:
+            raise ConfigError(
+                f"Mode fast works in pages of {FAST_PAGE} tokens, which share the scales of their keys",
+                asked=self.cache.page,
+                there=FAST_PAGE,
+                change="Leave cache.page out, or set mode to 'exact'.",
+            )
 
     @classmethod
     def build(

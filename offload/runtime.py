@@ -21,7 +21,7 @@ from offload.cache import CACHE, CACHE_NAMES, OffloadCache, cache_in, require_ou
 from offload.caches import CacheMaker
 from offload.config import OffloadConfig
 from offload.decode import captured_steps, decode
-from offload.errors import CacheError, ConfigError, InputError
+from offload.errors import CacheError, InputError
 from offload.model import (
     ModelShape,
     attention_names,
@@ -40,7 +40,6 @@ from offload.prompt import (
 )
 from offload.report import Notes, Report
 from offload.scheduler.layout import Layout, budget_for
-from offload.scheduler.rungs import BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +152,7 @@ class Runtime:
         self._idle = threading.Lock()  # held by a generate
         self._asked_tokens = 0  # in calls of mode fast
         self._current: weakref.ref[OffloadCache] | None = None  # the cache used last
-        if config.mode == "fast" and config.cache.page != BLOCK:
-            raise ConfigError(
-                f"Mode fast works in pages of {BLOCK} tokens, which share the scales of their keys",
-                asked=config.cache.page,
-                there=BLOCK,
-                change="Leave cache.page out, or set mode to 'exact'.",
-            )
+        config.require_usable()
         # The smallest run must fit, or attaching was pointless: say so now, not after minutes of loading.
         self.budgets.lay_out(self.budgets.demand(batch=1, tokens=None))
         self.budgets.cap_allocator()

@@ -57,7 +57,7 @@ def check(
     """
     from offload.config import OffloadConfig
 
-    OffloadConfig.from_toml(file)
+    OffloadConfig.from_toml(file).require_usable()
     print(
         _object("config check", inputs={"file": str(file)}, ok=True) if as_json else f"{file}: ok"
     )

@@ -173,6 +173,15 @@ def test_config_check_lists_everything_that_is_wrong() -> None:
     )
 
 
+def test_config_check_finds_keys_that_exclude_each_other() -> None:
+    Path("my.toml").write_text("[cache]\npage = 32\n")
+    done = run("config", "check", "my.toml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pages of 64 tokens" in done.stderr
+    Path("my.toml").write_text('mode = "exact"\n[cache]\npage = 32\n')
+    assert run("config", "check", "my.toml").returncode == 0
+
+
 def test_an_error_with_json_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
     Path("my.toml").write_text("[cache]\nwindow = 100\npgae = 3\n")
     assert cli.main(["config", "check", "my.toml", "--json"]) == 2

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from offload.config import FAST_PAGE
 from offload.kernels import clusters, gather, reference, tail
 from offload.kernels.scan import blocks_per_program
 from offload.scheduler import rungs
@@ -40,6 +41,7 @@ def test_the_planner_cuts_a_step_as_the_kernels_do() -> None:
     assert least * rungs.BLOCK == rungs.TAIL_TOKENS
     assert tail.SELECTED_PER_SPLIT == rungs.SELECTED_BLOCKS
     assert reference.CLUSTERS == rungs._CLUSTERS
+    assert reference.BLOCK == FAST_PAGE == rungs.BLOCK
     assert least % clusters.TOGETHER == 0
     assert max(_splits(rows, 1) for rows in (64, 640, 8192, 2**20)) == rungs.WINDOW_PARTS
 
