@@ -452,6 +452,12 @@ class OffloadCache(Cache):
         stores = self.layer_stores
         return bool(stores) and all(store.path is not None for store in stores)
 
+    def reset_stats(self) -> None:
+        """Begins anew to add up what steps on the device path do."""
+        for store in self.layer_stores:
+            if store.path is not None:
+                store.path.reset_stats()
+
     @contextmanager
     def streaming(self, wanted: bool) -> Iterator[None]:
         """Within, if that is wanted, every token is streamed even where there is a replica (beams)."""

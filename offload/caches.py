@@ -191,15 +191,17 @@ class CacheMaker:
         retrieval = self._config.retrieval
         rung = layout.rungs[index] if layout.rungs else None
         tokens = 0 if rung is None else rung.selected(retrieval.tokens)
-        keeps_rows = self.streams.on and rung is not None and rung.caches
-        slots = cached_rows(tokens, retrieval.row_cache) if keeps_rows else 0
+        kept_rows = cached_rows(tokens, retrieval.row_cache) if self.streams.on else 0
+        if rung is not None and not rung.caches:
+            self._notes.tell("the device has no room to keep selected rows: each step reads them all from the host")  # fmt: skip
+            kept_rows = 0
         path = DevicePath(
             self._shape.rows[index],
             PathSettings(
                 bits=4 if rung is None else rung.bits,
                 clustered=rung is not None and rung.clustered,
                 tokens=tokens,
-                cached_rows=slots,
+                cached_rows=kept_rows,
                 skipped_mass=self._config.replica.skipped_mass,
             ),
             memory,

@@ -58,7 +58,7 @@ class Report:
         discarded_bytes: Of h2d_bytes, prefetched and then not needed.
         decode_h2d_bytes: KV bytes copied to the device during the last decode.
         rung: The replica of offloaded tokens in mode fast, or None without one.
-        lifted_layers: Layers whose replica has more bits than that.
+        lifted_layers: Layers whose replica is a better one.
         whole_layers: Layers that keep all their tokens on the device and have none.
         selected_bytes: KV bytes that each step of mode fast attends to exactly, beside sinks and window.
         fetched_bytes: How many of them came from the host, mean over the last decode's steps; the others were on the
@@ -132,7 +132,8 @@ class Report:
             more = f" ({shown})" if shown else ""
             lines.append(
                 f"  fast    {self.rung:>10}  replica{more} answered for {self.tail_mass:.2%} of attention, "
-                f"{self.skipped_mass:.3%} skipped, {gib(self.selected_bytes)} a step read exactly, {gib(self.fetched_bytes)} from the host"
+                f"{self.skipped_mass:.3%} skipped, {gib(self.selected_bytes)} a step read exactly, "
+                f"{gib(self.fetched_bytes)} from the host"
             )
         if self.replayed_steps:
             lines.append(

@@ -467,9 +467,7 @@ class Runtime:
         last.prefill_s = done.seconds
         last.tail_mass = last.skipped_mass = 0.0
         last.selected_bytes = last.fetched_bytes = 0
-        for store in cache.layer_stores:
-            if store.path is not None:
-                store.path.reset_stats()  # what a stock generate or an interrupted one left
+        cache.reset_stats()  # what a stock generate or an interrupted one left
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
         call = dict(kwargs)
         call.pop("input_ids", None)
@@ -563,9 +561,7 @@ class Runtime:
         own = cache if cache is not None else self.new_cache()
         last = self._last = _LastRun(reused_tokens=own.get_seq_length())
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
-        for store in own.layer_stores:
-            if store.path is not None:
-                store.path.reset_stats()
+        own.reset_stats()
         try:
             result = self.model.generate(inputs, **{CACHE: own}, **kwargs)
             if own.decodes_fast:
