@@ -33,6 +33,9 @@ PAD = 0
 WINDOW = 32
 """Tokens that a sliding layer of these models sees: far fewer than a prompt of the tests has."""
 
+TIERS: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64}
+"""Settings under which a prompt of the tests is on both tiers, and streamed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, prompts
+from families import FAMILIES, TIERS, prompts
 
 import offload
 from offload.hardware import DeviceMemory
@@ -58,7 +58,7 @@ def test_device_bytes_stay_under_the_budget_at_every_step(share: float, batch: i
 
 def test_host_bytes_are_those_of_the_tokens_and_no_more() -> None:
     model: Any = FAMILIES["llama"].build()
-    with offload.attach(model, mode="exact", page=16, sinks=16, window=64) as runtime:
+    with offload.attach(model, **TIERS) as runtime:
         runtime.generate(prompts(1, N), **CALL)
         report = runtime.report()
         page = 16 * runtime.shape.token_bytes[0]
@@ -71,13 +71,7 @@ def test_host_bytes_are_those_of_the_tokens_and_no_more() -> None:
 def test_a_pin_limit_leaves_the_rest_pageable_and_is_named_in_the_report() -> None:
     model: Any = FAMILIES["llama"].build()
     want = model.generate(prompts(1, N), **CALL)
-    settings: dict[str, Any] = {
-        "mode": "exact",
-        "page": 16,
-        "sinks": 16,
-        "window": 64,
-        "chunk": 100,
-    }
+    settings = TIERS | {"chunk": 100}
     with offload.attach(model, pinned_memory=64 * KIB, **settings) as runtime:
         got = runtime.generate(prompts(1, N), **CALL)
         report = runtime.report()
@@ -90,7 +84,7 @@ def test_a_pin_limit_leaves_the_rest_pageable_and_is_named_in_the_report() -> No
 
 def test_a_cache_without_a_length_grows_as_it_is_used() -> None:
     model: Any = FAMILIES["llama"].build()
-    with offload.attach(model, mode="exact", page=16, sinks=16, window=64) as runtime:
+    with offload.attach(model, **TIERS) as runtime:
         cache = runtime.new_cache()
         ids = prompts(1, 200)
         for _ in range(3):
@@ -107,7 +101,7 @@ def test_memory_comes_back_when_a_cache_is_closed_or_forgotten() -> None:
     model: Any = FAMILIES["llama"].build()
     gc.collect()
     before = sum(type(o) is LayerStore for o in gc.get_objects())
-    with offload.attach(model, mode="exact", page=16, sinks=16, window=64) as runtime:
+    with offload.attach(model, **TIERS) as runtime:
         gc.disable()
         try:
             runtime.generate(prompts(1, N), **CALL)

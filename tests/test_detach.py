@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, PAD, prompts
+from families import FAMILIES, PAD, TIERS, prompts
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GenerationConfig
 
 import offload
 
-SETTINGS: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64, "chunk": 100}
+SETTINGS: dict[str, Any] = TIERS | {"chunk": 100}
 CALL: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 N = 300
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family, left_padded, prompts
+from families import FAMILIES, TIERS, Family, left_padded, prompts
 
 import offload
 
 N_PROMPT = 430
 # Sinks + window are 80 tokens: the context is over five times as long, and most of it goes to the host.
-SETTINGS: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64}
+SETTINGS = TIERS
 
 
 @dataclass(frozen=True, kw_only=True)

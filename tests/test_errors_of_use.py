@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, REFUSED, left_padded, prompts
+from families import FAMILIES, REFUSED, TIERS, left_padded, prompts
 
 import offload
 from offload.errors import (
@@ -19,7 +19,7 @@ from offload.errors import (
     UnsupportedModelError,
 )
 
-SETTINGS: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64, "chunk": 100}
+SETTINGS: dict[str, Any] = TIERS | {"chunk": 100}
 CALL: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 N = 300
 

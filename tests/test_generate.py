@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, PAD, left_padded, prompts
+from families import FAMILIES, PAD, TIERS, left_padded, prompts
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -19,7 +19,7 @@ import offload
 from offload.prefill import Progress
 from offload.runtime import Runtime
 
-SETTINGS: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64, "chunk": 100}
+SETTINGS: dict[str, Any] = TIERS | {"chunk": 100}
 N = 360
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, prompts
+from families import FAMILIES, TIERS, prompts
 from tiny_lm import save_tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
@@ -48,13 +48,7 @@ def test_the_bar_comes_with_prompts_of_the_set_length_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model: Any = FAMILIES["llama"].build()
-    settings: dict[str, Any] = {
-        "mode": "exact",
-        "page": 16,
-        "sinks": 16,
-        "window": 64,
-        "chunk": 100,
-    }
+    settings = TIERS | {"chunk": 100}
     for length, bar in ((250, True), (150, False)):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
@@ -81,7 +75,7 @@ def test_stop_strings_and_a_text_streamer_work(
     stop = text[5:8]
     want = model.generate(ids, **call, stop_strings=[stop], tokenizer=tokenizer)
     assert want.shape[1] < free.shape[1]
-    with offload.attach(model, mode="exact", page=16, sinks=16, window=64, chunk=100) as runtime:
+    with offload.attach(model, **TIERS, chunk=100) as runtime:
         got = runtime.generate(
             ids,
             **call,

@@ -35,6 +35,21 @@ def nbytes(memory: Any) -> int:
     return sum(map(nbytes, memory)) if isinstance(memory, Iterable) else 0
 
 
+def path_on_cpu(settings: PathSettings, *, batch: int = 1, kv_heads: int = 1) -> DevicePath:
+    """Of four blocks."""
+    cpu = torch.device("cpu")
+    return DevicePath(
+        RowShape(kv_heads=kv_heads, key_dim=64, value_dim=64, dtype=torch.float32),
+        settings,
+        StepMemory(cpu),
+        batch=batch,
+        blocks=4,
+        slots=3,
+        page=64,
+        device=cpu,
+    )
+
+
 def test_the_planner_cuts_a_step_as_the_kernels_do() -> None:
     assert gather.TILE == rungs.ROWS
     least = min(blocks_per_program(2**i, 8) for i in range(16))
@@ -103,17 +118,8 @@ def test_rows_are_cached_where_reading_them_takes_longer_than_the_replica() -> N
 
 
 def test_cached_rows_are_forgotten_when_tokens_may_mean_other_rows() -> None:
-    row = RowShape(kv_heads=2, key_dim=64, value_dim=64, dtype=torch.float32)
-    cpu = torch.device("cpu")
-    path = DevicePath(
-        row,
-        PathSettings(bits=4, tokens=16, skipped_mass=0.0, cached_rows=32),
-        StepMemory(cpu),
-        batch=3,
-        blocks=4,
-        slots=3,
-        page=64,
-        device=cpu,
+    path = path_on_cpu(
+        PathSettings(bits=4, tokens=16, skipped_mass=0.0, cached_rows=32), batch=3, kv_heads=2
     )
     for change in (path.forget_table, lambda: path.select_sequences(torch.tensor([2, 0, 1]))):
         assert path._near is not None
@@ -127,19 +133,8 @@ def test_cached_rows_are_forgotten_when_tokens_may_mean_other_rows() -> None:
 
 
 def test_rows_that_come_by_way_of_the_host_leave_no_older_ones_beside_them() -> None:
-    row = RowShape(kv_heads=1, key_dim=64, value_dim=64, dtype=torch.float32)
-    cpu = torch.device("cpu")
-    path = DevicePath(
-        row,
-        PathSettings(bits=4, tokens=64, skipped_mass=0.0),
-        StepMemory(cpu),
-        batch=1,
-        blocks=4,
-        slots=3,
-        page=64,
-        device=cpu,
-    )
-    memory = path._memory.of(1, 2, row, 4, path._splits, path.settings)
+    path = path_on_cpu(PathSettings(bits=4, tokens=64, skipped_mass=0.0), batch=1, kv_heads=1)
+    memory = path._memory.of(1, 2, path.shape, 4, path._splits, path.settings)
     assert memory.selection is not None
     memory.selection.tokens.copy_(torch.arange(64))
     memory.partials.lse.zero_()  # as the kernel left them while all pages were pinned
