@@ -5,7 +5,8 @@ they run. `captured_steps` puts a `CapturedStep` where `torch.nn.Module.compile`
 whoever calls the model, transformers' `generate` first of all, replays the graph without knowing.
 
 The first step of one token runs as it is (compiled, where that is wanted), the second is captured, later ones are
-replayed. A graph is captured anew when an address that it has kept changed, or when the first block went to the host.
+replayed. A graph is captured anew when an address that it has kept changed, when the first block went to the host, or
+when host pages could no longer be pinned: then it is split at every layer, whose rows the host gathers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from offload.attention import kept_out_of_compiled_code
 from offload.cache import OffloadCache, OffloadLayer, cache_in
+from offload.graph import StepGraph
 from offload.tiers.replica import LARGEST_HEAD
 from offload.tiers.store import LayerStore
 
@@ -28,7 +30,6 @@ from offload.tiers.store import LayerStore
 _STATIC = ("input_ids", "position_ids")
 # What says only how long the past is, which the stores know.
 _DROPPED = ("attention_mask",)
-_NOT_PINNED = "not all host pages are pinned"
 
 
 class CapturedStep:
@@ -52,13 +53,13 @@ class CapturedStep:
         self._model = model
         self._cache = cache
         self._compiles = compiles
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: StepGraph | None = None
         self._static: dict[str, Tensor] = {}
         self._others: dict[str, Any] = {}
         self._output: Any = None
         self._key: tuple[Any, ...] | None = None
-        # Which layers had tokens on the host, in steps that ran.
-        self._warm: set[tuple[bool, ...]] = set()
+        # Which layers had tokens on the host, and which of these pages that are not pinned, in steps that ran.
+        self._warm: set[tuple[tuple[bool, bool], ...]] = set()
         self.reason = _why_not(cache)
         self.not_compiled: str | None = None
         self.replays = 0
@@ -73,7 +74,7 @@ class CapturedStep:
         forward = self._model._call_impl
         if self.reason is not None or not self._is_step(args, kwargs):
             return forward(*args, **kwargs)
-        on_host = tuple(store.columns > 0 for store in self._stores)
+        on_host = tuple(_kind(store) for store in self._stores)
         if on_host not in self._warm:  # kernels and scratch are made outside of a graph
             self._warm.add(on_host)
             return self._first_step(args, kwargs)
@@ -138,9 +139,6 @@ class CapturedStep:
         if strangers:
             self.reason = f"a graph does not know its inputs {', '.join(strangers)}"
             return False
-        if not all(store.all_pinned for store in self._stores):  # host memory may have grown
-            self.reason = _NOT_PINNED
-            return False
         if ids.shape[0] != self._stores[0].batch:
             return False
         return all(s.path is not None and s.path.can_step_now(s.columns) for s in self._stores)
@@ -149,7 +147,7 @@ class CapturedStep:
         """What a graph has kept: it is void when any of it changes."""
         others = tuple((name, id(value)) for name, value in _others(kwargs).items())
         shapes = tuple(tuple(kwargs[name].shape) for name in _STATIC if kwargs.get(name) is not None)  # fmt: skip
-        stores = tuple((s.address, s.path.epoch if s.path else 0, s.columns > 0) for s in self._stores)  # fmt: skip
+        stores = tuple((s.address, s.path.epoch if s.path else 0, _kind(s)) for s in self._stores)
         padded = any(s.path is not None and s.path.is_padded for s in self._stores)
         return others, shapes, stores, padded
 
@@ -161,9 +159,9 @@ class CapturedStep:
             name: kwargs[name].clone() for name in _STATIC if isinstance(kwargs.get(name), Tensor)
         }
         inputs = {k: v for k, v in kwargs.items() if k not in _DROPPED} | self._static
-        graph = torch.cuda.CUDAGraph()
+        graph = StepGraph(self._model.device)
         try:
-            with self._cache.capturing(), self._compiled(), torch.cuda.graph(graph):
+            with self._cache.capturing(), self._compiled(), graph.capture():
                 self._output = self._model._call_impl(**inputs)
         except Exception as error:  # noqa: BLE001 - whatever stops a capture, eager steps work
             torch.cuda.synchronize()
@@ -390,6 +388,12 @@ class _Flags:
         return len(copies) > (self._streamer is not None) and bool(copies[0])
 
 
+def _kind(store: LayerStore) -> tuple[bool, bool]:
+    """Whether a layer has tokens on the host, and whether kernels cannot read them there."""
+    on_host = store.columns > 0
+    return on_host, on_host and not store.all_pinned
+
+
 def _others(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Inputs that must be the same objects in every step."""
     return {k: v for k, v in kwargs.items() if k not in (*_STATIC, *_DROPPED)}
@@ -405,8 +409,6 @@ def _why_not(cache: OffloadCache) -> str | None:
         return "its tokens are streamed"
     if not all(store.path.has_kernels for store in cache.layer_stores if store.path is not None):
         return f"its heads are larger than {LARGEST_HEAD}, which no kernel knows"
-    if not all(store.all_pinned for store in cache.layer_stores):
-        return _NOT_PINNED
     return None
 
 

@@ -405,15 +405,44 @@ def test_what_a_result_keeps_of_each_step_is_that_steps(hidden: bool, device: st
 
 
 @pytest.mark.gpu
-def test_rows_that_cannot_be_pinned_come_by_way_of_the_host() -> None:
+@pytest.mark.parametrize("rung", ["4k4v", "2k+clusters"])
+@pytest.mark.parametrize(
+    "steps",
+    [{"capture": False}, {"compile": False}, {"compile": True}],
+    ids=["eager", "captured", "compiled"],
+)
+def test_rows_that_cannot_be_pinned_come_by_way_of_the_host(
+    steps: dict[str, Any], rung: str
+) -> None:
     model = build("llama", "cuda")
     ids = prompts(2, N).cuda()
     want = model.generate(ids, **CALL)
-    with offload.attach(model, **ALL, pinned_memory="64KiB") as runtime:
+    settings = ALL | steps | {"rung": rung}
+    with offload.attach(model, **settings, pinned_memory="64KiB") as runtime:
         assert torch.equal(runtime.generate(ids, **CALL), want)
         report = runtime.report()
-    assert report.replayed_steps == 0
+    captured = steps.get("capture", True)
+    assert report.replayed_steps == (CALL["max_new_tokens"] - 1 if captured else 0)
     assert any("not all host pages are pinned" in note for note in report.notes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [0, 64])
+def test_rows_come_the_same_from_pinned_and_from_other_pages(rows: int) -> None:
+    model = build("llama", "cuda")
+    ids = prompts(2, N).cuda()
+    call = CALL | {"return_dict_in_generate": True, "output_logits": True, "temperature": None}
+    # Fewer tokens than there are, so that those of each step count; evictions move pages that are not pinned.
+    settings = ALL | {"retrieved": 16, "row_cache": rows, "compile": False}
+    logits = []
+    for pinned in ("auto", "64KiB"):
+        with offload.attach(model, **settings, pinned_memory=pinned) as runtime:
+            out = runtime.generate(ids, **call)
+            report = runtime.report()
+        assert report.replayed_steps > 100
+        assert report.tail_mass > 0.0
+        logits.append(torch.stack(out.logits))
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -59,10 +59,10 @@ def test_device_bytes_stay_under_the_budget_at_every_step() -> None:
         torch.cuda.reset_peak_memory_stats()
         runtime.generate(ids, max_new_tokens=80, do_sample=False)
         report = runtime.report()
-        overhead = runtime.budgets.demand(batch=1, tokens=None).overhead
+        others = driver_bytes() - torch.cuda.memory_reserved()
     assert len(seen) > 80
     assert max(seen) <= budget
-    assert torch.cuda.max_memory_allocated() + overhead <= budget
+    assert torch.cuda.max_memory_reserved() + others <= budget  # between the hooks, too
     assert report.tokens_on_host > 4096
     assert report.bytes["host_pageable"] == 0
     assert report.bytes["resident"] > 0  # the prefill's workspace holds pages while decoding

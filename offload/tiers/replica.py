@@ -24,6 +24,7 @@ them (crop, select) runs on the same stream, behind the last step, and publishes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offload.graph import by_host
 from offload.kernels import reference
 from offload.kernels.clusters import empty_clusters, tail_of_clusters
 from offload.kernels.combine import Partials, combine, empty_partials
@@ -66,6 +68,26 @@ class PathSettings:
     clustered: bool = False
 
 
+class _Fetched:
+    """Rows that the host gathers for a step, and their way there and back.
+
+    Attributes:
+        ids: int32 [B, H_kv, k], pinned: the selected tokens, -1 for none.
+        rows: [B, H_kv, k, D + D_v], pinned: their rows, as a page of k tokens for each sequence.
+        sent: The event behind the copy of `ids`.
+        table: int32 [B, 1]: the page of each sequence.
+        places: int32 [k]: the tokens of a page.
+    """
+
+    def __init__(self, selected: Tensor, shape: RowShape) -> None:
+        batch, _, k = selected.shape
+        self.ids = torch.empty(selected.shape, dtype=torch.int32, pin_memory=True)
+        self.rows = torch.zeros((*selected.shape, shape.width), dtype=shape.dtype, pin_memory=True)
+        self.sent = torch.cuda.Event()
+        at = torch.arange(max(batch, k), dtype=torch.int32, device=selected.device)
+        self.table, self.places = at[:batch, None].contiguous(), at[:k]
+
+
 class _Memory:
     """What a step of one kind of layer writes and the next layer's step writes again."""
 
@@ -89,6 +111,14 @@ class _Memory:
                 batch, heads, shape.kv_heads, blocks * BLOCK, max(tokens, 16), device
             )
             self.skipped = torch.zeros((batch, heads, n_tail), device=device)
+        self._fetched: _Fetched | None = None
+
+    def fetched(self, shape: RowShape) -> _Fetched:
+        """Room for rows that the host gathers; made when they are first needed."""
+        if self._fetched is None:
+            assert self.selection is not None
+            self._fetched = _Fetched(self.selection.tokens, shape)
+        return self._fetched
 
 
 class StepMemory:
@@ -456,7 +486,7 @@ class DevicePath:
         scale: float,
         softcap: float | None,
         sink_logits: Tensor | None,
-        pinned: bool,
+        gather: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Attends with one new token per sequence to all tokens and itself, and appends it to the window.
 
@@ -469,7 +499,8 @@ class DevicePath:
             scale: Factor on the dot products.
             softcap: As in `offload.kernels.attend`.
             sink_logits: [H_q], likewise.
-            pinned: Whether kernels can read the pool; else ids go to the host and rows come back.
+            gather: None where kernels can read the pool; else what copies rows of tokens [B, H_kv, k] to
+                [B, H_kv, k, D + D_v], both on the host.
 
         Returns:
             [B, H_q, D_v], in the dtype of `query`.
@@ -489,6 +520,7 @@ class DevicePath:
                 query, key, value, window, self.lengths[:1], memory.partials,
                 scale=scale, splits=self._splits, softcap=softcap, padding=padding, starts=self._starts,
             )  # fmt: skip
+        fetches = pool is not None and k > 0 and gather is not None
         if pool is not None:
             assert self._keys is not None
             assert self._values is not None
@@ -506,14 +538,14 @@ class DevicePath:
                 with torch.cuda.stream(beside):
                     select_tokens(memory.scan, memory.selection)
                     third.wait_stream(beside)
-                    if pinned:
+                    if gather is None:
                         attend_rows(
                             query, pool, self._table, memory.selection.tokens, memory.partials,
                             first_slot=memory.rows_at, key_dim=self.shape.key_dim, scale=scale, softcap=softcap,
                             cache=self._near,
                         )  # fmt: skip
-                    else:
-                        self._attend_fetched(query, pool, memory, scale, softcap)
+                if fetches:
+                    self._send_ids(memory)
                 if not self.settings.clustered:
                     with torch.cuda.stream(third):
                         tail_of_blocks(
@@ -537,7 +569,11 @@ class DevicePath:
                 )  # fmt: skip
             if k:
                 main.wait_stream(third)
-        main.wait_stream(beside)
+            if fetches:
+                assert gather is not None
+                self._attend_fetched(query, gather, memory, scale, softcap)
+        if not fetches:
+            main.wait_stream(beside)
         out = torch.empty_like(query[..., :1].expand(-1, -1, self.shape.value_dim), memory_format=torch.contiguous_format)  # fmt: skip
         combine(
             memory.partials, out,
@@ -546,20 +582,41 @@ class DevicePath:
         )  # fmt: skip
         return out
 
-    def _attend_fetched(
-        self, query: Tensor, pool: Tensor, memory: _Memory, scale: float, softcap: float | None
-    ) -> None:
-        """Selected rows by way of the host: for pages that could not be pinned. Synchronises."""
+    def _send_ids(self, memory: _Memory) -> None:
+        """Lets the host know what was selected, once it asks."""
         assert memory.selection is not None
+        main = torch.cuda.current_stream(self._device)
+        for stream in self._memory.beside:  # a graph may end here
+            main.wait_stream(stream)
+        fetched = memory.fetched(self.shape)
+        fetched.ids.copy_(memory.selection.tokens, non_blocking=True)
+        by_host(fetched.sent.record)
+        self._memory.beside[1].wait_stream(main)
+
+    def _attend_fetched(
+        self,
+        query: Tensor,
+        gather: Callable[[Tensor, Tensor], None],
+        memory: _Memory,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        """Selected rows by way of the host, for pages that could not be pinned. The host waits for their ids."""
+        assert memory.selection is not None
+        fetched = memory.fetched(self.shape)
+
+        def fetch() -> None:
+            fetched.sent.synchronize()
+            gather(fetched.ids, fetched.rows)
+
+        by_host(fetch)
         tokens = memory.selection.tokens
-        rows = reference.gather(pool, self._table.cpu(), tokens.cpu()).to(query.device)
         if self._near is not None:
             self._near.fetched.add_((tokens >= 0).sum())
-        part = _attend_selected(query, rows, tokens, self.shape.key_dim, scale, softcap)
-        # One slot holds them all; the others may still hold what a kernel read while all pages were pinned.
-        memory.partials.lse[:, :, memory.rows_at : memory.tail_at] = -torch.inf
-        memory.partials.out[:, :, memory.rows_at] = part.out[:, :, 0].float()
-        memory.partials.lse[:, :, memory.rows_at] = part.lse[:, :, 0]
+        attend_rows(
+            query, fetched.rows.transpose(1, 2), fetched.table, torch.where(tokens >= 0, fetched.places, -1),
+            memory.partials, first_slot=memory.rows_at, key_dim=self.shape.key_dim, scale=scale, softcap=softcap,
+        )  # fmt: skip
 
     def _reference_step(
         self,

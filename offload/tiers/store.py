@@ -122,6 +122,8 @@ class LayerStore:
         self._slots: deque[int] = deque()
         pages = self.initial_pages(limits, batch)
         self._table = PageTable(batch, pages)
+        # Of the columns that are published.
+        self._pages = torch.zeros((batch, 0), dtype=torch.int64)
         self._resident: Tensor | None = None  # a device copy of the first host columns
         commit_regions([(region, pages * self.page_bytes)])
 
@@ -377,9 +379,23 @@ class LayerStore:
             scale=scale,
             softcap=softcap,
             sink_logits=sink_logits,
-            pinned=self.all_pinned,
+            gather=None if self.all_pinned else self._gather,
         )
         return out.unsqueeze(1)
+
+    def _gather(self, tokens: Tensor, rows: Tensor) -> None:
+        """Copies rows of published tokens out of host pages.
+
+        Args:
+            tokens: Integers [B, H_kv, k], on the host; any row will do for -1.
+            rows: Written: [B, H_kv, k, D + D_v], contiguous, on the host.
+        """
+        page, heads = self.limits.page, self.shape.kv_heads
+        tokens = tokens.clamp(min=0).long()
+        pages = self._pages.gather(1, (tokens // page).flatten(1)).view(tokens.shape)
+        places = (pages * page + tokens % page) * heads + torch.arange(heads).view(1, -1, 1)
+        pool = self._pool().flatten(0, 2)
+        torch.index_select(pool, 0, places.flatten(), out=rows.flatten(0, 2))
 
     def after_step(self) -> None:
         """Counts the token that a step has written, and moves a full block on."""
@@ -405,11 +421,13 @@ class LayerStore:
         block = {slot: slot for slot in range(self._sinks)}
         block |= {slot: first + age for age, slot in enumerate(self._slots)}
         block[self._used] = first + len(self._slots)
+        pages = np.stack([self._table.pages(row, 0, self.columns) for row in range(self.batch)])
+        self._pages = torch.from_numpy(pages)
         self.path.publish(
             n_rows=self._used * page + self._tail_length,
             blocks=self.columns,
             first_token=self.first_host_token,
-            pages=np.stack([self._table.pages(row, 0, self.columns) for row in range(self.batch)]),
+            pages=pages,
             starts=[block[slot] * page for slot in range(self._used + 1)],
             written=self.written,
         )

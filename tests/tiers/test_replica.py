@@ -132,20 +132,6 @@ def test_cached_rows_are_forgotten_when_tokens_may_mean_other_rows() -> None:
     assert bool((path._near.tokens == -1).all())
 
 
-def test_rows_that_come_by_way_of_the_host_leave_no_older_ones_beside_them() -> None:
-    path = path_on_cpu(PathSettings(bits=4, tokens=64, skipped_mass=0.0), batch=1, kv_heads=1)
-    memory = path._memory.of(1, 2, path.shape, 4, path._splits, path.settings)
-    assert memory.selection is not None
-    memory.selection.tokens.copy_(torch.arange(64))
-    memory.partials.lse.zero_()  # as the kernel left them while all pages were pinned
-    pool = torch.randn(4, 64, 1, 128)
-    path._attend_fetched(torch.randn(1, 2, 64), pool, memory, 0.125, None)
-    rows = memory.partials.lse[:, :, memory.rows_at : memory.tail_at]
-    assert rows.shape[2] == 4
-    assert bool((rows[:, :, 0] > 0).all())
-    assert bool(rows[:, :, 1:].isneginf().all())
-
-
 @pytest.mark.parametrize(
     ("visible", "left", "padding"),
     [

@@ -217,6 +217,25 @@ def test_pages_that_all_sequences_share_cross_once_for_all() -> None:
     assert rig.counters.h2d_bytes - before == len(rig.layers) * columns * PAGE_BYTES
 
 
+def test_rows_of_any_tokens_are_gathered_from_their_pages() -> None:
+    rig = Rig("cpu", batch=2, sinks=1, window=2, pin_pages=1)
+    rig.step(150)
+    rig.select([1, 0])  # pages are no longer in order
+    for layer in rig.layers:
+        store = layer.store
+        assert not store.all_pinned
+        store._pages = torch.stack(
+            [torch.from_numpy(store._table.pages(row, 0, store.columns)) for row in range(2)]
+        )
+        tokens = torch.randint(-1, store.host_tokens, (2, KV_HEADS, 8), generator=rig.random)
+        rows = torch.full((2, KV_HEADS, 8, 2 * D), torch.nan)
+        store._gather(tokens.int(), rows)
+        at = store.first_host_token + tokens.clamp(min=0)
+        for dims, whole in ((slice(0, D), layer.keys), (slice(D, None), layer.values)):
+            want = whole.gather(2, at.unsqueeze(-1).expand(-1, -1, -1, D))
+            assert torch.equal(rows[..., dims][tokens >= 0], want[tokens >= 0])
+
+
 def test_reordering_beams_moves_no_host_byte() -> None:
     rig = Rig("cpu", batch=3, layers=1, seed=4)
     rig.step(150)
