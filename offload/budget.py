@@ -140,7 +140,7 @@ class Budgets:
             exact: No replica, whatever the mode.
         """
         shape = self._shape
-        fast = self._config.mode == "fast" and not exact
+        fast = self._config.keeps_replica and not exact
         cache, memory = self._config.cache, self._device()
         staging = self._config.decode.staging
         chunk = self._config.prefill.chunk

@@ -68,7 +68,7 @@ class CacheMaker:
             tokens: Tokens per sequence at the end, where known.
             exact: Every token is streamed, whatever the mode.
         """
-        fast = self._config.mode == "fast" and not exact
+        fast = self._config.keeps_replica and not exact
         memory = StepMemory(self._shape.device) if fast else None
         taken: list[tuple[int, HostRegion]] = []
         readers: list[HostReader] = []
@@ -241,10 +241,14 @@ class CacheMaker:
                 region.close()
                 self._regions.remove(region)
 
-    def keep_pages_resident(self, cache: OffloadCache) -> None:
+    def keep_pages_resident(self, cache: OffloadCache, *, rows: int = 1) -> None:
         """Fills the memory that prefill needed and decoding does not with the oldest host pages.
 
         They then need not be streamed. The next prefill takes the memory back.
+
+        Args:
+            cache: In use.
+            rows: Tokens of each sequence that are computed together.
         """
         layout = cache.layout
         stores = cache.layer_stores
@@ -253,9 +257,9 @@ class CacheMaker:
         if not wanted or layout is None or not stores or not stores[0].columns:
             return
         torch.cuda.empty_cache()
-        # One token of each sequence is computed now; its logits are copied by processors and samplers.
-        per_sequence = self._shape.workspace_per_token + 6 * 4 * self._shape.vocabulary
-        needed = self._shape.workspace + stores[0].batch * per_sequence
+        # Logits are copied by processors and samplers.
+        per_token = self._shape.workspace_per_token + 6 * 4 * self._shape.vocabulary
+        needed = self._shape.workspace + stores[0].batch * rows * per_token
         spare = max(0, layout.device["workspace"] - needed)
         per_column = sum(
             store.page_bytes * (1 if store.shared_columns else store.batch) for store in stores

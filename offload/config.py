@@ -39,7 +39,15 @@ from offload.units import Size, parse_tokens
 
 SMALLEST_PAGE: Final = 16  # one tile of the tensor cores: no kernel reads fewer tokens at a time
 FAST_PAGE: Final = 64  # tokens that share the scales of their keys in a replica
+LONGEST_DRAFT: Final = (
+    192  # tokens: two drafts fit the window that is chosen where none is asked for
+)
 _LEAST_SINKS: Final = 64  # tokens; the first few carry the attention sink, the rest is rounding
+
+
+def window_of_drafts(draft: int) -> int:
+    """The smallest window, in tokens, for drafts of so many: two of them, the token before, and a page."""
+    return 2 * draft + 1 + FAST_PAGE
 
 
 def _auto_or_tokens(value: Any) -> Any:
@@ -299,6 +307,25 @@ class DecodeConfig(_Table):
         json_schema_extra=_unit("true, false or auto"),
     )
 
+    draft: _AutoOrTokens = Field(
+        default="auto",
+        description="Mode verified: tokens that are drafted before an exact pass looks at them. auto: by what "
+        "drafting and verifying take and how often they agree; none where exact steps are faster.",
+        json_schema_extra=_unit("tokens, or auto"),
+    )
+
+    @field_validator("draft")
+    @classmethod
+    def _not_too_long(cls, draft: str | int) -> str | int:
+        if isinstance(draft, int) and draft > LONGEST_DRAFT:
+            raise ConfigError(
+                f"A draft has at most {LONGEST_DRAFT} tokens",
+                asked=draft,
+                there=LONGEST_DRAFT,
+                change='Write fewer, or "auto".',
+            )
+        return draft
+
 
 class TraceConfig(_Table):
     """What is shown while it runs."""
@@ -344,13 +371,14 @@ class OffloadConfig(_Table):
     takes the sections by name, as their classes or as dicts. Both raise `ConfigError`.
     """
 
-    mode: Literal["fast", "exact"] = Field(
+    mode: Literal["fast", "verified", "exact"] = Field(
         default="fast",
         description="What is promised of the tokens. fast: nearly always those of the stock cache, from a "
         "low-bit replica on the device and a few tokens read exactly; what fits the device, beams of "
-        "runtime.generate, and steps of several tokens are exact. exact: always those of the stock cache; "
-        "every offloaded token is streamed for each new one.",
-        json_schema_extra=_unit('"fast" or "exact"'),
+        "runtime.generate, and steps of several tokens are exact. verified: always those of the stock cache; "
+        "fast drafts several tokens, and one exact pass, for which every offloaded token is streamed, keeps those "
+        "that are right. exact: always those of the stock cache; every offloaded token is streamed for each new one.",
+        json_schema_extra=_unit('"fast", "verified" or "exact"'),
     )
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
@@ -374,6 +402,7 @@ class OffloadConfig(_Table):
         "staging": "decode.staging",
         "capture": "decode.capture",
         "compile": "decode.compile",
+        "draft": "decode.draft",
         "rung": "replica.rung",
         "whole_layers": "replica.whole_layers",
         "skipped_mass": "replica.skipped_mass",
@@ -385,13 +414,28 @@ class OffloadConfig(_Table):
 
     def require_usable(self) -> None:
         """Raises ConfigError where keys that are right by themselves exclude each other."""
-        if self.mode == "fast" and self.cache.page != FAST_PAGE:
+        if self.keeps_replica and self.cache.page != FAST_PAGE:
             raise ConfigError(
-                f"Mode fast works in pages of {FAST_PAGE} tokens, which share the scales of their keys",
+                f"Mode {self.mode} works in pages of {FAST_PAGE} tokens, which share the scales of their keys",
                 asked=self.cache.page,
                 there=FAST_PAGE,
                 change="Leave cache.page out, or set mode to 'exact'.",
             )
+        window, draft = self.cache.window, self.decode.draft
+        if self.mode == "verified" and isinstance(window, int):
+            needed = window_of_drafts(1 if isinstance(draft, str) else draft)
+            if window < needed:
+                raise ConfigError(
+                    "The window does not hold two drafts, the token before them and a page",
+                    asked=window,
+                    there=needed,
+                    change="Leave cache.window out, or lower decode.draft.",
+                )
+
+    @property
+    def keeps_replica(self) -> bool:
+        """Whether steps of one token may go by a low-bit replica."""
+        return self.mode != "exact"
 
     @classmethod
     def build(

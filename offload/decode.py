@@ -261,7 +261,7 @@ def decode(
     cache = cache_in(model_kwargs)
     batch, length = input_ids.shape
     longest = int(stopping_criteria.max_length)
-    ends, others = _ends(stopping_criteria, input_ids.device)
+    ends, others = ends_of(stopping_criteria, input_ids.device)
     pad = generation_config._pad_token_tensor
     ids = input_ids.new_zeros((batch, max(longest, length)))
     ids[:, :length] = input_ids
@@ -275,14 +275,14 @@ def decode(
         **model_kwargs,
     )
     finished: Tensor | None = None
-    flags = _Flags(input_ids, streamer)
+    flags = Flags(input_ids, streamer)
     device, state = input_ids.device, None
     while True:
         logits = model(**inputs, return_dict=True).logits[:, -1].to(torch.float32, copy=True)
         scores = logits_processor(ids[:, :length], logits)
         if generation_config.do_sample:
             chances = torch.softmax(scores, dim=-1)
-            state = _random_state(device)
+            state = random_state(device)
             token = torch.multinomial(chances, num_samples=1).squeeze(1)
         else:
             token = torch.argmax(scores, dim=-1)
@@ -302,7 +302,7 @@ def decode(
             if (
                 state is not None
             ):  # the step too many took random numbers: the next call must not miss them
-                _set_random_state(state, device)
+                set_random_state(state, device)
             break
         if length >= longest:
             flags.finish()
@@ -317,26 +317,27 @@ def decode(
     return ids[:, :length].contiguous()
 
 
-def _ends(stopping_criteria: Any, device: torch.device) -> tuple[Tensor | None, bool]:
+def ends_of(stopping_criteria: Any, device: torch.device) -> tuple[Tensor | None, bool]:
     """Tokens that end a sequence, [n, 1], and whether anything but them and the longest length does."""
     ends = [c.eos_token_id for c in stopping_criteria if hasattr(c, "eos_token_id")]
     plain = all(type(c) in (EosTokenCriteria, MaxLengthCriteria) for c in stopping_criteria)
     return (torch.cat(ends).view(-1, 1).to(device) if ends else None), not plain
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
     """The state of a device's generator, which the host keeps: reading it waits for nothing."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_random_state(state: Tensor, device: torch.device) -> None:
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    """Sets the state of a device's generator."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
 
 
-class _Flags:
+class Flags:
     """Whether all sequences are finished, and their tokens for a streamer, read one step late.
 
     They are copied on a stream of their own, since what comes behind a copy waits for more than the copy takes.

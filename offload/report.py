@@ -66,6 +66,12 @@ class Report:
         tail_mass: Share of attention that the replica answered for, mean over the last decode's steps, layers and
             heads.
         skipped_mass: Share of attention that was not read at all, likewise.
+        verify_passes: Exact passes of mode verified in the last decode.
+        drafted_tokens: Tokens that they looked at.
+        accepted_tokens: Of these, kept.
+        agreement: For each place in a draft the share of tokens that were kept, of those that were compared.
+        draft_s: Seconds of decode_s for drafting.
+        verify_s: Seconds of decode_s for exact passes.
         replayed_steps: Steps of the last decode that a captured graph replayed.
         capture_s: Seconds of decode_s for compiling and capturing.
         notes: Fallbacks and adaptations, a sentence each.
@@ -97,6 +103,12 @@ class Report:
     fetched_bytes: int = 0
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
+    verify_passes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    agreement: list[float] = field(default_factory=list)
+    draft_s: float = 0.0
+    verify_s: float = 0.0
     replayed_steps: int = 0
     capture_s: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -134,6 +146,14 @@ class Report:
                 f"  fast    {self.rung:>10}  replica{more} answered for {self.tail_mass:.2%} of attention, "
                 f"{self.skipped_mass:.3%} skipped, {gib(self.selected_bytes)} a step read exactly, "
                 f"{gib(self.fetched_bytes)} from the host"
+            )
+        if self.verify_passes:
+            mean = self.accepted_tokens / self.verify_passes
+            ms = 1000 / max(1, self.new_tokens)
+            lines.append(
+                f"  verified{self.new_tokens:>9,}  of {self.new_tokens:,} tokens, {self.verify_passes:,} passes, "
+                f"{mean:.1f} drafted tokens kept in each, of {self.drafted_tokens:,}; "
+                f"{ms * self.draft_s:.1f} ms a token to draft, {ms * self.verify_s:.1f} ms to verify"
             )
         if self.replayed_steps:
             lines.append(

@@ -8,20 +8,28 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
 from offload.budget import Budgets
-from offload.cache import CACHE, CACHE_NAMES, OffloadCache, cache_in, require_ours
+from offload.cache import (
+    CACHE,
+    CACHE_NAMES,
+    OffloadCache,
+    cache_in,
+    require_ours,
+    stock_layers,
+)
 from offload.caches import CacheMaker
-from offload.config import OffloadConfig
+from offload.config import OffloadConfig, window_of_drafts
 from offload.decode import captured_steps, decode
-from offload.errors import CacheError, InputError
+from offload.errors import CacheError, InputError, UnsupportedModelError
 from offload.model import (
     ModelShape,
     attention_names,
@@ -29,6 +37,7 @@ from offload.model import (
     our_attention,
     refuse_unsupported,
     restore_attention,
+    text_config,
 )
 from offload.prefill import Progress, prefill, progress_bar
 from offload.prompt import (
@@ -40,6 +49,7 @@ from offload.prompt import (
 )
 from offload.report import Notes, Report
 from offload.scheduler.layout import Layout, budget_for
+from offload.verify import LENGTHS, Tally, decode_verified, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +115,7 @@ class _LastRun:
     decode_h2d_bytes: int = 0
     capture_s: float = 0.0
     replayed_steps: int = 0
+    tally: Tally = field(default_factory=Tally)
     selected_bytes: int = 0
     fetched_bytes: int = 0
     tail_mass: float = 0.0
@@ -153,6 +164,8 @@ class Runtime:
         self._asked_tokens = 0  # in calls of mode fast
         self._current: weakref.ref[OffloadCache] | None = None  # the cache used last
         config.require_usable()
+        if config.mode == "verified":
+            _require_croppable(model, shape)
         # The smallest run must fit, or attaching was pointless: say so now, not after minutes of loading.
         self.budgets.lay_out(self.budgets.demand(batch=1, tokens=None))
         self.budgets.cap_allocator()
@@ -298,6 +311,12 @@ class Runtime:
             notes.append(f"not all host pages are pinned: {self.budgets.pins.refused}")
         return Report(
             mode=self.config.mode,
+            verify_passes=last.tally.passes,
+            drafted_tokens=last.tally.drafted,
+            accepted_tokens=last.tally.accepted,
+            agreement=[kept / seen for seen, kept in last.tally.by_position],
+            draft_s=last.tally.draft_s,
+            verify_s=last.tally.verify_s,
             model_type=self.shape.model_type,
             device=str(self.shape.device),
             bytes=last.bytes or {"weights": self.shape.weights},
@@ -461,8 +480,13 @@ class Runtime:
             fast = cache.decodes_fast and not prompt.is_beams
             if fast:
                 self._check_replica(cache)
+            drafted = self._draft_length(cache, prompt, kwargs) if fast else None
+            if self.config.mode == "verified" and drafted is None:
+                fast = False
             # Steps on the device path stream nothing, and those of an assistant's candidates need the memory.
-            if not fast and not prompt.is_assisted:
+            if drafted is not None:
+                self._maker.keep_pages_resident(cache, rows=rows_of(drafted))
+            elif not fast and not prompt.is_assisted:
                 self._maker.keep_pages_resident(cache)
         last.prefill_s = done.seconds
         last.tail_mass = last.skipped_mass = 0.0
@@ -478,12 +502,18 @@ class Runtime:
             elif fast and self._streams.on and self.config.decode.capture:
                 compiles = self._wants_compiled(prompt.final_length - total)
                 captured = stack.enter_context(captured_steps(self.model, cache, compiles=compiles))
-                if captured.reason is None and prompt.is_plain and "custom_generate" not in call:
+                takes_loop = prompt.is_plain and "custom_generate" not in call
+                if captured.reason is None and takes_loop and drafted is None:
                     # transformers passes no streamer on to a loop of one's own.
                     call["custom_generate"] = partial(decode, streamer=call.get("streamer"))
                     # Experts are computed another way for few tokens; transformers' own loop does this too.
                     stack.enter_context(self.model._optimize_model_for_decode())
-            stack.enter_context(cache.streaming(prompt.is_beams))
+            if drafted is not None:
+                call["custom_generate"] = partial(
+                    decode_verified, tally=last.tally, drafted=drafted, streamer=call.get("streamer"),
+                    captured_s=(lambda: 0.0) if captured is None else (lambda: captured.seconds),
+                )  # fmt: skip
+            stack.enter_context(cache.streaming(cache.decodes_fast and not fast))
             result = self.model.generate(prompt.input_ids, **{CACHE: cache}, **call)
         cache.stop_recording()
         sequences = result if isinstance(result, Tensor) else result.sequences
@@ -501,8 +531,46 @@ class Runtime:
                 self._notes.tell(f"layers are not compiled: {captured.not_compiled}")
         if fast:
             self._note_masses(cache)
+        if last.tally.exact_tokens:
+            self._notes.add(
+                f"{last.tally.exact_tokens:,} tokens were made one by one: drafts did not pay, of which "
+                f"{last.tally.accepted:,} of {last.tally.examined:,} tokens agreed"
+            )
         self._note_tiers(cache)
         return result
+
+    def _draft_length(
+        self, cache: OffloadCache, prompt: Prompt, kwargs: dict[str, Any]
+    ) -> int | str | None:
+        """Tokens that are drafted at once in mode verified, as asked; None where nothing is drafted.
+
+        Args:
+            cache: Of a call that can go by the device path.
+            prompt: Of the call.
+            kwargs: Of the call.
+        """
+        if self.config.mode != "verified":
+            return None
+        reasons = {
+            "several sequences at once": prompt.input_ids.shape[0] * prompt.copies > 1,
+            "an assistant": prompt.is_assisted,
+            "a loop of one's own": kwargs.get("custom_generate") is not None,
+            "more than tokens in the result, or stop strings": not prompt.is_plain,
+        }
+        why = next((reason for reason, holds in reasons.items() if holds), None)
+        if why is not None:
+            note = f"mode verified drafts nothing with {why}: every token is streamed"
+            if note not in self._notes:
+                logger.warning("%s.", note.capitalize())
+            self._notes.add(note)
+            return None
+        assert cache.layout is not None
+        asked = self.config.decode.draft
+        if isinstance(asked, str):
+            room = cache.layout.window_blocks * self.config.cache.page
+            fitting = max(n for n in LENGTHS if window_of_drafts(n) <= room)
+            return asked if fitting == LENGTHS[-1] else fitting
+        return asked
 
     def _wants_compiled(self, new_tokens: int) -> bool:
         """Whether the layers of this call's steps are compiled.
@@ -618,6 +686,20 @@ class Runtime:
         )  # not one that keeps all on the device
         self._last.tokens_on_device = usual.device_tokens
         self._last.tokens_on_host = usual.host_tokens
+
+
+def _require_croppable(model: Any, shape: ModelShape) -> None:
+    """Raises UnsupportedModelError unless every layer can forget tokens that were rejected."""
+    stock = stock_layers(text_config(model))
+    plain = [i for i in shape.offloaded if not isinstance(stock[i], LinearAttentionLayer)]
+    strangers = sorted({type(stock[i]).__name__ for i in range(len(stock)) if i not in plain})
+    if strangers:
+        raise UnsupportedModelError(
+            "Mode verified",
+            model_type=shape.model_type,
+            reason=f"it has layers that cannot forget rejected tokens ({', '.join(strangers)})",
+            change="Set mode to 'exact', or to 'fast'.",
+        )
 
 
 def _is_returned(kwargs: dict[str, Any], generation: Any) -> bool:

@@ -82,6 +82,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         'staging = "auto"\n'
         "capture = true\n"
         'compile = "auto"\n'
+        'draft = "auto"\n'
         "\n"
         "[trace]\n"
         "progress = true\n"
@@ -190,7 +191,7 @@ def test_all_mistakes_of_a_call_are_in_one_message() -> None:
     ) == (
         "8 settings cannot be used.\n"
         "  gpu_memroy: unknown setting. Did you mean 'gpu_memory'?\n"
-        '  mode: \'quick\' is not one of its values. Write "fast" or "exact".\n'
+        '  mode: \'quick\' is not one of its values. Write "fast", "verified" or "exact".\n'
         "  memory.cpu: 'gigs' in '24 gigs' is not a unit of memory. Write \"24GiB\" (1 GiB = "
         '1024^3 bytes) or "24GB" (1 GB = 1000^3).\n'
         "  memory.gup: unknown key. Did you mean 'gpu'?\n"

@@ -131,6 +131,7 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
         'staging = "auto"          # default\n'
         "capture = true            # default\n"
         'compile = "auto"          # default\n'
+        'draft = "auto"            # default\n'
         "\n"
         "[trace]\n"
         "progress = true           # default\n"

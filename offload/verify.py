@@ -1,0 +1,464 @@
+"""How do tokens come out that are the stock model's, faster than their KV streams? Drafted by mode fast, then checked.
+
+The device path drafts L tokens. One pass over all of them, exact and with every offloaded token streamed, says what the
+stock model would have chosen behind each. As many as agree are kept, and the first that does not is replaced by the
+exact choice, so that what comes out is what exact steps give, at a share of their price: a pass over L + 1 tokens
+streams as much as one over a single token.
+
+    draft   x ─► d1 ─► d2 ─► … ─► dL           steps of mode fast; their rows are forgotten
+    verify  x, d1, d2, …, dL ─► t1, t2, …, tL+1       one exact pass; its rows stay as far as they were right
+    keep    t1 … ta+1, where d1 … da are t1 … ta
+
+Rows of drafted tokens never leave the window, and those that stay are the exact pass's. So no error of a draft enters
+the cache, and the replica is made of exact rows.
+
+Sampling is coupled. torch draws a token as the largest of chance over noise; the noise of a position comes from the
+generator's state there, which is set again before the exact choice is drawn. The state goes on from the last token that
+was kept: tokens are those that exact steps draw with the same seed, whatever was drafted.
+
+Every pass has the same number of rows, so that what a row gives does not depend on how many were drafted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import logits_process
+
+from offload.cache import cache_in
+from offload.decode import Flags, ends_of, random_state, set_random_state
+
+MOST_ROWS = (
+    64  # of a pass, where nobody asks for more: a page, above which memory for a prompt is needed
+)
+ROW_STEP = 16  # rows of a pass are a multiple
+LENGTHS = (0, 1, 2, 4, 8, 16, 24, 32, 48, MOST_ROWS - 1)  # drafts to choose from
+FIRST = 8  # tokens of the first draft
+
+# Processors that keep something from call to call: they may see nothing but tokens that are kept.
+_STATEFUL = {
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "WhisperTimeStampLogitsProcessor",
+}
+
+
+def rows_of(drafted: int | str) -> int:
+    """Rows of every verify pass.
+
+    Args:
+        drafted: Tokens of a draft at most, or "auto".
+    """
+    most = MOST_ROWS - 1 if isinstance(drafted, str) else drafted
+    return math.ceil((most + 1) / ROW_STEP) * ROW_STEP
+
+
+@dataclass(slots=True)
+class Tally:
+    """What drafting and verifying came to.
+
+    Attributes:
+        passes: Verify passes.
+        drafted: Tokens drafted.
+        examined: Of these, compared: those up to the first that was rejected.
+        accepted: Of these, kept.
+        by_position: For each place in a draft how many tokens there were examined and kept.
+        draft_s: Seconds of drafting, those of compiling and capturing left out.
+        verify_s: Seconds of verify passes.
+        exact_tokens: Made by verify passes without a draft, because drafts did not pay.
+    """
+
+    passes: int = 0
+    drafted: int = 0
+    examined: int = 0
+    accepted: int = 0
+    by_position: list[tuple[int, int]] = field(default_factory=list)
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    exact_tokens: int = 0
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """Counts a pass.
+
+        Args:
+            drafted: Tokens that it compared, at most.
+            accepted: That agreed.
+        """
+        self.passes += 1
+        self.drafted += drafted
+        examined = min(drafted, accepted + 1)
+        self.examined += examined
+        self.accepted += accepted
+        for at in range(examined):
+            if at == len(self.by_position):
+                self.by_position.append((0, 0))
+            seen, kept = self.by_position[at]
+            self.by_position[at] = (seen + 1, kept + (at < accepted))
+
+
+class Pace:
+    """How many tokens are drafted at once: as many as make tokens come fastest, by what was measured so far."""
+
+    def __init__(self, asked: int | str) -> None:
+        """Before the first draft.
+
+        Args:
+            asked: Tokens, or "auto".
+        """
+        self._asked = asked
+        self._last = FIRST // 2
+        # Agreement of a token, from what was examined; old passes count less and less. To begin with, good.
+        self._kept, self._seen = 4.0, 4.5
+        self._draft_s: float | None = None  # of a token
+        self._verify_s: float | None = None  # of a pass
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether exact tokens come faster than any draft makes them."""
+        return self._last == 0
+
+    def note(self, drafted: int, accepted: int, draft_s: float | None, verify_s: float) -> None:
+        """Learns from a pass.
+
+        Args:
+            drafted: Tokens.
+            accepted: That agreed.
+            draft_s: Seconds of drafting; None where they say nothing (a graph was captured).
+            verify_s: Seconds of the pass.
+        """
+        if drafted:
+            self._kept = 0.95 * self._kept + accepted
+            self._seen = 0.95 * self._seen + min(drafted, accepted + 1)
+            if draft_s is not None:
+                self._draft_s = _smoothed(self._draft_s, draft_s / drafted)
+        self._verify_s = _smoothed(self._verify_s, verify_s)
+
+    def next(self) -> int:
+        """Tokens of the next draft."""
+        if isinstance(self._asked, int):
+            return self._asked
+        if self.gave_up:
+            return 0
+        most = max(FIRST, 2 * self._last)  # a short answer does not wait for a long draft
+        draft, verify = self._draft_s, self._verify_s
+        if draft is None or verify is None:
+            self._last = min(most, FIRST)
+            return self._last
+        agreement = min(self._kept / self._seen, 0.9999)
+
+        def rate(drafted: int) -> float:
+            tokens = (1 - agreement ** (drafted + 1)) / (1 - agreement)
+            return tokens / (drafted * draft + verify)
+
+        self._last = max((n for n in LENGTHS if n <= most), key=rate)
+        return self._last
+
+
+def _smoothed(old: float | None, new: float) -> float:
+    return new if old is None else 0.7 * old + 0.3 * new
+
+
+class _Chooser:
+    """Which token follows, as transformers' loops choose it, for a draft and for the exact pass alike."""
+
+    def __init__(self, processors: Any, generation: Any, device: torch.device) -> None:
+        self._samples = bool(generation.do_sample)
+        self._device = device
+        self._all = processors
+        self._own = [p for p in processors if _keeps_nothing(p)]
+        self.is_plain = not processors and not self._samples
+        self.is_stateful = len(self._own) < len(processors)
+        # The generator's state before each token of the draft, and behind the last one drawn.
+        self._states: list[Tensor] = []
+
+    def begin(self) -> None:
+        """A draft begins."""
+        self._states = [random_state(self._device)] if self._samples else []
+
+    def draft(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """A drafted token [1].
+
+        Args:
+            ids: [1, length] so far.
+            logits: float32 [1, V].
+        """
+        for processor in self._own:
+            logits = processor(ids, logits)
+        token = self._pick(logits)
+        if self._samples:
+            self._states.append(random_state(self._device))
+        return token
+
+    def exact(self, ids: Tensor, logits: Tensor, at: int) -> Tensor:
+        """The token [1] that exact steps would draw at place `at` behind the begin of the draft."""
+        scores = self._all(ids, logits)
+        if not self._samples:
+            return self._pick(scores)
+        set_random_state(self._states[at], self._device)
+        token = self._pick(scores)
+        if at + 1 == len(self._states):
+            self._states.append(random_state(self._device))
+        return token
+
+    def end(self, tokens: int) -> None:
+        """So many tokens are kept: the generator goes on behind them."""
+        if self._samples:
+            set_random_state(self._states[tokens], self._device)
+
+    def _pick(self, scores: Tensor) -> Tensor:
+        if self._samples:
+            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        return scores.argmax(dim=-1)
+
+
+def _keeps_nothing(processor: Any) -> bool:
+    kind = type(processor)
+    return kind.__module__ == logits_process.__name__ and kind.__name__ not in _STATEFUL
+
+
+class _Clock:
+    """When the device got somewhere, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_card = device.type == "cuda"
+
+    def now(self) -> Any:
+        if not self._on_card:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, first: Any, second: Any) -> float:
+        """Seconds; the device is past both."""
+        return float(first.elapsed_time(second) / 1000 if self._on_card else second - first)
+
+
+class _Passes:
+    """The model's forward over tokens of one sequence."""
+
+    def __init__(self, model: Any, inputs: dict[str, Any], mask: Tensor | None, rows: int) -> None:
+        self._model = model
+        self._mask = mask
+        self._inputs = inputs
+        self._rows = rows
+        positions = inputs.get("position_ids")
+        self._last = (
+            None if positions is None else positions[..., -1:]
+        )  # of the token that comes first
+        self._places = torch.arange(rows, device=inputs["input_ids"].device)
+
+    def step(self, token: Tensor, length: int, ahead: int) -> Tensor:
+        """Logits [1, V] behind one token.
+
+        Args:
+            token: [1].
+            length: Tokens, it included.
+            ahead: Tokens between the first one of the draft and it.
+        """
+        self._place(token[None], length)
+        if self._last is not None:
+            self._inputs["position_ids"] = self._last + ahead
+        out = self._model(**self._inputs, return_dict=True)
+        logits: Tensor = out.logits[:, -1].to(torch.float32, copy=True)
+        return logits
+
+    def all(self, tokens: Tensor, length: int) -> Tensor:
+        """Logits [n, V] behind each of n tokens; rows of no meaning fill the pass.
+
+        Args:
+            tokens: [n].
+            length: Tokens, the first of them included.
+        """
+        n = tokens.shape[0]
+        filled = torch.nn.functional.pad(tokens, (0, self._rows - n))
+        self._place(filled[None], length - 1 + self._rows)
+        inputs = dict(self._inputs)
+        if self._last is not None:
+            inputs["position_ids"] = self._last + self._places
+        if inputs.get("logits_to_keep") is not None:
+            inputs["logits_to_keep"] = 0  # all
+        logits: Tensor = self._model(**inputs, return_dict=True).logits[0, :n]
+        return logits
+
+    def advance(self, tokens: int) -> None:
+        """The next draft begins so many tokens later."""
+        if self._last is not None:
+            self._last = self._last + tokens
+
+    def _place(self, ids: Tensor, length: int) -> None:
+        self._inputs["input_ids"] = ids
+        if self._mask is not None:
+            self._inputs["attention_mask"] = self._mask[:, :length]
+
+
+def decode_verified(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    tally: Tally,
+    drafted: int | str,
+    captured_s: Callable[[], float],
+    streamer: Any = None,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> Tensor:
+    """Greedy search and sampling with the tokens of transformers' own loop over the stock cache.
+
+    Args:
+        model: Attached; its cache has a device path in every layer and can be cropped.
+        input_ids: [1, N], of which the cache holds all but the last.
+        logits_processor: Of transformers, as prepared by `generate`; likewise the further ones.
+        stopping_criteria: With a longest length.
+        generation_config: As merged.
+        tally: Counts.
+        drafted: Tokens of a draft, or "auto".
+        captured_s: Seconds that went into compiling and capturing so far.
+        streamer: Gets tokens once they are verified.
+        synced_gpus: Must be False.
+        **model_kwargs: The cache, and attention_mask and position_ids where the model takes them.
+
+    Returns:
+        [1, N + new], as `generate` returns it.
+    """
+    assert not synced_gpus
+    cache = cache_in(model_kwargs)
+    device = input_ids.device
+    batch, length = input_ids.shape
+    assert batch == 1
+    longest = int(stopping_criteria.max_length)
+    ends, others = ends_of(stopping_criteria, device)
+    rows = rows_of(drafted)
+    ids = input_ids.new_zeros((1, max(longest, length) + rows))
+    ids[:, :length] = input_ids
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    inputs = model.prepare_inputs_for_generation(
+        input_ids,
+        next_sequence_length=length - cache.get_seq_length(),
+        is_first_iteration=True,
+        **model_kwargs,
+    )
+    assert inputs["input_ids"].shape[1] == 1
+    ending = set() if ends is None else set(ends.flatten().tolist())
+    passes = _Passes(model, inputs, mask, rows)
+    chooser = _Chooser(logits_processor, generation_config, device)
+    pace, clock = Pace(drafted), _Clock(device)
+    over = False
+    try:
+        while not over and length < longest:
+            first = ids[:, length - 1]
+            chooser.begin()
+            if not any(store.columns for store in cache.layer_stores):
+                # Nothing is on the host yet: steps are exact as they are.
+                token = chooser.exact(ids[:, :length], passes.step(first, length, 0), 0)
+                kept, targets = 1, token
+            else:
+                wanted = min(pace.next(), longest - length - 1)
+                began, capturing = clock.now(), captured_s()
+                n = _draft(passes, chooser, ids, length, wanted, ends)
+                cache.crop(length - 1 - cache.get_seq_length())
+                between = clock.now()
+                logits = passes.all(ids[0, length - 1 : length + n], length).to(torch.float32)
+                ended = clock.now()
+                kept, targets = _compare(chooser, ids, logits, length, n)
+                tally.add(n, kept - 1)
+                draft_s, verify_s = clock.between(began, between), clock.between(between, ended)
+                pace.note(n, kept - 1, draft_s if captured_s() == capturing else None, verify_s)
+                tally.draft_s += draft_s - (captured_s() - capturing)
+                tally.verify_s += verify_s
+                tally.exact_tokens += pace.gave_up
+                cache.crop(kept - rows)
+            ids[0, length : length + kept] = targets[:kept]
+            taken = 0
+            for token in targets[:kept].cpu().split(1):
+                length, taken = length + 1, taken + 1
+                over = length >= longest or int(token) in ending
+                if others:
+                    over = bool(stopping_criteria(ids[:, :length], None).all())
+                if streamer is not None:
+                    streamer.put(token)
+                if over:
+                    break
+            if taken < kept:  # an end among them: nothing behind it was asked for
+                cache.crop(taken - kept)
+            chooser.end(taken)
+            passes.advance(taken)
+    except BaseException:
+        # Drafted rows may be there, which are not exact: nobody may go on from them.
+        cache.settle()
+        if cache.is_open:
+            cache.crop(min(0, length - 1 - cache.get_seq_length()))
+        raise
+    if streamer is not None:
+        streamer.end()
+    return ids[:, :length].contiguous()
+
+
+def _draft(
+    passes: _Passes,
+    chooser: _Chooser,
+    ids: Tensor,
+    length: int,
+    wanted: int,
+    ends: Tensor | None,
+) -> int:
+    """Drafts tokens behind `length`, until one ends the sequence; says how many.
+
+    Args:
+        passes: Of the run.
+        chooser: Of the run.
+        ids: [1, ...]: drafted tokens are written behind `length`.
+        length: Tokens so far.
+        wanted: At most so many.
+        ends: Tokens [n, 1] that end a sequence.
+    """
+    token, flags = ids[:, length - 1], Flags(ids, None)
+    for at in range(wanted):
+        logits = passes.step(token, length + at, at)
+        token = chooser.draft(ids[:, : length + at], logits)
+        ids[:, length + at] = token
+        # One step late, so that the device never waits.
+        if ends is not None and flags.send((token == ends).any(0), token):
+            return at
+    return wanted
+
+
+def _compare(
+    chooser: _Chooser, ids: Tensor, logits: Tensor, length: int, drafted: int
+) -> tuple[int, Tensor]:
+    """How many tokens are kept, the exact one behind them included, and those tokens.
+
+    Args:
+        chooser: Of the run.
+        ids: [1, ...]: the draft stands at [length, length + drafted).
+        logits: float32 [drafted + 1, V] behind the token at length - 1 and behind each of the draft.
+        length: Tokens before the draft.
+        drafted: Tokens of the draft.
+
+    Returns:
+        Tokens that are kept, and the exact choices [drafted + 1], those behind the last kept one of no meaning.
+    """
+    draft = ids[0, length : length + drafted]
+    if chooser.is_plain:
+        targets = logits.argmax(dim=-1)
+    else:
+        chosen: list[Tensor] = []
+        for at in range(drafted + 1):
+            chosen.append(chooser.exact(ids[:, : length + at], logits[at : at + 1], at))
+            # What keeps something from call to call must not see a token that is not kept.
+            if chooser.is_stateful and at < drafted and int(chosen[-1]) != int(draft[at]):
+                break
+        targets = torch.cat(chosen)
+    agree = targets[:drafted] == draft[: targets.shape[0]]
+    return int(agree.long().cumprod(0).sum()) + 1, targets

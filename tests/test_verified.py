@@ -1,0 +1,398 @@
+"""Mode verified: whatever is drafted, its tokens are the stock cache's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from cards import DEVICES
+from families import FAMILIES, PAD, left_padded, prompts
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import offload
+from offload import verify
+from offload.errors import ConfigError, UnsupportedModelError
+from offload.kernels import reference
+from offload.verify import LENGTHS, Pace, Tally
+
+N, NEW = 600, 70
+CALL: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+# Two bits and sixteen tokens: drafts of a random model are wrong now and then by themselves.
+SETTINGS: dict[str, Any] = {
+    "mode": "verified",
+    "sinks": 64,
+    "window": 256,
+    "rung": "2k2v",
+    "retrieved": 16,
+    "draft": 5,
+    "compile": False,
+}
+ON = pytest.mark.parametrize("device", DEVICES)
+# Layers with windows or states cannot forget what was rejected.
+REFUSED = {
+    "bamba",
+    "falcon_h1",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "granitemoehybrid",
+    "jamba",
+    "lfm2",
+    "mistral_sliding",
+    "nemotron_h",
+    "qwen3_5",
+    "qwen2_sliding",
+    "qwen3_next",
+    "zamba2",
+}
+SAMPLED = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 20},
+    {"top_p": 0.8},
+    {"temperature": 1.5, "min_p": 0.02},
+    {"repetition_penalty": 1.3, "top_k": 50},
+]
+
+
+def build(name: str = "llama", device: str = "cpu") -> Any:
+    model: Any = FAMILIES[name].build()
+    model.generation_config.pad_token_id = PAD
+    return model.to(device)
+
+
+@contextmanager
+def wrong_drafts(share: float, seed: int = 0) -> Iterator[list[int]]:
+    """Within, about this share of drafted tokens is another one than was meant. Yields how many were."""
+    random = torch.Generator().manual_seed(seed)
+    right, count = verify._Chooser.draft, [0]
+
+    def draft(self: Any, ids: Tensor, logits: Tensor) -> Tensor:
+        token = right(self, ids, logits)
+        if float(torch.rand((), generator=random)) < share:
+            count[0] += 1
+            return (token + 1) % logits.shape[-1]
+        return token
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify._Chooser, "draft", draft)
+        yield count
+
+
+@ON
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - REFUSED))
+def test_tokens_are_the_stock_caches(name: str, share: float, device: str) -> None:
+    few = ("llama", "qwen2", "phi3")
+    if name not in few and (share or device == "cuda"):
+        pytest.skip("others of the kind do the same")
+    model = build(name, device)
+    ids = prompts(1, N).to(device)
+    want = model.generate(ids, **CALL)
+    with wrong_drafts(share) as wrong, offload.attach(model, **SETTINGS) as runtime:
+        got = runtime.generate(ids, **CALL)
+        report = runtime.report()
+    assert torch.equal(got, want)
+    assert report.tokens_on_host > 300
+    assert (wrong[0] > 20) == (share > 0)
+    assert report.new_tokens == NEW
+    assert report.accepted_tokens + report.verify_passes >= NEW
+    assert report.verify_passes < NEW
+    if share:
+        assert report.agreement[0] < 0.9
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED & set(FAMILIES)))
+def test_layers_that_cannot_forget_are_refused_by_name(name: str) -> None:
+    model = build(name)
+    with pytest.raises(UnsupportedModelError, match="cannot forget"):
+        offload.attach(model, **SETTINGS)
+    with offload.attach(model, mode="exact"):  # nothing was left behind
+        pass
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_rejection_at_any_place_of_a_draft_leaves_nothing_behind(at: int) -> None:
+    """Tokens, positions, keys, values and replica are those of a run that never drafted."""
+    model = build()
+    ids = prompts(1, N)
+    call = CALL | {"max_new_tokens": 60}
+    right, calls = verify._Chooser.draft, [0]
+
+    def draft(self: Any, ids: Tensor, logits: Tensor) -> Tensor:
+        token = right(self, ids, logits)
+        wrong = calls[0] % 5 == at  # none where `at` is 5
+        calls[0] += 1
+        return (token + 1) % logits.shape[-1] if wrong else token
+
+    kept = {}
+    for mode in ("verified", "exact"):
+        settings = SETTINGS | {"mode": mode, "draft": 5, "rung": "4k4v"}
+        with pytest.MonkeyPatch.context() as patch, offload.attach(model, **settings) as runtime:
+            patch.setattr(verify._Chooser, "draft", draft)
+            cache = runtime.new_cache()
+            tokens = runtime.generate(ids, cache=cache, **call)
+            rows = []
+            for store in cache.layer_stores:
+                whole = [store._block(i) for i in range(store.length // 64)]
+                rows.append(torch.cat([torch.cat(whole, 1), store._tail[:, : store._tail_length]], 1))
+                if store.path is None:
+                    continue
+                assert store.path._keys is not None
+                first = store.first_host_token
+                host = rows[-1][:, first : first + store.host_tokens]
+                codes = reference.quantize_keys(host[..., : store.shape.key_dim], bits=4)
+                got = replica_of(store)
+                assert torch.equal(got.meta, codes.meta)
+                assert all(torch.equal(a, b) for a, b in zip(got.planes, codes.planes, strict=True))
+            known = cache.token_ids
+            assert known is not None
+            assert torch.equal(known, tokens[:, :-1])
+            kept[mode] = (tokens, rows)
+    assert torch.equal(kept["verified"][0], kept["exact"][0])
+    for ours, exact in zip(kept["verified"][1], kept["exact"][1], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def replica_of(store: Any) -> reference.Codes:
+    keys = store.path._keys
+    n = store.columns
+    return reference.Codes(tuple(p[:, :, :n] for p in keys.planes), keys.meta[:, :, :n])
+
+
+@ON
+@pytest.mark.parametrize("sampling", SAMPLED, ids=lambda s: "+".join(s))
+def test_sampled_tokens_are_the_stock_caches_for_the_same_seed(
+    sampling: dict[str, Any], device: str
+) -> None:
+    model = build("qwen2", device)
+    ids = prompts(1, N).to(device)
+    call = CALL | {"do_sample": True} | sampling
+    torch.manual_seed(5)
+    want = model.generate(ids, **call)
+    after = torch.rand(4, device=device)
+    with wrong_drafts(0.2), offload.attach(model, **SETTINGS) as runtime:
+        torch.manual_seed(5)
+        got = runtime.generate(ids, **call)
+        assert torch.equal(got, want)
+        assert torch.equal(torch.rand(4, device=device), after)  # what is drawn next is the same, too
+        report = runtime.report()
+        assert 0 < report.accepted_tokens < report.drafted_tokens
+
+
+def test_without_rollback_or_with_other_noise_the_tokens_are_others() -> None:
+    """What the tests above would see: each part of the promise is needed."""
+    model = build()
+    ids = prompts(1, N)
+    sampled = CALL | {"do_sample": True, "temperature": 1.2}
+    torch.manual_seed(5)
+    want = model.generate(ids, **sampled)
+    with pytest.MonkeyPatch.context() as patch, offload.attach(model, **SETTINGS) as runtime:
+        patch.setattr(verify, "set_random_state", lambda state, device: None)
+        torch.manual_seed(5)
+        assert not torch.equal(runtime.generate(ids, **sampled), want)
+    greedy = model.generate(ids, **CALL)
+    with wrong_drafts(0.5), offload.attach(model, **SETTINGS) as runtime:
+        kept_all = verify._compare
+
+        def keep_all(chooser: Any, ids: Tensor, logits: Tensor, length: int, drafted: int) -> Any:
+            _, targets = kept_all(chooser, ids, logits, length, drafted)
+            draft = ids[0, length : length + drafted]
+            return drafted + 1, torch.cat([draft, targets[drafted:]])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verify, "_compare", keep_all)
+            assert not torch.equal(runtime.generate(ids, **CALL), greedy)
+
+
+@pytest.mark.parametrize("ending", ["eos", "criterion", "length"])
+def test_the_answer_ends_where_the_stock_one_does(ending: str) -> None:
+    model = build()
+    ids = prompts(1, N)
+    whole = model.generate(ids, **CALL)[0, N:]
+    call: dict[str, Any] = dict(CALL)
+    if ending == "eos":
+        call["eos_token_id"] = [int(whole[29])]
+    elif ending == "criterion":
+        call["stopping_criteria"] = StoppingCriteriaList(
+            [lambda ids, scores, **_: torch.tensor([ids.shape[1] >= N + 31])]
+        )
+    else:
+        call["max_new_tokens"] = 26
+    want = model.generate(ids, **call)
+    with offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        shown: list[Tensor] = []
+
+        class Streamer(BaseStreamer):  # type: ignore[misc]
+            def put(self, value: Tensor) -> None:
+                shown.append(value.flatten())
+
+            def end(self) -> None:
+                shown.append(torch.tensor([-1]))
+
+        got = runtime.generate(ids, cache=cache, streamer=Streamer(), **call)
+        assert torch.equal(got, want)
+        assert torch.equal(torch.cat(shown), torch.cat([got[0], torch.tensor([-1])]))
+        assert cache.get_seq_length() == got.shape[1] - 1
+        # The conversation goes on over what was verified.
+        more = torch.cat([got, prompts(1, 30, seed=3)], dim=1)
+        assert torch.equal(
+            runtime.generate(more, cache=cache, **CALL | {"max_new_tokens": 40}),
+            model_tokens(model, more, 40),
+        )
+
+
+def model_tokens(model: Any, ids: Tensor, new: int) -> Tensor:
+    """What the stock cache gives, of the model while it is attached."""
+    from transformers import DynamicCache
+
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        out: Tensor = model.generate(
+            ids, past_key_values=DynamicCache(config=model.config), **CALL | {"max_new_tokens": new}
+        )
+    finally:
+        model.set_attn_implementation(before)
+    return out
+
+
+def test_processors_of_users_see_tokens_that_are_kept_and_no_others() -> None:
+    model = build()
+    ids = prompts(1, N)
+
+    class Counts(LogitsProcessor):  # type: ignore[misc]
+        """Forbids each time the token that it saw last, and keeps what it saw."""
+
+        def __init__(self) -> None:
+            self.seen: list[list[int]] = []
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            self.seen.append(input_ids[0, N:].tolist())
+            scores = scores.clone()
+            scores[:, input_ids[0, -1]] = -torch.inf
+            return scores
+
+    stock, ours = Counts(), Counts()
+    want = model.generate(ids, logits_processor=LogitsProcessorList([stock]), **CALL)
+    with wrong_drafts(0.3), offload.attach(model, **SETTINGS) as runtime:
+        got = runtime.generate(ids, logits_processor=LogitsProcessorList([ours]), **CALL)
+    assert torch.equal(got, want)
+    assert ours.seen == stock.seen
+
+
+def test_an_exception_in_a_draft_leaves_a_cache_of_verified_tokens() -> None:
+    model = build()
+    ids = prompts(1, N)
+    want = model.generate(ids, **CALL)
+    with offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        right, calls = verify._Chooser.draft, [0]
+
+        def draft(self: Any, ids: Tensor, logits: Tensor) -> Tensor:
+            calls[0] += 1
+            if calls[0] == 30:
+                raise KeyboardInterrupt
+            return right(self, ids, logits)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(verify._Chooser, "draft", draft)
+            runtime.generate(ids, cache=cache, **CALL)
+        known = cache.token_ids
+        assert known is not None
+        assert N < known.shape[1] < N + 60
+        assert torch.equal(known, want[:, : known.shape[1]])
+        assert torch.equal(runtime.generate(ids, cache=cache, **CALL), want)
+
+
+def test_what_cannot_be_drafted_is_exact_and_says_so() -> None:
+    model = build()
+    two = prompts(2, N)
+    call = CALL | {"max_new_tokens": 20}
+    want = model.generate(two, **call)
+    beams = model.generate(two[:1], num_beams=2, **call)
+    with offload.attach(model, **SETTINGS) as runtime:
+        assert torch.equal(runtime.generate(two, **call), want)
+        report = runtime.report()
+        assert report.verify_passes == 0
+        assert any("several sequences" in note for note in report.notes)
+        assert torch.equal(runtime.generate(two[:1], num_beams=2, **call), beams)
+        got = runtime.generate(two[:1], return_dict_in_generate=True, output_scores=True, **call)
+        assert torch.equal(got.sequences, want[:1])
+        assert any("more than tokens" in note for note in runtime.report().notes)
+
+
+def test_padding_on_the_left_is_no_part_of_it() -> None:
+    model = build()
+    ids, mask = left_padded(1, N, pads=(90,))
+    want = model.generate(ids, attention_mask=mask, **CALL)
+    with wrong_drafts(0.3), offload.attach(model, **SETTINGS) as runtime:
+        assert torch.equal(runtime.generate(ids, attention_mask=mask, **CALL), want)
+        assert runtime.report().accepted_tokens > 0
+
+
+def test_drafts_that_do_not_pay_end() -> None:
+    model = build()
+    ids = prompts(1, N)
+    want = model.generate(ids, **CALL)
+    with wrong_drafts(1.0), offload.attach(model, **SETTINGS | {"draft": "auto"}) as runtime:
+        assert torch.equal(runtime.generate(ids, **CALL), want)
+        report = runtime.report()
+    assert report.accepted_tokens == 0
+    assert any("drafts did not pay" in note for note in report.notes)
+
+
+def test_a_draft_is_as_long_as_pays() -> None:
+    def settled(agreement: float, draft_s: float, verify_s: float) -> int:
+        pace, random = Pace("auto"), torch.Generator().manual_seed(1)
+        drafted = []
+        for _ in range(60):
+            n = pace.next()
+            drafted.append(n)
+            same = torch.rand(n, generator=random) < agreement
+            pace.note(n, int(same.long().cumprod(0).sum()), n * draft_s, verify_s)
+        assert drafted[0] == 8  # a short answer is not late
+        return max(set(drafted[-20:]), key=drafted[-20:].count)
+
+    assert settled(1.0, 0.009, 0.35) == LENGTHS[-1]
+    assert 8 <= settled(0.9, 0.009, 0.35) <= 48
+    assert settled(0.0, 0.009, 0.35) == 0
+    assert settled(0.5, 0.4, 0.35) == 0  # a draft as slow as an exact step
+    assert Pace(5).next() == 5
+
+
+def test_a_tally_counts_what_was_compared() -> None:
+    tally = Tally()
+    tally.add(4, 4)
+    tally.add(4, 1)
+    assert (tally.passes, tally.drafted, tally.examined, tally.accepted) == (2, 8, 6, 5)
+    assert tally.by_position == [(2, 2), (2, 1), (1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"draft": 0}, "draft"),
+        ({"draft": 500}, "at most 192"),
+        ({"draft": 100, "window": 256}, "two drafts"),
+        ({"page": 32, "sinks": 64}, "pages of 64"),
+    ],
+)
+def test_drafts_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        offload.attach(build(), **SETTINGS | change)
+
+
+def test_only_one_thread_is_needed() -> None:
+    """Drafting and verifying leave no thread of their own behind."""
+    model = build()
+    before = threading.active_count()
+    with offload.attach(model, **SETTINGS) as runtime:
+        runtime.generate(prompts(1, N), **CALL | {"max_new_tokens": 20})
+    assert threading.active_count() == before
