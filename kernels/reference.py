@@ -131,7 +131,7 @@ GROUP = 32
 """Channels that share the zero and scale of a token's values."""
 
 CLUSTERS = 4
-"""Clusters of the tokens of a block, where only the means of values are kept."""
+"""Clusters of the tokens of a block, where only means over them are kept."""
 
 _CLUSTER_PASSES = 6
 _CLUSTERED_NUMBERS = 2**20  # that are clustered at once
@@ -179,7 +179,9 @@ class Codes(NamedTuple):
             bfloat16 [B, H_kv, N / BLOCK, D_p / GROUP, BLOCK / 4, 2, 4].
 
     Values of which only means are kept (`cluster_values`) have the cluster of each token in the one plane, uint8
-    [B, H_kv, N / BLOCK, BLOCK], and the clusters' means in `meta`, bfloat16 [B, H_kv, N / BLOCK, CLUSTERS, D_p].
+    [B, H_kv, N / BLOCK, BLOCK], and the clusters' means in `meta`, bfloat16 [B, H_kv, N / BLOCK, CLUSTERS, D_p]. Keys of
+    which only means are kept (`cluster_tokens`) have no plane, since their clusters are those of the values, and their
+    means in `meta`, float16 of the same shape.
     """
 
     planes: tuple[Tensor, ...]
@@ -249,23 +251,55 @@ def cluster_values(keys: Tensor, values: Tensor) -> Codes:
     Returns:
         Clusters of T tokens: see `Codes`.
     """
+    ids, (means,) = _clustered(keys, (values, VALUES.dtype))
+    return Codes((ids,), means)
+
+
+def cluster_tokens(keys: Tensor, values: Tensor) -> tuple[Codes, Codes]:
+    """Means of keys and of values over the clusters of `cluster_values`, all that is kept of T tokens.
+
+    Args:
+        keys: As in `cluster_values`.
+        values: Likewise.
+
+    Returns:
+        The keys and the values: see `Codes`.
+
+    Source: Chen et al., RetroInfer (arXiv 2505.02922), the wave index: a cluster's tokens are estimated by its mean key
+        and mean value. Theirs span 8,192 tokens, ours a block.
+    """
+    ids, (mean_keys, mean_values) = _clustered(keys, (keys, KEYS.dtype), (values, VALUES.dtype))
+    return Codes((), mean_keys), Codes((ids,), mean_values)
+
+
+def _clustered(keys: Tensor, *kept: tuple[Tensor, torch.dtype]) -> tuple[Tensor, list[Tensor]]:
+    """The cluster of each token, and means over clusters of rows [B, T, H_kv, width], each in a dtype of its own."""
     batch, n_tokens, kv_heads, key_dim = keys.shape
     blocks = n_tokens // BLOCK
-    width = padded(values.shape[-1])
+    widths = [padded(rows.shape[-1]) for rows, _ in kept]
     ids = keys.new_empty((batch, kv_heads, blocks, BLOCK), dtype=torch.uint8)
-    means = keys.new_zeros((batch, kv_heads, blocks, CLUSTERS, width), dtype=torch.bfloat16)
-    together = max(1, _CLUSTERED_NUMBERS // (batch * kv_heads * BLOCK * max(key_dim, width)))
+    means = [
+        keys.new_zeros((batch, kv_heads, blocks, CLUSTERS, width), dtype=dtype)
+        for width, (_, dtype) in zip(widths, kept, strict=True)
+    ]
+    together = max(1, _CLUSTERED_NUMBERS // (batch * kv_heads * BLOCK * max(key_dim, *widths)))
     for first in range(0, blocks, together):  # so that they take little memory
         part = slice(first, first + together)
         tokens = slice(first * BLOCK, (first + together) * BLOCK)
         near = _clusters(keys[:, tokens].transpose(1, 2).unflatten(2, (-1, BLOCK)).float())
         members = torch.nn.functional.one_hot(near, CLUSTERS).float().mT  # [.., CLUSTERS, BLOCK]
-        sums = members @ values[:, tokens].transpose(1, 2).unflatten(2, (-1, BLOCK)).float()
+        n = members.sum(-1, keepdim=True).clamp(min=1)
         ids[:, :, part] = near.to(torch.uint8)
-        means[:, :, part, :, : values.shape[-1]] = (
-            sums / members.sum(-1, keepdim=True).clamp(min=1)
-        ).to(torch.bfloat16)
-    return Codes((ids,), means)
+        for mean, (rows, dtype) in zip(means, kept, strict=True):
+            sums = members @ rows[:, tokens].transpose(1, 2).unflatten(2, (-1, BLOCK)).float()
+            mean[:, :, part, :, : rows.shape[-1]] = (sums / n).to(dtype)
+    return ids, means
+
+
+def _of_clusters(ids: Tensor, means: Tensor, head_size: int) -> Tensor:
+    """Each token's mean: float32 [B, H_kv, N, head_size]."""
+    near = ids.long().unsqueeze(-1).expand(-1, -1, -1, -1, head_size)
+    return means[..., :head_size].float().gather(3, near).flatten(2, 3)
 
 
 def _clusters(keys: Tensor) -> Tensor:
@@ -309,6 +343,39 @@ def scan(
         float32 [B, H_q, N].
     """
     low = dequantize_keys(keys, bits=bits, head_size=query.shape[-1])
+    return _scan(query, low, scale, padding, softcap)
+
+
+def scan_clusters(
+    query: Tensor,
+    keys: Codes,
+    clusters: Codes,
+    *,
+    scale: float,
+    padding: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Scores of every query head against the mean key of each token's cluster.
+
+    Args:
+        query: [B, H_q, D].
+        keys: Of `cluster_tokens`, of N tokens.
+        clusters: The values beside them, which say which cluster a token is of.
+        scale: As in `scan`.
+        padding: As in `scan`. Means are over padding too.
+        softcap: As in `scan`.
+
+    Returns:
+        As `scan`; all tokens of a cluster have one score.
+    """
+    low = _of_clusters(clusters.planes[0], keys.meta, query.shape[-1])
+    return _scan(query, low, scale, padding, softcap)
+
+
+def _scan(
+    query: Tensor, low: Tensor, scale: float, padding: Tensor | None, softcap: float | None
+) -> Tensor:
+    """Scores against keys float32 [B, H_kv, N, D]."""
     groups = query.shape[1] // low.shape[1]
     scores = query.float().unsqueeze(2) @ low.repeat_interleave(groups, dim=1).mT
     scores = scores.squeeze(2) * scale
@@ -379,7 +446,7 @@ def tail_of_clusters(scores: Tensor, selected: Tensor, clusters: Codes, *, head_
     """Attention over all tokens that are not selected, each with the mean value of its cluster.
 
     Args:
-        scores: As in `tail`.
+        scores: As in `tail`; of `scan_clusters` too.
         selected: As in `tail`. Means are over selected tokens too.
         clusters: Of `cluster_values`, of N tokens.
         head_size: D_v.
@@ -387,9 +454,7 @@ def tail_of_clusters(scores: Tensor, selected: Tensor, clusters: Codes, *, head_
     Returns:
         As `tail`.
     """
-    near = clusters.planes[0].long().unsqueeze(-1).expand(-1, -1, -1, -1, head_size)
-    means = clusters.meta[..., :head_size].float()
-    return _tail(scores, selected, means.gather(3, near).flatten(2, 3))
+    return _tail(scores, selected, _of_clusters(clusters.planes[0], clusters.meta, head_size))
 
 
 def gather(pool: Tensor, table: Tensor, selected: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def scan(
 
 
 @triton.jit
-def _query(q_ptr, i_g, stride_qg, first, sm_scale, G: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr, PLAIN: tl.constexpr):  # fmt: skip
+def scaled_query(q_ptr, i_g, stride_qg, first, sm_scale, G: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr, PLAIN: tl.constexpr):  # fmt: skip
     """[RUN, G_P]: channels from `first` on of a group's scaled queries."""
     i_c = first + tl.arange(0, RUN)
     mask = (i_c < D)[:, None] & (i_g < G)[None, :]
@@ -163,12 +163,12 @@ def _scan_kernel(
     i_t = tl.arange(0, BLOCK)
     i_u = tl.arange(0, RUN)
     q_ptr += i_batch * stride_qb + i_kv * G * stride_qh
-    q0 = _query(q_ptr, i_g, stride_qh, 0 * RUN, sm_scale, G, D, RUN, PLAIN)
-    q1 = _query(q_ptr, i_g, stride_qh, 1 * RUN, sm_scale, G, D, RUN, PLAIN)
+    q0 = scaled_query(q_ptr, i_g, stride_qh, 0 * RUN, sm_scale, G, D, RUN, PLAIN)
+    q1 = scaled_query(q_ptr, i_g, stride_qh, 1 * RUN, sm_scale, G, D, RUN, PLAIN)
     q2, q3 = q0, q1
     if RUNS > 2:
-        q2 = _query(q_ptr, i_g, stride_qh, 2 * RUN, sm_scale, G, D, RUN, PLAIN)
-        q3 = _query(q_ptr, i_g, stride_qh, 3 * RUN, sm_scale, G, D, RUN, PLAIN)
+        q2 = scaled_query(q_ptr, i_g, stride_qh, 2 * RUN, sm_scale, G, D, RUN, PLAIN)
+        q3 = scaled_query(q_ptr, i_g, stride_qh, 3 * RUN, sm_scale, G, D, RUN, PLAIN)
     hidden = 0
     if PADDED:
         hidden = tl.load(padding_ptr + i_batch)

@@ -191,7 +191,8 @@ class Budgets:
         asked, retrieval = self._config.replica.rung, self._config.retrieval
         prices = []
         for rung in RUNGS:
-            if asked not in ("auto", rung.name):
+            automatic = rung.faithful or self._config.mode == "verified"
+            if asked != rung.name and not (asked == "auto" and automatic):
                 continue
             layer_bytes = tuple(
                 rung.token_bytes(row.kv_heads, row.key_dim, row.value_dim)

@@ -245,12 +245,12 @@ class RetrievalConfig(_Table):
 class ReplicaConfig(_Table):
     """The low-bit copy of offloaded KV on the device. Exact mode needs none."""
 
-    rung: Literal["auto", "4k4v", "3k3v", "2k2v", "2k+clusters"] = Field(
+    rung: Literal["auto", "4k4v", "3k3v", "2k2v", "2k+clusters", "clusters"] = Field(
         default="auto",
         description="Bits of its keys and values; 2k+clusters keeps means of values over tokens of similar "
-        "keys. auto: the best that fits the device budget beside a small window, and streaming of every token "
-        "where none does.",
-        json_schema_extra=_unit('"auto", "4k4v", "3k3v", "2k2v" or "2k+clusters"'),
+        "keys, clusters means of keys too and nothing else. auto: the best that fits the device budget beside a "
+        "small window, and streaming of every token where none does; clusters in mode verified only.",
+        json_schema_extra=_unit('"auto", "4k4v", "3k3v", "2k2v", "2k+clusters" or "clusters"'),
     )
     whole_layers: _TokensOrNone = Field(
         default=0,

@@ -1,7 +1,8 @@
 """Which low-bit copies of offloaded tokens can the device keep, and what do they cost? The ladder, best first.
 
-A rung is a code for keys and values and a number of tokens per KV head that are attended to exactly on top of it.
-The bytes are those of `offload.kernels.quantize`, scales included; a test compares the two.
+A rung is a code for keys and values, or means of them, and a number of tokens per KV head that are attended to exactly
+on top of it. The bytes are those of `offload.kernels.quantize` and `offload.kernels.clusters`, scales included; a test
+compares the two.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 BLOCK = 64  # tokens that share the scales of their keys: what a replica grows by
 _GROUP = 32  # channels that share the scales of a token's values
-_CLUSTERS = 4  # of a block's values, where they are clustered
+_CLUSTERS = 4  # of a block, where only means are kept
 # How a step is cut into parts; a test compares these with the kernels'.
 WINDOW_PARTS = 32  # at most
 ROWS = 16  # selected rows of a part
@@ -27,10 +28,12 @@ class Rung:
 
     Attributes:
         name: As in the config.
-        bits: Of the codes of keys, and of values unless these are clustered.
+        bits: Of the codes of keys, and of values unless these are clustered; 0 where of keys too only the means of
+            clusters are kept.
         tokens: Attended to exactly per KV head, unless the config says otherwise.
         clustered: Of values only the means of clusters are kept.
         caches: Rows may stay on the device after they were selected; without them it takes less.
+        faithful: Its tokens may be shown as they are. Others are for drafts, unless they are asked for by name.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Rung:
     tokens: int
     clustered: bool = False
     caches: bool = True
+    faithful: bool = True
 
     @property
     def rank(self) -> tuple[int, bool]:
@@ -67,7 +71,7 @@ class Rung:
         """
         keys, values = _padded(key_dim), _padded(value_dim)
         # Zero and scale of a channel take four bytes for a block, those of a token's group four for itself.
-        block = BLOCK * self.bits * keys // 8 + 4 * keys
+        block = BLOCK * self.bits * keys // 8 + 4 * keys if self.bits else 2 * _CLUSTERS * keys
         if self.clustered:
             block += BLOCK + 2 * _CLUSTERS * values
         else:
@@ -108,6 +112,7 @@ RUNGS = (
     Rung("3k3v", 3, 64),
     Rung("2k2v", 2, 256),
     Rung("2k+clusters", 2, 256, clustered=True),
+    Rung("clusters", 0, 256, clustered=True, faithful=False),
 )
 
 

@@ -140,7 +140,9 @@ def test_a_rejection_at_any_place_of_a_draft_leaves_nothing_behind(at: int) -> N
             rows = []
             for store in cache.layer_stores:
                 whole = [store._block(i) for i in range(store.length // 64)]
-                rows.append(torch.cat([torch.cat(whole, 1), store._tail[:, : store._tail_length]], 1))
+                rows.append(
+                    torch.cat([torch.cat(whole, 1), store._tail[:, : store._tail_length]], 1)
+                )
                 if store.path is None:
                     continue
                 assert store.path._keys is not None
@@ -180,7 +182,8 @@ def test_sampled_tokens_are_the_stock_caches_for_the_same_seed(
         torch.manual_seed(5)
         got = runtime.generate(ids, **call)
         assert torch.equal(got, want)
-        assert torch.equal(torch.rand(4, device=device), after)  # what is drawn next is the same, too
+        # What is drawn next is the same, too.
+        assert torch.equal(torch.rand(4, device=device), after)
         report = runtime.report()
         assert 0 < report.accepted_tokens < report.drafted_tokens
 
@@ -229,7 +232,7 @@ def test_the_answer_ends_where_the_stock_one_does(ending: str) -> None:
         cache = runtime.new_cache()
         shown: list[Tensor] = []
 
-        class Streamer(BaseStreamer):  # type: ignore[misc]
+        class Streamer(BaseStreamer):
             def put(self, value: Tensor) -> None:
                 shown.append(value.flatten())
 
@@ -267,7 +270,7 @@ def test_processors_of_users_see_tokens_that_are_kept_and_no_others() -> None:
     model = build()
     ids = prompts(1, N)
 
-    class Counts(LogitsProcessor):  # type: ignore[misc]
+    class Counts(LogitsProcessor):
         """Forbids each time the token that it saw last, and keeps what it saw."""
 
         def __init__(self) -> None:
@@ -301,9 +304,10 @@ def test_an_exception_in_a_draft_leaves_a_cache_of_verified_tokens() -> None:
                 raise KeyboardInterrupt
             return right(self, ids, logits)
 
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(verify._Chooser, "draft", draft)
-            runtime.generate(ids, cache=cache, **CALL)
+            with pytest.raises(KeyboardInterrupt):
+                runtime.generate(ids, cache=cache, **CALL)
         known = cache.token_ids
         assert known is not None
         assert N < known.shape[1] < N + 60

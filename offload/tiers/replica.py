@@ -34,7 +34,12 @@ from torch import Tensor
 
 from offload.graph import by_host
 from offload.kernels import reference
-from offload.kernels.clusters import empty_clusters, tail_of_clusters
+from offload.kernels.clusters import (
+    empty_clusters,
+    empty_mean_keys,
+    scan_clusters,
+    tail_of_clusters,
+)
 from offload.kernels.combine import Partials, combine, empty_partials
 from offload.kernels.gather import RowCache, attend_rows, empty_row_cache, row_slots
 from offload.kernels.quantize import empty_codes, quantize_keys, quantize_values
@@ -54,8 +59,8 @@ class PathSettings:
     """How the device path works.
 
     Attributes:
-        bits: Of the replica's codes.
-        clustered: Whether of values only the means of clusters are kept.
+        bits: Of the replica's codes; 0 where of keys and values only the means of clusters are kept.
+        clustered: Whether that is so of values at least.
         tokens: Attended to exactly per KV head; 0 or a power of two of at least 16.
         cached_rows: Rows per KV head that stay on the device after they were selected; 0 or a power of two.
         skipped_mass: Share of all weights that blocks may have together whose values are not read.
@@ -269,14 +274,19 @@ class DevicePath:
                 device=self._device,
             )
 
-        self._keys = make(self.shape.key_dim, True)
+        shape, n_tokens = self.shape, blocks * BLOCK
+        if self.settings.bits:
+            self._keys = make(shape.key_dim, True)
+        else:
+            self._keys = empty_mean_keys(
+                batch, shape.kv_heads, n_tokens, shape.key_dim, self._device
+            )
         if self.settings.clustered:
-            shape = self.shape
             self._values = empty_clusters(
-                batch, shape.kv_heads, blocks * BLOCK, shape.value_dim, self._device
+                batch, shape.kv_heads, n_tokens, shape.value_dim, self._device
             )
         else:
-            self._values = make(self.shape.value_dim, False)
+            self._values = make(shape.value_dim, False)
 
     def _make_row_cache(self, batch: int) -> None:
         if self.settings.tokens and self.settings.cached_rows:
@@ -382,7 +392,7 @@ class DevicePath:
     # Changes, outside of any graph.
 
     def append(self, rows: Tensor, first_block: int) -> None:
-        """Codes whole blocks that leave the window.
+        """Writes the replica of whole blocks that leave the window.
 
         Args:
             rows: [B, n * BLOCK, H_kv, D + D_v] on the device.
@@ -397,16 +407,19 @@ class DevicePath:
         keys, values = rows[..., : self.shape.key_dim], rows[..., self.shape.key_dim :]
         bits, clustered = self.settings.bits, self.settings.clustered
         made: list[tuple[Codes, Codes]] = []
-        if self.has_kernels:
+        if bits and self.has_kernels:
             first = torch.full((), first_block, dtype=torch.int32, device=self._device)
             quantize_keys(keys, self._keys, first, bits=bits)
             if not clustered:
                 quantize_values(values, self._values, first, bits=bits)
-        else:
+        elif bits:
             made.append((self._keys, reference.quantize_keys(keys, bits=bits)))
             if not clustered:
                 made.append((self._values, reference.quantize_values(values, bits=bits)))
-        if clustered:
+        if not bits:
+            mean_keys, mean_values = reference.cluster_tokens(keys, values)
+            made += [(self._keys, mean_keys), (self._values, mean_values)]
+        elif clustered:
             made.append((self._values, reference.cluster_values(keys, values)))
         for codes, fresh in made:
             for target, new in zip((*codes.planes, codes.meta), (*fresh.planes, fresh.meta), strict=True):  # fmt: skip
@@ -528,10 +541,16 @@ class DevicePath:
             assert memory.selection is not None
             assert memory.skipped is not None
             n_blocks = self.lengths[1:]
-            scan(
-                query, self._keys, n_blocks, memory.scan,
-                bits=bits, scale=scale, padding=self._hidden, softcap=softcap,
-            )  # fmt: skip
+            if bits:
+                scan(
+                    query, self._keys, n_blocks, memory.scan,
+                    bits=bits, scale=scale, padding=self._hidden, softcap=softcap,
+                )  # fmt: skip
+            else:
+                scan_clusters(
+                    query, self._keys, self._values, n_blocks, memory.scan,
+                    scale=scale, padding=self._hidden, softcap=softcap,
+                )  # fmt: skip
             if k:
                 select_blocks(memory.scan, n_blocks, memory.selection)
                 beside.wait_stream(main)
@@ -651,10 +670,16 @@ class DevicePath:
             assert self._keys is not None
             assert self._values is not None
             n, bits = n_blocks[0], self.settings.bits
-            scores = reference.scan(
-                query, _first(self._keys, n),
-                bits=bits, scale=scale, padding=self._hidden, softcap=softcap,
-            )  # fmt: skip
+            if bits:
+                scores = reference.scan(
+                    query, _first(self._keys, n),
+                    bits=bits, scale=scale, padding=self._hidden, softcap=softcap,
+                )  # fmt: skip
+            else:
+                scores = reference.scan_clusters(
+                    query, _first(self._keys, n), _first(self._values, n),
+                    scale=scale, padding=self._hidden, softcap=softcap,
+                )  # fmt: skip
             tokens = reference.select(scores, kv_heads=self.shape.kv_heads, k=self.settings.tokens)
             fetched = reference.gather(pool, self._table, tokens).to(query.device)
             if self._near is not None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload.kernels import quantize, reference
-from offload.kernels.clusters import empty_clusters
+from offload.kernels.clusters import empty_clusters, empty_mean_keys
 from offload.kernels.reference import BLOCK, GROUP, Codes
 from offload.scheduler.rungs import RUNGS, Rung
 
@@ -120,6 +120,8 @@ def test_the_planner_prices_a_token_as_it_is_kept(rung: Rung, sizes: tuple[int, 
         cpu = torch.device("cpu")
         if rung.clustered and not keys:
             codes = empty_clusters(1, 3, 8 * BLOCK, size, cpu)
+        elif not rung.bits:
+            codes = empty_mean_keys(1, 3, 8 * BLOCK, size, cpu)
         else:
             codes = quantize.empty_codes(
                 1, 3, 8 * BLOCK, size, bits=rung.bits, keys=keys, device=cpu

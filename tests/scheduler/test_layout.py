@@ -143,14 +143,18 @@ def test_copies_of_one_prompt_share_its_host_pages() -> None:
     assert alone.host_bytes < shared.host_bytes < 2 * alone.host_bytes
 
 
+LAYER_BYTES = {
+    "4k4v": (1200, 1000, 1200),
+    "3k3v": (900, 750, 900),
+    "2k2v": (600, 500, 600),
+    "2k+clusters": (400, 300, 400),
+    "clusters": (250, 200, 250),
+}
 LADDER = tuple(
     RungPrice(
         rung=rung,
-        layer_bytes=tuple(
-            n * rung.bits for n in ((200, 150, 200) if rung.clustered else (300, 250, 300))
-        )
-        * 2,
-        row_bytes=(MIB if rung.bits == 2 else 0, 0, 0) * 2,
+        layer_bytes=LAYER_BYTES[rung.name] * 2,
+        row_bytes=(MIB if rung.tokens == 256 else 0, 0, 0) * 2,
     )
     for rung in RUNGS
 )
@@ -177,7 +181,7 @@ def test_a_ladder_of_replicas_stays_within_the_budget(extra: int, unknown: bool)
         held = {price.rung: price.layer_bytes for price in LADDER}
         per_token = sum(held[rung][i] for i, rung in enumerate(layout.rungs))
         assert layout.device["replica"] == layout.replica_tokens * per_token
-        rows = sum(layout.rungs[i].bits == 2 for i in (0, 3))
+        rows = sum(layout.rungs[i].tokens == 256 for i in (0, 3))
         assert layout.device["cached rows"] == rows * MIB
 
 
@@ -244,6 +248,21 @@ def test_a_rung_that_was_asked_for_is_not_changed() -> None:
     asked = replace(FAST, rungs=LADDER[2:], streams=False)
     roomy = lay_out(asked, device_budget=least_budget(asked) + 900 * MIB, host_budget=PLENTY)
     assert {rung.name for rung in roomy.rungs} == {"2k2v"}
-    refused = laid_out(replace(FAST, rungs=LADDER[:1], streams=False), -1)
-    assert isinstance(refused, BudgetError)
-    assert "4k4v" in str(refused)
+    for price, way_out in ((LADDER[0], "one of fewer bits"), (LADDER[-1], "which then streams")):
+        refused = laid_out(replace(FAST, rungs=(price,), streams=False), -1)
+        assert isinstance(refused, BudgetError)
+        assert price.rung.name in str(refused)
+        assert way_out in str(refused)
+
+
+def test_the_last_rung_is_taken_only_where_no_other_fits() -> None:
+    needed = [
+        least_budget(replace(FAST, rungs=(price,), streams=False, chunk=None)) for price in LADDER
+    ]
+    assert needed == sorted(needed, reverse=True)
+    for budget, want in ((needed[-2], "2k+clusters"), (needed[-2] - 1, "clusters")):
+        layout = lay_out(replace(FAST, chunk=None), device_budget=budget, host_budget=PLENTY)
+        assert layout.rung is not None
+        assert layout.rung.name == want
+    streamed = lay_out(replace(FAST, chunk=None), device_budget=needed[-1] - 1, host_budget=PLENTY)
+    assert streamed.rung is None

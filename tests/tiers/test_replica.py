@@ -132,6 +132,35 @@ def test_cached_rows_are_forgotten_when_tokens_may_mean_other_rows() -> None:
     assert bool((path._near.tokens == -1).all())
 
 
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda rung: rung.name)
+def test_a_replica_follows_its_sequences_and_says_which_block_is_bad(rung: Rung) -> None:
+    settings = PathSettings(bits=rung.bits, tokens=16, skipped_mass=0.0, clustered=rung.clustered)
+
+    def tensors(path: DevicePath) -> list[Tensor]:
+        held = [codes for codes in (path._keys, path._values) if codes is not None]
+        return [tensor for codes in held for tensor in (*codes.planes, codes.meta)]
+
+    path = path_on_cpu(settings, batch=3, kv_heads=2)
+    rows = torch.randn(3, 4 * 64, 2, 128, generator=torch.Generator().manual_seed(0))
+    path.append(rows, 0)
+    assert path.nbytes == sum(tensor.nbytes for tensor in tensors(path)) + path._table.nbytes
+    for order in ([2, 0, 1], [1, 1]):  # in place, and into others
+        rows = rows[order]
+        path.select_sequences(torch.tensor(order))
+        fresh = path_on_cpu(settings, batch=len(order), kv_heads=2)
+        fresh.append(rows, 0)
+        assert [mine.shape for mine in tensors(path)] == [theirs.shape for theirs in tensors(fresh)]
+        assert all(map(torch.equal, tensors(path), tensors(fresh)))
+    assert path.bad_block(4) is None
+    for part in (0, 64):  # of a key, of a value
+        rows[1, 130, 1, part] = torch.inf
+        path.append(rows[:, 128:], 2)
+        assert path.bad_block(4) == 2
+        rows[1, 130, 1, part] = 0.0
+        path.append(rows[:, 128:], 2)
+        assert path.bad_block(4) is None
+
+
 @pytest.mark.parametrize(
     ("visible", "left", "padding"),
     [
