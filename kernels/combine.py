@@ -2,7 +2,7 @@
 
 Every kernel of the step leaves its parts in slots of one `Partials`: window splits, selected rows, tail splits.
 
-The reference is `offload.kernels.reference.merge`.
+The references are `offload.kernels.reference.merge`, and `offload.kernels.noise.squared_error` of what is added up.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from offload.kernels.noise import Noise
 
 COLUMNS = 32  # of the output, a program: enough programs to read at the rate of the L2 cache
 STEP, WARPS = 128, 8  # parts that are read at once
@@ -56,6 +58,9 @@ def combine(
     counter: Tensor | None = None,
     stats: Tensor | None = None,
     skipped: Tensor | None = None,
+    query: Tensor | None = None,
+    noise: Noise | None = None,
+    scale: float = 1.0,
     tail_at: int = 0,
 ) -> None:
     """Merges all slots. The last launch of a step: it may count the step, and what the step left to the tail.
@@ -65,18 +70,31 @@ def combine(
         out: Written: [B, H_q, D_v], contiguous, floating. Zeros where every slot is empty.
         sink_logits: [H_q]: one logit per head without a value.
         counter: int32 [1]: grows by one.
-        stats: float32 [2]: the tail's share of all weights and the skipped share, means over B and H_q, are added.
+        stats: float32 [4]: the tail's share of all weights, the skipped share, the square of the error that is to be
+            expected and that of the output's norm, means over B and H_q, are added.
         skipped: float32 [B, H_q, n] with `stats`: skipped shares of the tail's slots.
+        query: [B, H_q, D], last stride 1, with `stats`.
+        noise: Of the tail, with `stats`.
+        scale: Factor on the dot products, with `stats`.
         tail_at: The first slot of the tail.
+
+    Raises:
+        ValueError: `stats` without `skipped`, `query` or `noise`.
     """
+    if stats is None:
+        query, noise = out, Noise(partials.lse, partials.lse)  # not read
+    elif query is None or noise is None or skipped is None:
+        raise ValueError("stats need skipped shares, the query and the noise of the tail")
     batch, heads, slots, value_dim = partials.out.shape
     grid = (batch * heads, triton.cdiv(value_dim, COLUMNS))
     n_skipped = 1 if skipped is None else skipped.shape[2]
     lse = partials.lse
     _combine_kernel[grid](
         *partials, out, lse if sink_logits is None else sink_logits, lse if counter is None else counter,
-        lse if stats is None else stats, lse if skipped is None else skipped, heads, slots, tail_at, n_skipped,
-        DV=value_dim, COLUMNS=COLUMNS, SLOTS=triton.next_power_of_2(slots),
+        lse if stats is None else stats, lse if skipped is None else skipped, query, *noise,
+        heads, slots, tail_at, n_skipped, heads // noise.keys.shape[1], scale, query.stride(0), query.stride(1),
+        D=query.shape[2], D_P=triton.next_power_of_2(noise.keys.shape[2]), DV=value_dim,
+        COLUMNS=COLUMNS, SLOTS=triton.next_power_of_2(slots),
         STEP=min(STEP, triton.next_power_of_2(slots)), SKIPPED=triton.next_power_of_2(n_skipped),
         SINKS=sink_logits is not None, COUNTS=counter is not None, STATS=stats is not None,
         num_warps=WARPS,
@@ -92,10 +110,19 @@ def _combine_kernel(
     counter_ptr,
     stats_ptr,
     skipped_ptr,
+    q_ptr,
+    key_noise_ptr,
+    value_noise_ptr,
     heads,
     slots,
     tail_at,
     n_skipped,
+    groups,
+    sm_scale,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    D: tl.constexpr,
+    D_P: tl.constexpr,
     DV: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -120,14 +147,6 @@ def _combine_kernel(
     if COUNTS:  # noqa: SIM102 - a constexpr first, or both are compiled
         if tl.program_id(0) + tl.program_id(1) == 0:
             tl.store(counter_ptr, tl.load(counter_ptr) + 1)
-    if STATS:  # noqa: SIM102
-        if tl.program_id(1) == 0:
-            tail = tl.sum(tl.where(i_s >= tail_at, tl.exp(lse - safe), 0.0), axis=0)
-            i_k = tl.arange(0, SKIPPED)
-            gone = tl.load(skipped_ptr + i_row * n_skipped + i_k, mask=i_k < n_skipped, other=0.0)
-            share = 1.0 / tl.num_programs(0)
-            tl.atomic_add(stats_ptr, tl.where(total > 0.0, tail / total, 0.0) * share)
-            tl.atomic_add(stats_ptr + 1, tl.sum(gone, axis=0) * share)
     i_v = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     i_j = tl.arange(0, STEP)
     acc = tl.zeros((COLUMNS,), dtype=tl.float32)
@@ -142,3 +161,29 @@ def _combine_kernel(
         acc += tl.sum(tl.where((weight > 0.0)[:, None], value, 0.0) * weight[:, None], axis=0)
     acc = tl.where(total > 0.0, acc / tl.where(total > 0.0, total, 1.0), 0.0)
     tl.store(out_ptr + i_row * DV + i_v, acc.to(out_ptr.dtype.element_ty), mask=i_v < DV)
+    if STATS:
+        own = tl.sum(acc * acc, axis=0)  # of these columns
+        share = tl.where(i_s >= tail_at, tl.exp(lse - safe), 0.0) / tl.where(
+            total > 0.0, total, 1.0
+        )
+        tail, square = tl.sum(share, axis=0), tl.sum(share * share, axis=0)
+        i_k = tl.arange(0, SKIPPED)
+        gone = tl.load(skipped_ptr + i_row * n_skipped + i_k, mask=i_k < n_skipped, other=0.0)
+        skipped = tl.sum(gone, axis=0)
+        i_d = tl.arange(0, D_P)
+        i_kv = i_row // groups  # sequence and KV head
+        q_ptr += i_row // heads * stride_qb + i_row % heads * stride_qh
+        q = tl.load(q_ptr + i_d, mask=i_d < D, other=0.0).to(tl.float32)
+        spread = tl.sum(q * q * tl.load(key_noise_ptr + i_kv * D_P + i_d), axis=0)
+        spread *= sm_scale * sm_scale
+        off = tail * (1.0 - tail) * (1.0 - tl.exp(-0.5 * spread)) + skipped
+        factor = square * (1.0 - tl.exp(-spread)) + off * off
+        error = factor * own
+        each = 1.0 / tl.num_programs(0)
+        if tl.program_id(1) == 0:
+            norm = tl.load(value_noise_ptr + i_kv * 2)
+            error += factor * norm + square * tl.load(value_noise_ptr + i_kv * 2 + 1)
+            tl.atomic_add(stats_ptr, tail * each)
+            tl.atomic_add(stats_ptr + 1, skipped * each)
+        tl.atomic_add(stats_ptr + 2, error * each)
+        tl.atomic_add(stats_ptr + 3, own * each)

@@ -431,15 +431,19 @@ def tail(scores: Tensor, selected: Tensor, values: Codes, *, bits: int, head_siz
 def _tail(scores: Tensor, selected: Tensor, low: Tensor) -> Part:
     """Attention over all tokens that are not selected, with values float32 [B, H_kv, N, D_v]."""
     groups = scores.shape[1] // low.shape[1]
-    taken = torch.zeros(
-        (*low.shape[:2], scores.shape[-1] + 1), dtype=torch.bool, device=scores.device
-    )
-    slots = torch.where(selected < 0, scores.shape[-1], selected).long()
-    taken.scatter_(2, slots, True)
-    rest = scores.masked_fill(taken[..., :-1].repeat_interleave(groups, dim=1), -torch.inf)
+    rest = unselected(scores, selected)
     lse = torch.logsumexp(rest, dim=-1, keepdim=True)
     weights = torch.exp(rest - lse).masked_fill(lse.isneginf(), 0.0).unsqueeze(2)
     return Part(weights @ low.repeat_interleave(groups, dim=1), lse)
+
+
+def unselected(scores: Tensor, selected: Tensor) -> Tensor:
+    """Scores [B, H_q, N] with -inf for the tokens [B, H_kv, k] that are selected, -1 for none."""
+    n = scores.shape[-1]
+    taken = torch.zeros((*selected.shape[:2], n + 1), dtype=torch.bool, device=scores.device)
+    taken.scatter_(2, torch.where(selected < 0, n, selected).long(), True)
+    groups = scores.shape[1] // selected.shape[1]
+    return scores.masked_fill(taken[..., :-1].repeat_interleave(groups, dim=1), -torch.inf)
 
 
 def tail_of_clusters(scores: Tensor, selected: Tensor, clusters: Codes, *, head_size: int) -> Part:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -120,6 +121,7 @@ class _LastRun:
     fetched_bytes: int = 0
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
+    error_estimate: float | None = 0.0
 
 
 class Runtime:
@@ -342,6 +344,7 @@ class Runtime:
             fetched_bytes=last.fetched_bytes,
             tail_mass=last.tail_mass,
             skipped_mass=last.skipped_mass,
+            error_estimate=last.error_estimate,
             replayed_steps=last.replayed_steps,
             capture_s=last.capture_s,
             notes=notes,
@@ -489,7 +492,7 @@ class Runtime:
             elif not fast and not prompt.is_assisted:
                 self._maker.keep_pages_resident(cache)
         last.prefill_s = done.seconds
-        last.tail_mass = last.skipped_mass = 0.0
+        last.tail_mass = last.skipped_mass = last.error_estimate = 0.0
         last.selected_bytes = last.fetched_bytes = 0
         cache.reset_stats()  # what a stock generate or an interrupted one left
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
@@ -605,15 +608,17 @@ class Runtime:
         if why is not None:
             self._notes.tell(f"every token is streamed: {why}")
             return
-        masses = torch.zeros(2)
+        masses, error, layers = torch.zeros(2), 0.0, len(cache.layer_stores)
         for store in cache.layer_stores:
             path = store.path
             if path is not None and store.columns:
-                masses += path.stats.cpu() / max(1, path.steps * len(cache.layer_stores))
+                masses += path.stats[:2].cpu() / max(1, path.steps * layers)
+                error += path.error_estimate() / layers
                 exactly, from_host = path.selected_bytes()
                 selected += exactly
                 fetched += from_host
         last.tail_mass, last.skipped_mass = masses.tolist()
+        last.error_estimate = None if math.isnan(error) else error
         last.selected_bytes, last.fetched_bytes = selected, fetched
 
     def _generate_stock(

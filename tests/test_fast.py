@@ -239,6 +239,46 @@ def test_shares_in_the_report_are_those_of_the_run() -> None:
         assert (report.tail_mass, report.selected_bytes) == (0.0, 0)
 
 
+def test_the_expected_error_grows_with_what_the_replica_leaves_out() -> None:
+    model = build("llama", "cpu")
+    ids = prompts(2, N)
+    few = ALL | {"retrieved": 16, "window": 128}
+    found = {}
+    for rung in ("4k4v", "3k3v", "2k2v"):
+        with offload.attach(model, **(few | {"rung": rung})) as runtime:
+            cache = runtime.new_cache(N + 200)
+            got = runtime.generate(ids, past_key_values=cache, **(CALL | {"max_new_tokens": 8}))
+            report = runtime.report()
+            assert report.error_estimate is not None
+            found[rung] = report.error_estimate
+            assert f"{report.error_estimate:.2%}" in str(report)
+            # Of fewer tokens on the host after a crop it is another, the same as in a new cache.
+            cache.crop(300 - cache.get_seq_length())
+            short = got[:, :330]
+            runtime.generate(short, past_key_values=cache, **(CALL | {"max_new_tokens": 8}))
+            cropped = runtime.report().error_estimate
+            assert cropped != found[rung]
+            runtime.generate(short, **(CALL | {"max_new_tokens": 8}))
+            again = runtime.report()
+            assert cropped is not None
+            assert again.error_estimate is not None
+            assert again.tokens_on_host > 0
+            runtime.generate(ids[:1], num_beams=2, **(CALL | {"max_new_tokens": 2}))
+            assert runtime.report().error_estimate == 0.0  # streamed
+        assert 0.5 < cropped / again.error_estimate < 2
+    assert 0 < found["4k4v"] < found["3k3v"] < found["2k2v"] < 1
+    with offload.attach(model, **(ALL | {"rung": "2k2v"})) as runtime:
+        runtime.generate(ids, **(CALL | {"max_new_tokens": 4}))
+        report = runtime.report()
+    assert report.tokens_on_host > 0
+    assert report.error_estimate == 0.0  # every token is selected
+    with offload.attach(model, **(few | {"rung": "clusters"})) as runtime:
+        runtime.generate(ids, **(CALL | {"max_new_tokens": 4}))
+        report = runtime.report()
+    assert report.error_estimate is None
+    assert "expected error unknown" in str(report)
+
+
 def test_an_unknown_length_takes_the_rung_with_the_most_room() -> None:
     model = build("llama", "cpu")
     with offload.attach(model, **(ALL | {"rung": "auto", "retrieved": 64})) as runtime:

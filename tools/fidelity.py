@@ -16,6 +16,7 @@ floor.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import sys
 import sysconfig
@@ -155,7 +156,9 @@ def ours(case: Case, rung: str, tokens: int, skipped: float) -> dict[str, Any]:
             for at in range(first + LAYER_STEPS, ids.shape[1]):
                 feed(at)
             seconds = time.perf_counter() - began
-        stats = torch.stack([s.path.stats.cpu() for s in cache.layer_stores if s.path]).mean(0)
+        paths = [s.path for s in cache.layer_stores if s.path]
+        stats = torch.stack([path.stats.cpu() for path in paths]).mean(0)
+        estimate = statistics.mean(path.error_estimate() for path in paths)
         answers = []
         for question, _ in case.questions:
             asked = torch.cat([ids, question], dim=1)
@@ -168,7 +171,7 @@ def ours(case: Case, rung: str, tokens: int, skipped: float) -> dict[str, Any]:
         "logits": torch.cat(logits), "answers": answers,
         "hidden": [torch.stack(layer) for layer in zip(*hidden, strict=True)],
         "tail_mass": float(stats[0]) / case.steps, "skipped_mass": float(stats[1]) / case.steps,
-        "ms_per_step": 1000 * seconds / max(1, case.steps - LAYER_STEPS),
+        "error_estimate": None if math.isnan(estimate) else estimate, "ms_per_step": 1000 * seconds / max(1, case.steps - LAYER_STEPS),
     }  # fmt: skip
 
 
@@ -255,7 +258,7 @@ def main() -> None:
                 facts_right=right(case, got["answers"]),
                 facts_same=sum(a == b for a, b in zip(got["answers"], answers, strict=True)),
                 tail_mass=got["tail_mass"], skipped_mass=got["skipped_mass"],
-                ms_per_step=got["ms_per_step"], layer_error=layers,
+                error_estimate=got["error_estimate"], ms_per_step=got["ms_per_step"], layer_error=layers,
                 layer_error_mean=statistics.mean(layers[1:]),
             )  # fmt: skip
             mean[setting] = found["kl_mean"]

@@ -24,6 +24,7 @@ them (crop, select) runs on the same stream, behind the last step, and publishes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,8 +43,9 @@ from offload.kernels.clusters import (
 )
 from offload.kernels.combine import Partials, combine, empty_partials
 from offload.kernels.gather import RowCache, attend_rows, empty_row_cache, row_slots
+from offload.kernels.noise import Noise, empty_noise, key_noise, squared_error, value_noise
 from offload.kernels.quantize import empty_codes, quantize_keys, quantize_values
-from offload.kernels.reference import BLOCK, Codes, Part
+from offload.kernels.reference import BLOCK, Codes, Part, padded
 from offload.kernels.scan import ScanScratch, scan, scan_scratch
 from offload.kernels.select import Selection, empty_selection, select_blocks, select_tokens
 from offload.kernels.tail import block_slots, tail, tail_of_blocks, tail_slots
@@ -51,6 +53,7 @@ from offload.kernels.window import attend_window
 from offload.tiers.rows import RowShape
 
 LARGEST_HEAD = 256  # of the kernels
+AVERAGED_TOGETHER = 512  # blocks whose noise is averaged at once, so that it takes little memory
 PRIORITY = -1  # of what runs beside the tail: few programs that much waits for come before its many
 
 
@@ -255,9 +258,11 @@ class DevicePath:
         self._padding_version = 0
         self._known = 0  # columns of the table that are right
         self._splits = _splits(slots * page, batch * shape.kv_heads)
-        # Means over heads and sequences, added up over steps: the tail's share of all weights, and that of the
-        # blocks that were not read.
-        self.stats = torch.zeros(2, device=device)
+        # Means over heads and sequences, added up over steps: the tail's share of all weights, that of the blocks that
+        # were not read, the square of the expected error and that of the output's norm.
+        self.stats = torch.zeros(4, device=device)
+        self._noise: Noise | None = None  # of the published blocks
+        self._value_noise: Tensor | None = None  # of each block, [B, H_kv, blocks, 2]
         if blocks:
             self._make_codes(batch, blocks)
             self._make_row_cache(batch)
@@ -287,6 +292,13 @@ class DevicePath:
             )
         else:
             self._values = make(shape.value_dim, False)
+        kv_heads = self.shape.kv_heads
+        self._value_noise = torch.zeros((batch, kv_heads, blocks, 2), device=self._device)
+        self._make_noise(batch)
+
+    def _make_noise(self, batch: int) -> None:
+        width = padded(self.shape.key_dim)
+        self._noise = empty_noise(batch, self.shape.kv_heads, width, self._device)
 
     def _make_row_cache(self, batch: int) -> None:
         if self.settings.tokens and self.settings.cached_rows:
@@ -324,9 +336,12 @@ class DevicePath:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the replica on the device, its page table too."""
+        """Bytes of the replica on the device, its page table and what is known of its noise too."""
         codes = [c for c in (self._keys, self._values) if c is not None]
-        return sum(t.nbytes for c in codes for t in (*c.planes, c.meta)) + self._table.nbytes
+        noise = 0 if self._value_noise is None else self._value_noise.nbytes
+        return (
+            sum(t.nbytes for c in codes for t in (*c.planes, c.meta)) + self._table.nbytes + noise
+        )
 
     def reset_stats(self) -> None:
         """Begins to add up anew."""
@@ -334,6 +349,16 @@ class DevicePath:
         self.stats.zero_()
         if self._near is not None:
             self._near.fetched.zero_()
+
+    def error_estimate(self) -> float:
+        """What the outputs of all steps are expected to be off by, relative to them, in the mean square.
+
+        NaN where keys are known by means alone.
+        """
+        if self.blocks and not self.settings.bits:
+            return math.nan
+        error, size = self.stats[2:].tolist()
+        return float((error / size) ** 0.5) if size else 0.0
 
     def selected_bytes(self) -> tuple[int, int]:
         """Bytes of rows that a step attended to exactly, and how many of them came from the host: means."""
@@ -424,6 +449,10 @@ class DevicePath:
         for codes, fresh in made:
             for target, new in zip((*codes.planes, codes.meta), (*fresh.planes, fresh.meta), strict=True):  # fmt: skip
                 target[:, :, first_block : first_block + n] = new
+        assert self._value_noise is not None
+        self._value_noise[:, :, first_block : first_block + n] = value_noise(
+            values, _blocks(self._values, first_block, n), bits=bits, clustered=clustered
+        )
 
     def forget_table(self) -> None:
         """Columns may mean other pages, and tokens other rows, than those that were published."""
@@ -438,12 +467,16 @@ class DevicePath:
         if self._keys is not None and self._values is not None:
             self._keys = _selected(self._keys, rows, in_place=same)
             self._values = _selected(self._values, rows, in_place=same)
+            assert self._value_noise is not None
+            self._value_noise = self._value_noise.index_select(0, rows)
         if not same:
             self.epoch += 1
             self.lengths = torch.zeros(1 + rows.numel(), dtype=torch.int32, device=self._device)
             self._table = self._table.index_select(0, rows)
             if self._near is not None:
                 self._make_row_cache(rows.numel())
+            if self._noise is not None:
+                self._make_noise(rows.numel())
 
     def publish(
         self,
@@ -470,6 +503,7 @@ class DevicePath:
             # Columns that were published keep their pages until `forget_table` says otherwise.
             fresh = torch.from_numpy(pages[:, self._known : blocks].astype(np.int32))
             self._table[:, self._known : blocks] = fresh.to(self._device)
+            self._average_noise(blocks)
         self._known = blocks
         self._padding_version = self._memory.version
         padding = self._memory.padding
@@ -485,6 +519,22 @@ class DevicePath:
             self._starts[: len(starts)] = torch.tensor(starts, dtype=torch.int32, device=self._device)  # fmt: skip
         self.lengths[:1].fill_(n_rows)
         self.lengths[1:].fill_(blocks)
+
+    def _average_noise(self, blocks: int) -> None:
+        """Makes the noise that of `blocks` blocks; that of the first `_known` is in it."""
+        assert self._noise is not None
+        assert self._keys is not None
+        assert self._value_noise is not None
+        for at in range(self._known, blocks, AVERAGED_TOGETHER):
+            n = min(AVERAGED_TOGETHER, blocks - at)
+            fresh = [(self._noise.values, self._value_noise[:, :, at : at + n].sum(2))]
+            if self.settings.bits:
+                of_keys = key_noise(_blocks(self._keys, at, n), bits=self.settings.bits)
+                fresh.append((self._noise.keys, of_keys.sum(2)))
+            for mean, more in fresh:
+                if at == 0:
+                    mean.zero_()
+                mean.mul_(at / (at + n)).add_(more, alpha=1 / (at + n))
 
     # One step.
 
@@ -597,7 +647,8 @@ class DevicePath:
         combine(
             memory.partials, out,
             sink_logits=sink_logits, counter=self.lengths[:1],
-            stats=self.stats if pool is not None else None, skipped=memory.skipped, tail_at=memory.tail_at,
+            stats=self.stats if pool is not None else None, skipped=memory.skipped,
+            query=query, noise=self._noise, scale=scale, tail_at=memory.tail_at,
         )  # fmt: skip
         return out
 
@@ -695,9 +746,20 @@ class DevicePath:
                     scores, tokens, codes, bits=bits, head_size=self.shape.value_dim
                 )
             parts.append(rest)
-            lse = reference.merge(parts).lse
-            self.stats[0] += (rest.lse - lse).exp().mean()
+            self._count(query, scores, tokens, reference.merge(parts), scale)
         return reference.merge(parts).out[:, :, 0].to(query.dtype)
+
+    def _count(
+        self, query: Tensor, scores: Tensor, tokens: Tensor, merged: Part, scale: float
+    ) -> None:
+        """Adds to the sums what `combine` adds; of the tail each block is a part."""
+        assert self._noise is not None
+        rest = reference.unselected(scores, tokens)
+        shares = torch.exp(rest.unflatten(-1, (-1, BLOCK)).logsumexp(-1) - merged.lse)
+        self.stats[0] += shares.sum(-1).mean()
+        self.stats[2:] += squared_error(
+            query, merged.out[:, :, 0], shares, torch.zeros_like(shares[..., 0]), self._noise, scale=scale
+        )  # fmt: skip
 
 
 def _await_copy(written: torch.cuda.Event | None, device: torch.device) -> None:
@@ -730,7 +792,12 @@ def _log_sum_exp(scratch: ScanScratch, n_blocks: Tensor, selection: Selection) -
 
 
 def _first(codes: Codes, blocks: int) -> Codes:
-    return Codes(tuple(plane[:, :, :blocks] for plane in codes.planes), codes.meta[:, :, :blocks])
+    return _blocks(codes, 0, blocks)
+
+
+def _blocks(codes: Codes, first: int, n: int) -> Codes:
+    part = slice(first, first + n)
+    return Codes(tuple(plane[:, :, part] for plane in codes.planes), codes.meta[:, :, part])
 
 
 def _selected(codes: Codes, rows: Tensor, *, in_place: bool) -> Codes:

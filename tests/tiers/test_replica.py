@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from offload.config import FAST_PAGE
 from offload.kernels import clusters, gather, reference, tail
+from offload.kernels.noise import key_noise, value_noise
 from offload.kernels.scan import blocks_per_program
 from offload.scheduler import rungs
 from offload.scheduler.rungs import (
@@ -23,6 +25,7 @@ from offload.scheduler.rungs import (
     scratch_bytes,
     scratch_token_bytes,
 )
+from offload.tiers import replica
 from offload.tiers.replica import DevicePath, PathSettings, StepMemory, _splits
 from offload.tiers.rows import RowShape
 
@@ -143,7 +146,9 @@ def test_a_replica_follows_its_sequences_and_says_which_block_is_bad(rung: Rung)
     path = path_on_cpu(settings, batch=3, kv_heads=2)
     rows = torch.randn(3, 4 * 64, 2, 128, generator=torch.Generator().manual_seed(0))
     path.append(rows, 0)
-    assert path.nbytes == sum(tensor.nbytes for tensor in tensors(path)) + path._table.nbytes
+    assert path._value_noise is not None
+    others = path._table.nbytes + path._value_noise.nbytes
+    assert path.nbytes == sum(tensor.nbytes for tensor in tensors(path)) + others
     for order in ([2, 0, 1], [1, 1]):  # in place, and into others
         rows = rows[order]
         path.select_sequences(torch.tensor(order))
@@ -159,6 +164,61 @@ def test_a_replica_follows_its_sequences_and_says_which_block_is_bad(rung: Rung)
         rows[1, 130, 1, part] = 0.0
         path.append(rows[:, 128:], 2)
         assert path.bad_block(4) is None
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("together", [2, 512])
+def test_the_noise_is_that_of_the_published_blocks(
+    together: int, clustered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "AVERAGED_TOGETHER", together)
+    settings = PathSettings(bits=2, tokens=16, skipped_mass=0.0, clustered=clustered)
+    path = path_on_cpu(settings, batch=2, kv_heads=3)
+    random = torch.Generator().manual_seed(4)
+    held = torch.randn(2, 4 * 64, 3, 128, generator=random) * torch.arange(1, 257).view(1, -1, 1, 1)
+    noise = path._noise
+    assert noise is not None
+
+    def publish(blocks: int) -> None:
+        pages = np.zeros((path.lengths.numel() - 1, blocks), dtype=np.int64)
+        path.publish(n_rows=0, blocks=blocks, first_token=0, pages=pages, starts=[], written=None)
+
+    def assert_noise_of(rows: Tensor) -> None:
+        assert path._noise is not None
+        keys, values = rows[..., :64], rows[..., 64:]
+        of_keys = key_noise(reference.quantize_keys(keys, bits=2), bits=2)
+        coded = (
+            reference.cluster_values(keys, values)
+            if clustered
+            else reference.quantize_values(values, bits=2)
+        )
+        of_values = value_noise(values, coded, bits=2, clustered=clustered)
+        torch.testing.assert_close(path._noise.keys, of_keys.mean(2))
+        torch.testing.assert_close(path._noise.values, of_values.mean(2))
+
+    path.append(held[:, :192], 0)
+    publish(1)
+    assert_noise_of(held[:, :64])  # what a step may not read yet does not count
+    publish(3)
+    path.append(held[:, 192:], 3)
+    publish(4)
+    assert_noise_of(held)
+    path.forget_table()  # a crop
+    publish(1)
+    assert_noise_of(held[:, :64])
+    path.append(held[:, 64:128] * 3, 1)  # and other tokens behind it
+    publish(2)
+    other = torch.cat([held[:, :64], held[:, 64:128] * 3], dim=1)
+    assert_noise_of(other)
+    path.select_sequences(torch.tensor([1, 0]))
+    publish(2)
+    assert_noise_of(other[[1, 0]])
+    assert path._noise is noise  # a graph has kept its addresses
+    epoch = path.epoch
+    path.select_sequences(torch.tensor([1, 0, 0]))
+    publish(2)
+    assert_noise_of(other[[0, 1, 1]])
+    assert path.epoch > epoch
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,7 @@ def run_ours(
             "ms_per_token": ms, "new_tokens": report.new_tokens, "capture_s": report.capture_s,
             "replayed_steps": report.replayed_steps, "prefill_s": report.prefill_s, "rung": report.rung,
             "tail_mass": report.tail_mass, "skipped_mass": report.skipped_mass,
+            "error_estimate": report.error_estimate,
             "selected_bytes": report.selected_bytes, "fetched_bytes": report.fetched_bytes, "peak_bytes": peak.nbytes, "bytes": report.bytes,
             "planned": report.planned, "tokens_on_host": report.tokens_on_host, "notes": report.notes,
         },
