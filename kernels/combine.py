@@ -86,7 +86,8 @@ def combine(
     elif query is None or noise is None or skipped is None:
         raise ValueError("stats need skipped shares, the query and the noise of the tail")
     batch, heads, slots, value_dim = partials.out.shape
-    grid = (batch * heads, triton.cdiv(value_dim, COLUMNS))
+    parts = triton.cdiv(value_dim, COLUMNS)
+    grid = (batch * heads, parts if stats is None else parts + 1)
     n_skipped = 1 if skipped is None else skipped.shape[2]
     lse = partials.lse
     _combine_kernel[grid](
@@ -94,7 +95,7 @@ def combine(
         lse if stats is None else stats, lse if skipped is None else skipped, query, *noise,
         heads, slots, tail_at, n_skipped, heads // noise.keys.shape[1], scale, query.stride(0), query.stride(1),
         D=query.shape[2], D_P=triton.next_power_of_2(noise.keys.shape[2]), DV=value_dim,
-        COLUMNS=COLUMNS, SLOTS=triton.next_power_of_2(slots),
+        COLUMNS=COLUMNS, PARTS=parts, SLOTS=triton.next_power_of_2(slots),
         STEP=min(STEP, triton.next_power_of_2(slots)), SKIPPED=triton.next_power_of_2(n_skipped),
         SINKS=sink_logits is not None, COUNTS=counter is not None, STATS=stats is not None,
         num_warps=WARPS,
@@ -125,6 +126,7 @@ def _combine_kernel(
     D_P: tl.constexpr,
     DV: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     SLOTS: tl.constexpr,
     STEP: tl.constexpr,
     SKIPPED: tl.constexpr,
@@ -147,43 +149,43 @@ def _combine_kernel(
     if COUNTS:  # noqa: SIM102 - a constexpr first, or both are compiled
         if tl.program_id(0) + tl.program_id(1) == 0:
             tl.store(counter_ptr, tl.load(counter_ptr) + 1)
-    i_v = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    i_j = tl.arange(0, STEP)
-    acc = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for first in range(0, slots, STEP):
-        i_p = first + i_j
-        part = tl.load(lse_ptr + i_row * slots + i_p, mask=i_p < slots, other=float("-inf"))
-        weight = tl.exp(part - safe)
-        m_out = (i_p < slots)[:, None] & (i_v < DV)[None, :]
-        o_out = (i_row * slots + i_p)[:, None] * DV + i_v[None, :]
-        value = tl.load(parts_ptr + o_out, mask=m_out, other=0.0)
-        # A slot of weight 0 may hold anything, NaN too. Its load is not masked off: it would wait for the weight.
-        acc += tl.sum(tl.where((weight > 0.0)[:, None], value, 0.0) * weight[:, None], axis=0)
-    acc = tl.where(total > 0.0, acc / tl.where(total > 0.0, total, 1.0), 0.0)
-    tl.store(out_ptr + i_row * DV + i_v, acc.to(out_ptr.dtype.element_ty), mask=i_v < DV)
-    if STATS:
-        own = tl.sum(acc * acc, axis=0)  # of these columns
-        share = tl.where(i_s >= tail_at, tl.exp(lse - safe), 0.0) / tl.where(
-            total > 0.0, total, 1.0
-        )
-        tail, square = tl.sum(share, axis=0), tl.sum(share * share, axis=0)
-        i_k = tl.arange(0, SKIPPED)
-        gone = tl.load(skipped_ptr + i_row * n_skipped + i_k, mask=i_k < n_skipped, other=0.0)
-        skipped = tl.sum(gone, axis=0)
-        i_d = tl.arange(0, D_P)
-        i_kv = i_row // groups  # sequence and KV head
-        q_ptr += i_row // heads * stride_qb + i_row % heads * stride_qh
-        q = tl.load(q_ptr + i_d, mask=i_d < D, other=0.0).to(tl.float32)
-        spread = tl.sum(q * q * tl.load(key_noise_ptr + i_kv * D_P + i_d), axis=0)
-        spread *= sm_scale * sm_scale
-        off = tail * (1.0 - tail) * (1.0 - tl.exp(-0.5 * spread)) + skipped
-        factor = square * (1.0 - tl.exp(-spread)) + off * off
-        error = factor * own
-        each = 1.0 / tl.num_programs(0)
-        if tl.program_id(1) == 0:
+    if STATS:  # noqa: SIM102
+        # A program of its own for each row: those that merge wait for nothing more.
+        if tl.program_id(1) == PARTS:
+            i_k = tl.arange(0, SKIPPED)
+            gone = tl.load(skipped_ptr + i_row * n_skipped + i_k, mask=i_k < n_skipped, other=0.0)
+            skipped = tl.sum(gone, axis=0)
+            i_d = tl.arange(0, D_P)
+            i_kv = i_row // groups  # sequence and KV head
+            o_query = i_row // heads * stride_qb + i_row % heads * stride_qh
+            q = tl.load(q_ptr + o_query + i_d, mask=i_d < D, other=0.0).to(tl.float32)
+            spread = tl.sum(q * q * tl.load(key_noise_ptr + i_kv * D_P + i_d), axis=0)
+            spread *= sm_scale * sm_scale
             norm = tl.load(value_noise_ptr + i_kv * 2)
-            error += factor * norm + square * tl.load(value_noise_ptr + i_kv * 2 + 1)
+            of_value = tl.load(value_noise_ptr + i_kv * 2 + 1)
+            weight = tl.where(i_s >= tail_at, tl.exp(lse - safe), 0.0)
+            share = weight / tl.where(total > 0.0, total, 1.0)
+            tail, square = tl.sum(share, axis=0), tl.sum(share * share, axis=0)
+            off = tail * (1.0 - tail) * (1.0 - tl.exp(-0.5 * spread)) + skipped
+            factor = square * (1.0 - tl.exp(-spread)) + off * off
+            each = 1.0 / tl.num_programs(0)
             tl.atomic_add(stats_ptr, tail * each)
             tl.atomic_add(stats_ptr + 1, skipped * each)
-        tl.atomic_add(stats_ptr + 2, error * each)
-        tl.atomic_add(stats_ptr + 3, own * each)
+            tl.atomic_add(stats_ptr + 2, (2.0 * factor * norm + square * of_value) * each)
+    if tl.program_id(1) < PARTS:
+        i_v = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        i_j = tl.arange(0, STEP)
+        acc = tl.zeros((COLUMNS,), dtype=tl.float32)
+        for first in range(0, slots, STEP):
+            i_p = first + i_j
+            part = tl.load(lse_ptr + i_row * slots + i_p, mask=i_p < slots, other=float("-inf"))
+            weight = tl.exp(part - safe)
+            m_out = (i_p < slots)[:, None] & (i_v < DV)[None, :]
+            o_out = (i_row * slots + i_p)[:, None] * DV + i_v[None, :]
+            value = tl.load(parts_ptr + o_out, mask=m_out, other=0.0)
+            # A slot of weight 0 may hold anything, NaN too. Its load is not masked off: it would wait for the weight.
+            acc += tl.sum(tl.where((weight > 0.0)[:, None], value, 0.0) * weight[:, None], axis=0)
+        acc = tl.where(total > 0.0, acc / tl.where(total > 0.0, total, 1.0), 0.0)
+        tl.store(out_ptr + i_row * DV + i_v, acc.to(out_ptr.dtype.element_ty), mask=i_v < DV)
+        if STATS:
+            tl.atomic_add(stats_ptr + 3, tl.sum(acc * acc, axis=0) / tl.num_programs(0))

@@ -11,16 +11,17 @@ s = scale^2 sum_d q_d^2 step_d^2 / 12. Of w'_i a part of 1 - exp(-s / 2) is too 
 1 - exp(-s) is scatter. With p = sum w'_i, c = sum w'_i^2, g the share that was skipped, and V^2 and E^2 the mean squares
 of the norm of a value and of that of its error,
 
-    |o' - o|^2 ~ c E^2 + (c (1 - exp(-s)) + (p (1 - p) (1 - exp(-s / 2)) + g)^2) (V^2 + |o|^2):
+    |o' - o|^2 ~ c E^2 + 2 (c (1 - exp(-s)) + (p (1 - p) (1 - exp(-s / 2)) + g)^2) V^2:
 
-what is too much in all of the tail matters as far as other tokens are attended to, and V^2 + |o|^2 is how far a value is
-from an output that it has nothing in common with.
+what is too much in all of the tail matters as far as other tokens are attended to, and 2 V^2 is how far a value is from
+an output that is as long and has nothing in common with it.
 
 It is an estimate and no bound, but it errs upwards. Only the shares of parts of the tail are known, and the sum of their
-squares stands for c. Values do have something in common with the output. And tokens whose scores came out much too high
-are selected and weighed exactly, so that those of the tail are not too high by as much. What may exceed it are errors
-that many tokens share: no mean over tokens takes them away. On SmolLM2, 5,000 tokens, the mean over layers is 3.0 to 3.7
-times the error that there is on every rung, in single layers 0.6 to 8 times.
+squares stands for c. Values do have something in common with the output, which is shorter than they are. And
+tokens whose scores came out much too high are selected and weighed exactly, so that those of the tail are not too high by
+as much. What may exceed it are errors that many tokens share: no mean over tokens takes them away.
+
+Where only means of clusters are kept, nothing says how far a row is from them: there is no estimate.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from offload.kernels.reference import BLOCK, CLUSTERS, GROUP, KEYS, VALUES, Codes
+from offload.kernels.reference import (
+    BLOCK,
+    GROUP,
+    KEYS,
+    VALUES,
+    Codes,
+    dequantize_values,
+)
 
 
 class Noise(NamedTuple):
@@ -74,32 +82,24 @@ def key_noise(keys: Codes, *, bits: int) -> Tensor:
     return slope.mul_(KEYS.unit(bits)).square_().div_(12)
 
 
-def value_noise(values: Tensor, codes: Codes, *, bits: int, clustered: bool) -> Tensor:
-    """Mean squares of the norms of values and of their errors, block by block.
+def value_noise(values: Codes, *, bits: int, head_size: int) -> Tensor:
+    """Mean squares of the norms of low-bit values and of their errors, block by block.
 
     Args:
-        values: [B, n * BLOCK, H_kv, D_v].
-        codes: Of these values, or their clusters.
+        values: Codes of n blocks.
         bits: Of the codes.
-        clustered: Whether they are clusters.
+        head_size: D_v.
 
     Returns:
         float32 [B, H_kv, n, 2].
     """
-    head_size = values.shape[-1]
-    norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-    square = norms.transpose(1, 2).unflatten(2, (-1, BLOCK)).square().mean(-1)
-    if clustered:  # what the means leave of the square
-        members = torch.stack([(codes.planes[0] == i).sum(-1) for i in range(CLUSTERS)], dim=-1)
-        means = codes.meta[..., :head_size].float().square().sum(-1)
-        error = (square - (members * means).sum(-1) / BLOCK).clamp_(min=0)
-    else:
-        step = codes.meta[..., 1, :].float() * VALUES.unit(bits)  # [.., D_p / GROUP, BLOCK / 4, 4]
-        each = step.square().mean((-2, -1)) / 12
-        groups = torch.arange(each.shape[-1], device=each.device)
-        channels = (head_size - GROUP * groups).clamp(0, GROUP)  # of the head, not behind it
-        error = (each * channels).sum(-1)
-    return torch.stack([square, error], dim=-1)
+    rows = dequantize_values(values, bits=bits, head_size=head_size)
+    norm = rows.square().sum(-1).unflatten(-1, (-1, BLOCK)).mean(-1)
+    step = values.meta[..., 1, :].float() * VALUES.unit(bits)  # [.., D_p / GROUP, BLOCK / 4, 4]
+    each = step.square().mean((-2, -1)) / 12
+    groups = torch.arange(each.shape[-1], device=each.device)
+    channels = (head_size - GROUP * groups).clamp(0, GROUP)  # of the head, not behind it
+    return torch.stack([norm, (each * channels).sum(-1)], dim=-1)
 
 
 def squared_error(
@@ -132,4 +132,4 @@ def squared_error(
     off = tail * (1 - tail) * (1 - torch.exp(-0.5 * spread)) + skipped
     factor = square * (1 - torch.exp(-spread)) + off.square()
     size = out.float().square().sum(-1)
-    return torch.stack([factor * (norm + size) + square * error, size]).mean((1, 2))
+    return torch.stack([2 * factor * norm + square * error, size]).mean((1, 2))

@@ -69,8 +69,8 @@ class Report:
         error_estimate: How far the output of an attention layer is expected to be from attention to the same keys and
             values in full, relative to that output: root mean square over the last decode's steps and heads, mean over
             layers. 0 without a replica. What independent rounding errors come to, by `offload.kernels.noise`: no bound,
-            but an estimate that errs upwards, three to four times on SmolLM2. None where keys are known by means
-            alone, of which nothing says how far a key is from them.
+            but an estimate that errs upwards. None where only means of clusters are kept, of which nothing says how far
+            a row is from them.
         verify_passes: Exact passes of mode verified in the last decode.
         drafted_tokens: Tokens that they looked at.
         accepted_tokens: Of these, kept.

@@ -76,7 +76,6 @@ class Rung:
             block += BLOCK + 2 * _CLUSTERS * values
         else:
             block += BLOCK * self.bits * values // 8 + 4 * BLOCK * (values // _GROUP)
-        block += 8  # how large values are, and how far they are off
         return -(-(kv_heads * block + 4) // BLOCK)  # and four bytes for the number of its page
 
 

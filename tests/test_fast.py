@@ -272,7 +272,7 @@ def test_the_expected_error_grows_with_what_the_replica_leaves_out() -> None:
         report = runtime.report()
     assert report.tokens_on_host > 0
     assert report.error_estimate == 0.0  # every token is selected
-    with offload.attach(model, **(few | {"rung": "clusters"})) as runtime:
+    with offload.attach(model, **(few | {"rung": "2k+clusters"})) as runtime:
         runtime.generate(ids, **(CALL | {"max_new_tokens": 4}))
         report = runtime.report()
     assert report.error_estimate is None

@@ -53,7 +53,8 @@ from offload.kernels.window import attend_window
 from offload.tiers.rows import RowShape
 
 LARGEST_HEAD = 256  # of the kernels
-AVERAGED_TOGETHER = 512  # blocks whose noise is averaged at once, so that it takes little memory
+AVERAGED_TOGETHER = 256  # blocks whose noise is averaged at once, so that it takes little memory
+DECODED_TOGETHER = 16  # of these, whose values are decoded
 PRIORITY = -1  # of what runs beside the tail: few programs that much waits for come before its many
 
 
@@ -262,7 +263,6 @@ class DevicePath:
         # were not read, the square of the expected error and that of the output's norm.
         self.stats = torch.zeros(4, device=device)
         self._noise: Noise | None = None  # of the published blocks
-        self._value_noise: Tensor | None = None  # of each block, [B, H_kv, blocks, 2]
         if blocks:
             self._make_codes(batch, blocks)
             self._make_row_cache(batch)
@@ -292,8 +292,6 @@ class DevicePath:
             )
         else:
             self._values = make(shape.value_dim, False)
-        kv_heads = self.shape.kv_heads
-        self._value_noise = torch.zeros((batch, kv_heads, blocks, 2), device=self._device)
         self._make_noise(batch)
 
     def _make_noise(self, batch: int) -> None:
@@ -336,12 +334,9 @@ class DevicePath:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the replica on the device, its page table and what is known of its noise too."""
+        """Bytes of the replica on the device, its page table too."""
         codes = [c for c in (self._keys, self._values) if c is not None]
-        noise = 0 if self._value_noise is None else self._value_noise.nbytes
-        return (
-            sum(t.nbytes for c in codes for t in (*c.planes, c.meta)) + self._table.nbytes + noise
-        )
+        return sum(t.nbytes for c in codes for t in (*c.planes, c.meta)) + self._table.nbytes
 
     def reset_stats(self) -> None:
         """Begins to add up anew."""
@@ -353,9 +348,9 @@ class DevicePath:
     def error_estimate(self) -> float:
         """What the outputs of all steps are expected to be off by, relative to them, in the mean square.
 
-        NaN where keys are known by means alone.
+        NaN where only means of clusters are kept, of which nothing says how far a row is from them.
         """
-        if self.blocks and not self.settings.bits:
+        if self.blocks and self.settings.clustered:
             return math.nan
         error, size = self.stats[2:].tolist()
         return float((error / size) ** 0.5) if size else 0.0
@@ -449,10 +444,6 @@ class DevicePath:
         for codes, fresh in made:
             for target, new in zip((*codes.planes, codes.meta), (*fresh.planes, fresh.meta), strict=True):  # fmt: skip
                 target[:, :, first_block : first_block + n] = new
-        assert self._value_noise is not None
-        self._value_noise[:, :, first_block : first_block + n] = value_noise(
-            values, _blocks(self._values, first_block, n), bits=bits, clustered=clustered
-        )
 
     def forget_table(self) -> None:
         """Columns may mean other pages, and tokens other rows, than those that were published."""
@@ -467,8 +458,6 @@ class DevicePath:
         if self._keys is not None and self._values is not None:
             self._keys = _selected(self._keys, rows, in_place=same)
             self._values = _selected(self._values, rows, in_place=same)
-            assert self._value_noise is not None
-            self._value_noise = self._value_noise.index_select(0, rows)
         if not same:
             self.epoch += 1
             self.lengths = torch.zeros(1 + rows.numel(), dtype=torch.int32, device=self._device)
@@ -524,17 +513,20 @@ class DevicePath:
         """Makes the noise that of `blocks` blocks; that of the first `_known` is in it."""
         assert self._noise is not None
         assert self._keys is not None
-        assert self._value_noise is not None
+        assert self._values is not None
+        if self.settings.clustered:
+            return
+        bits, head_size = self.settings.bits, self.shape.value_dim
         for at in range(self._known, blocks, AVERAGED_TOGETHER):
             n = min(AVERAGED_TOGETHER, blocks - at)
-            fresh = [(self._noise.values, self._value_noise[:, :, at : at + n].sum(2))]
-            if self.settings.bits:
-                of_keys = key_noise(_blocks(self._keys, at, n), bits=self.settings.bits)
-                fresh.append((self._noise.keys, of_keys.sum(2)))
-            for mean, more in fresh:
+            of_keys = key_noise(_blocks(self._keys, at, n), bits=bits)
+            # Some blocks say enough of all, where there are many.
+            some = _blocks(self._values, at, n, max(1, n // DECODED_TOGETHER))
+            of_values = value_noise(some, bits=bits, head_size=head_size)
+            for mean, more in zip(self._noise, (of_keys, of_values), strict=True):
                 if at == 0:
                     mean.zero_()
-                mean.mul_(at / (at + n)).add_(more, alpha=1 / (at + n))
+                mean.mul_(at / (at + n)).add_(more.mean(2), alpha=n / (at + n))
 
     # One step.
 
@@ -795,8 +787,8 @@ def _first(codes: Codes, blocks: int) -> Codes:
     return _blocks(codes, 0, blocks)
 
 
-def _blocks(codes: Codes, first: int, n: int) -> Codes:
-    part = slice(first, first + n)
+def _blocks(codes: Codes, first: int, n: int, every: int = 1) -> Codes:
+    part = slice(first, first + n, every)
     return Codes(tuple(plane[:, :, part] for plane in codes.planes), codes.meta[:, :, part])
 
 

@@ -29,7 +29,7 @@ def replica_of(
         reference.quantize_keys(keys, bits=bits),
         reference.quantize_values(values, bits=bits),
     )
-    of_values = value_noise(values, coded[1], bits=bits, clustered=False)
+    of_values = value_noise(coded[1], bits=bits, head_size=values.shape[-1])
     return coded, Noise(key_noise(coded[0], bits=bits).mean(2), of_values.mean(2))
 
 
@@ -44,22 +44,9 @@ def test_errors_of_codes_are_as_large_as_expected(bits: int) -> None:
     torch.testing.assert_close(found.mean(2)[..., :80], off.square().mean(2), rtol=0.15, atol=0.0)
     coded = reference.quantize_values(values, bits=bits)
     off = dequantize_values(coded, bits=bits, head_size=80) - values.transpose(1, 2)
-    norm, error = value_noise(values, coded, bits=bits, clustered=False).mean(2).unbind(-1)
-    torch.testing.assert_close(norm, values.square().sum(-1).mean(1))
+    norm, error = value_noise(coded, bits=bits, head_size=80).mean(2).unbind(-1)
+    torch.testing.assert_close(norm, values.square().sum(-1).mean(1), rtol=0.5 / bits, atol=0.0)
     torch.testing.assert_close(error, off.square().sum(-1).mean(2), rtol=0.15, atol=0.0)
-
-
-def test_what_means_of_clusters_leave_is_what_they_are_off_by() -> None:
-    keys, values = rows(2, 5 * BLOCK, 2, 64), rows(2, 5 * BLOCK, 2, 80, seed=1)
-    clusters = reference.cluster_values(keys, values)
-    near = clusters.planes[0].long().unsqueeze(-1).expand(-1, -1, -1, -1, 80)
-    means = clusters.meta[..., :80].float().gather(3, near).flatten(2, 3)
-    off = (means - values.transpose(1, 2)).square().sum(-1).unflatten(2, (-1, BLOCK)).mean(-1)
-    norm, error = value_noise(values, clusters, bits=2, clustered=True).unbind(-1)
-    torch.testing.assert_close(
-        norm, values.square().sum(-1).transpose(1, 2).unflatten(2, (-1, BLOCK)).mean(-1)
-    )
-    torch.testing.assert_close(error, off, rtol=1e-2, atol=1e-3)
 
 
 @BITS
@@ -87,7 +74,7 @@ def test_the_expected_error_is_that_of_attention_over_codes(exact: int, bits: in
         return float(square.sqrt())
 
     happened = float((got.out - want.out).square().sum(-1).mean().sqrt())
-    assert 0.9 < expected(shares) / happened < 1.8
+    assert 0.9 < expected(shares) / happened < 2.6
     # What is known of blocks only is not less, and what is skipped costs at least its share of a value.
     blocks = shares.unflatten(-1, (-1, BLOCK)).sum(-1)
     assert expected(blocks) > expected(shares)

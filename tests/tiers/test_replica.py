@@ -146,9 +146,7 @@ def test_a_replica_follows_its_sequences_and_says_which_block_is_bad(rung: Rung)
     path = path_on_cpu(settings, batch=3, kv_heads=2)
     rows = torch.randn(3, 4 * 64, 2, 128, generator=torch.Generator().manual_seed(0))
     path.append(rows, 0)
-    assert path._value_noise is not None
-    others = path._table.nbytes + path._value_noise.nbytes
-    assert path.nbytes == sum(tensor.nbytes for tensor in tensors(path)) + others
+    assert path.nbytes == sum(tensor.nbytes for tensor in tensors(path)) + path._table.nbytes
     for order in ([2, 0, 1], [1, 1]):  # in place, and into others
         rows = rows[order]
         path.select_sequences(torch.tensor(order))
@@ -166,13 +164,12 @@ def test_a_replica_follows_its_sequences_and_says_which_block_is_bad(rung: Rung)
         assert path.bad_block(4) is None
 
 
-@pytest.mark.parametrize("clustered", [False, True])
 @pytest.mark.parametrize("together", [2, 512])
 def test_the_noise_is_that_of_the_published_blocks(
-    together: int, clustered: bool, monkeypatch: pytest.MonkeyPatch
+    together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replica, "AVERAGED_TOGETHER", together)
-    settings = PathSettings(bits=2, tokens=16, skipped_mass=0.0, clustered=clustered)
+    settings = PathSettings(bits=2, tokens=16, skipped_mass=0.0)
     path = path_on_cpu(settings, batch=2, kv_heads=3)
     random = torch.Generator().manual_seed(4)
     held = torch.randn(2, 4 * 64, 3, 128, generator=random) * torch.arange(1, 257).view(1, -1, 1, 1)
@@ -187,12 +184,7 @@ def test_the_noise_is_that_of_the_published_blocks(
         assert path._noise is not None
         keys, values = rows[..., :64], rows[..., 64:]
         of_keys = key_noise(reference.quantize_keys(keys, bits=2), bits=2)
-        coded = (
-            reference.cluster_values(keys, values)
-            if clustered
-            else reference.quantize_values(values, bits=2)
-        )
-        of_values = value_noise(values, coded, bits=2, clustered=clustered)
+        of_values = value_noise(reference.quantize_values(values, bits=2), bits=2, head_size=64)
         torch.testing.assert_close(path._noise.keys, of_keys.mean(2))
         torch.testing.assert_close(path._noise.values, of_values.mean(2))
 
