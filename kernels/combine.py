@@ -169,9 +169,11 @@ def _combine_kernel(
             off = tail * (1.0 - tail) * (1.0 - tl.exp(-0.5 * spread)) + skipped
             factor = square * (1.0 - tl.exp(-spread)) + off * off
             each = 1.0 / tl.num_programs(0)
-            tl.atomic_add(stats_ptr, tail * each)
-            tl.atomic_add(stats_ptr + 1, skipped * each)
-            tl.atomic_add(stats_ptr + 2, (2.0 * factor * norm + square * of_value) * each)
+            tl.atomic_add(stats_ptr, tail * each, sem="relaxed")
+            tl.atomic_add(stats_ptr + 1, skipped * each, sem="relaxed")
+            tl.atomic_add(
+                stats_ptr + 2, (2.0 * factor * norm + square * of_value) * each, sem="relaxed"
+            )
     if tl.program_id(1) < PARTS:
         i_v = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         i_j = tl.arange(0, STEP)
@@ -188,4 +190,6 @@ def _combine_kernel(
         acc = tl.where(total > 0.0, acc / tl.where(total > 0.0, total, 1.0), 0.0)
         tl.store(out_ptr + i_row * DV + i_v, acc.to(out_ptr.dtype.element_ty), mask=i_v < DV)
         if STATS:
-            tl.atomic_add(stats_ptr + 3, tl.sum(acc * acc, axis=0) / tl.num_programs(0))
+            tl.atomic_add(
+                stats_ptr + 3, tl.sum(acc * acc, axis=0) / tl.num_programs(0), sem="relaxed"
+            )

@@ -203,7 +203,7 @@ def _rows_kernel(
         tl.store(p_near[:, None] + i_d[None, :], key, mask=m_stays[:, None] & m_d)
         tl.store(p_near[:, None] + D + i_v[None, :], value, mask=m_stays[:, None] & m_v)
         tl.store(near_ids_ptr + i_slot, ids, mask=m_stays)
-        tl.atomic_add(fetched_ptr, tl.sum(m_far.to(tl.int64), axis=0))
+        tl.atomic_add(fetched_ptr, tl.sum(m_far.to(tl.int64), axis=0), sem="relaxed")
     q = tl.load(
         q_ptr + i_batch * stride_qb + (i_kv * G + i_g)[:, None] * stride_qh + i_d[None, :],
         mask=m_g[:, None] & (i_d < D)[None, :],

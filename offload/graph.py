@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import ClassVar
 
 import torch
 
@@ -17,6 +18,8 @@ class StepGraph:
     """A captured step: graphs that share their memory, replayed in the order in which they were captured."""
 
     _capturing: StepGraph | None = None
+    # One stream for all: the libraries behind torch keep a workspace for every stream that they were called on.
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, device: torch.device) -> None:
         """With nothing captured.
@@ -44,7 +47,7 @@ class StepGraph:
         torch.cuda.empty_cache()
         StepGraph._capturing = self
         try:
-            with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            with torch.cuda.stream(self._stream()):
                 self._begin()
                 try:
                     yield
@@ -55,6 +58,11 @@ class StepGraph:
                 self._graphs[-1].capture_end()
         finally:
             StepGraph._capturing = None
+
+    def _stream(self) -> torch.cuda.Stream:
+        if self._device not in StepGraph._streams:
+            StepGraph._streams[self._device] = torch.cuda.Stream(self._device)
+        return StepGraph._streams[self._device]
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
