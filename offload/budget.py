@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # What torch's allocator loses to rounding and fragmentation. An 8B model used all of it in a prefill of 131,072
 # tokens; with less, the allocator gives cached blocks back and asks for them again, again and again.
-_ALLOCATOR_SLACK = 192 * 2**20
+_ALLOCATOR_SLACK = 256 * 2**20
 # What the driver takes after attaching: kernels loaded when they first run, tables of pinned pages. Without it the
 # same run went 7 MiB over the cap as the driver counts.
 _DRIVER_GROWTH = 96 * 2**20

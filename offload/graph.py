@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import ClassVar
 
 import torch
 
@@ -18,8 +17,6 @@ class StepGraph:
     """A captured step: graphs that share their memory, replayed in the order in which they were captured."""
 
     _capturing: StepGraph | None = None
-    # One stream for all: the libraries behind torch keep a workspace for every stream that they were called on.
-    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, device: torch.device) -> None:
         """With nothing captured.
@@ -60,9 +57,12 @@ class StepGraph:
             StepGraph._capturing = None
 
     def _stream(self) -> torch.cuda.Stream:
-        if self._device not in StepGraph._streams:
-            StepGraph._streams[self._device] = torch.cuda.Stream(self._device)
-        return StepGraph._streams[self._device]
+        """The one on which torch captures: libraries keep a workspace for every stream that they are called on."""
+        shared = torch.cuda.graph
+        if shared.default_capture_stream is None:
+            shared.default_capture_stream = torch.cuda.Stream(self._device)
+        stream: torch.cuda.Stream = shared.default_capture_stream
+        return stream if stream.device == self._device else torch.cuda.Stream(self._device)
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
