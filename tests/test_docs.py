@@ -173,6 +173,28 @@ def test_the_figures_of_mode_fast_are_those_of_the_benchmark() -> None:
     assert f"off by {error:.2f} of their standard deviation" in README.replace("\n", " ")
 
 
+def test_the_figures_of_the_three_modes_are_those_of_the_benchmarks() -> None:
+    file = ROOT / "benchmarks" / "verified.json"
+    if not file.is_file():
+        pytest.skip("benchmarks/verified.json is not in this checkout")
+    rows = {r["what"]: r for r in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    exact = json.loads((ROOT / "benchmarks" / "generate.json").read_text(encoding="utf-8"))
+    ours = next(row for row in exact["rows"] if row["what"] == "ours exact")
+    verified = rows["verified 131072"]
+    shown = {row[0].strip("`"): row[2:] for row in tables(README) if row[0] in ("`fast`", "`verified`", "`exact`")}  # fmt: skip
+    streamed = verified["decode_h2d_bytes"] / verified["new_tokens"] / 2**30
+    assert shown["fast"][0] == f"{rows['fast 131072']['ms_per_token']:.1f} ms"
+    assert shown["verified"] == [f"{verified['ms_per_token']:.1f} ms", f"{streamed:.2f} GiB"]
+    assert shown["exact"][0] == f"{ours['ms_per_token']:.1f} ms"
+    text = " ".join(README.split())
+    draft, verify = verified["draft_ms_per_token"], verified["verify_ms_per_token"]
+    assert f"{draft:.1f} ms a token to draft and {verify:.1f} ms to verify" in text
+    assert f"over {verified['new_tokens']} tokens" in text
+    found = rows["agreement q.gguf"]
+    assert f"{found['share']:.2%} of {found['compared']:,} tokens".replace("%", " %") in text
+    assert f"{100 * found['low']:.2f} to {100 * found['high']:.2f} %" in text
+
+
 def test_the_fidelity_table_of_the_readme_is_that_of_the_benchmark() -> None:
     file = ROOT / "benchmarks" / "fidelity.json"
     if not file.is_file():

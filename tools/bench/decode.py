@@ -316,7 +316,8 @@ def main() -> None:
     if args.smoke:
         args.new, args.chunk, args.hf_steps = 70, 256, 3
         lengths = {"131072": 1024, "262144": 1280, "32768": 640, "fits": 512}
-    result = Record("decode", settings={**vars(args), "out": None, "cap_bytes": CAP_BYTES})
+    told = {"vectors": args.vectors and Path(args.vectors).name, "out": None}
+    result = Record("decode", settings={**vars(args), **told, "cap_bytes": CAP_BYTES})
     AttentionInterface.register(ALONE, dense_attention)
     AttentionMaskInterface.register(ALONE, lambda **kwargs: None)
     vectors = load_vectors(args.vectors, args.new + CHECKED, device) if args.vectors else None
