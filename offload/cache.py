@@ -460,15 +460,16 @@ class OffloadCache(Cache):
 
     @contextmanager
     def streaming(self, wanted: bool) -> Iterator[None]:
-        """Within, if that is wanted, every token is streamed even where there is a replica (beams)."""
+        """Within, every token is streamed even where there is a replica (beams), or is not, as wanted."""
         paths = [store.path for store in self.layer_stores if store.path is not None]
-        for path in paths:
-            path.suspend(wanted)
+        before = [path.suspend(wanted) for path in paths]
         try:
             yield
         finally:
-            for path in paths:
-                path.suspend(False)
+            for path, was in zip(
+                reversed(paths), reversed(before), strict=True
+            ):  # they may share it
+                path.suspend(was)
 
     @contextmanager
     def capturing(self) -> Iterator[None]:

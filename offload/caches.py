@@ -70,6 +70,9 @@ class CacheMaker:
         """
         fast = self._config.keeps_replica and not exact
         memory = StepMemory(self._shape.device) if fast else None
+        if memory is not None:
+            # Where nobody verifies (stock `generate` over this cache), no step may go by a replica.
+            memory.suspended = self._config.mode == "verified"
         taken: list[tuple[int, HostRegion]] = []
         readers: list[HostReader] = []
 
@@ -265,4 +268,4 @@ class CacheMaker:
             store.page_bytes * (1 if store.shared_columns else store.batch) for store in stores
         )
         for store in stores:
-            store.keep_resident(spare // per_column)
+            store.keep_resident(spare // per_column, rows=rows)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process
 
-from offload.cache import cache_in
+from offload.cache import OffloadCache, cache_in
 from offload.decode import Flags, ends_of, random_state, set_random_state
 
 MOST_ROWS = (
@@ -298,6 +298,105 @@ class _Passes:
             self._inputs["attention_mask"] = self._mask[:, :length]
 
 
+class _Run:
+    """One sequence that grows by what is drafted and verified."""
+
+    def __init__(
+        self, cache: OffloadCache, passes: _Passes, chooser: _Chooser, pace: Pace, tally: Tally,
+        ids: Tensor, length: int, captured_s: Callable[[], float],
+    ) -> None:  # fmt: skip
+        """Before its first token.
+
+        Args:
+            cache: Holds all tokens but the last one.
+            passes: Over it.
+            chooser: Of its tokens.
+            pace: How many are drafted.
+            tally: Counts.
+            ids: [1, N + room]: the tokens so far, and room for more.
+            length: Tokens so far.
+            captured_s: Seconds that went into compiling and capturing so far.
+        """
+        self.cache = cache
+        self.ids = ids
+        self.length = length
+        self._passes = passes
+        self._chooser = chooser
+        self._pace = pace
+        self._tally = tally
+        self._captured_s = captured_s
+        self._clock = _Clock(ids.device)
+
+    def turn(self, most: int, ends: Tensor | None) -> Tensor:
+        """The next tokens [n], n from 1 to `most`, written behind `length`, which `take` moves on.
+
+        Args:
+            most: That are wanted.
+            ends: Tokens [m, 1] that end the sequence.
+        """
+        self._chooser.begin()
+        wanted = min(self._pace.next(), most - 1)
+        if not any(store.columns for store in self.cache.layer_stores):
+            tokens = self._exact()  # as steps are while nothing is on the host
+        elif self._pace.gave_up:
+            self._tally.exact_tokens += 1
+            with self.cache.streaming(True):
+                tokens = self._exact()
+        else:
+            tokens = self._drafted(wanted, ends)
+        self.ids[0, self.length : self.length + tokens.shape[0]] = tokens
+        return tokens
+
+    def take(self, tokens: int, of: int) -> None:
+        """Keeps so many of the tokens that the last turn made, and goes on behind them."""
+        if tokens < of:
+            self.cache.crop(tokens - of)
+        self._chooser.end(tokens)
+        self._passes.advance(tokens)
+        self.length += tokens
+
+    def mend(self) -> None:
+        """After an exception: drafted rows may be there, which are not exact, and nobody may go on from them."""
+        self.cache.settle()
+        if self.cache.is_open:
+            self.cache.crop(min(0, self.length - 1 - self.cache.get_seq_length()))
+
+    def _exact(self) -> Tensor:
+        logits = self._passes.step(self.ids[:, self.length - 1], self.length, 0)
+        return self._chooser.exact(self.ids[:, : self.length], logits, 0)
+
+    def _drafted(self, wanted: int, ends: Tensor | None) -> Tensor:
+        clock, length, capturing = self._clock, self.length, self._captured_s()
+        began = clock.now()
+        n = self._draft(wanted, ends)
+        self.cache.crop(length - 1 - self.cache.get_seq_length())
+        between = clock.now()
+        logits = self._passes.all(self.ids[0, length - 1 : length + n], length).to(torch.float32)
+        ended = clock.now()
+        kept, targets = _compare(self._chooser, self.ids, logits, length, n)
+        self.cache.crop(length - 1 + kept - self.cache.get_seq_length())
+        draft_s, verify_s = clock.between(began, between), clock.between(between, ended)
+        captured_s = self._captured_s() - capturing
+        self._pace.note(n, kept - 1, None if captured_s else draft_s, verify_s)
+        self._tally.add(n, kept - 1)
+        self._tally.draft_s += draft_s - captured_s
+        self._tally.verify_s += verify_s
+        return targets[:kept]
+
+    def _draft(self, wanted: int, ends: Tensor | None) -> int:
+        """Drafts tokens behind `length`, until one ends the sequence; says how many."""
+        token, flags = self.ids[:, self.length - 1], Flags(self.ids, None)
+        for at in range(wanted):
+            so_far = self.length + at
+            logits = self._passes.step(token, so_far, at)
+            token = self._chooser.draft(self.ids[:, :so_far], logits)
+            self.ids[:, so_far] = token
+            # One step late, so that the device never waits.
+            if ends is not None and flags.send((token == ends).any(0), token):
+                return at
+        return wanted
+
+
 def decode_verified(
     model: Any,
     input_ids: Tensor,
@@ -331,12 +430,11 @@ def decode_verified(
         [1, N + new], as `generate` returns it.
     """
     assert not synced_gpus
-    cache = cache_in(model_kwargs)
-    device = input_ids.device
-    batch, length = input_ids.shape
-    assert batch == 1
+    assert input_ids.shape[0] == 1
+    cache, length = cache_in(model_kwargs), input_ids.shape[1]
     longest = int(stopping_criteria.max_length)
-    ends, others = ends_of(stopping_criteria, device)
+    ends, others = ends_of(stopping_criteria, input_ids.device)
+    ending = set() if ends is None else set(ends.flatten().tolist())
     rows = rows_of(drafted)
     ids = input_ids.new_zeros((1, max(longest, length) + rows))
     ids[:, :length] = input_ids
@@ -350,88 +448,29 @@ def decode_verified(
         **model_kwargs,
     )
     assert inputs["input_ids"].shape[1] == 1
-    ending = set() if ends is None else set(ends.flatten().tolist())
     passes = _Passes(model, inputs, mask, rows)
-    chooser = _Chooser(logits_processor, generation_config, device)
-    pace, clock = Pace(drafted), _Clock(device)
+    chooser = _Chooser(logits_processor, generation_config, input_ids.device)
+    run = _Run(cache, passes, chooser, Pace(drafted), tally, ids, length, captured_s)
     over = False
     try:
-        while not over and length < longest:
-            first = ids[:, length - 1]
-            chooser.begin()
-            if not any(store.columns for store in cache.layer_stores):
-                # Nothing is on the host yet: steps are exact as they are.
-                token = chooser.exact(ids[:, :length], passes.step(first, length, 0), 0)
-                kept, targets = 1, token
-            else:
-                wanted = min(pace.next(), longest - length - 1)
-                began, capturing = clock.now(), captured_s()
-                n = _draft(passes, chooser, ids, length, wanted, ends)
-                cache.crop(length - 1 - cache.get_seq_length())
-                between = clock.now()
-                logits = passes.all(ids[0, length - 1 : length + n], length).to(torch.float32)
-                ended = clock.now()
-                kept, targets = _compare(chooser, ids, logits, length, n)
-                tally.add(n, kept - 1)
-                draft_s, verify_s = clock.between(began, between), clock.between(between, ended)
-                pace.note(n, kept - 1, draft_s if captured_s() == capturing else None, verify_s)
-                tally.draft_s += draft_s - (captured_s() - capturing)
-                tally.verify_s += verify_s
-                tally.exact_tokens += pace.gave_up
-                cache.crop(kept - rows)
-            ids[0, length : length + kept] = targets[:kept]
+        while not over and run.length < longest:
+            tokens = run.turn(longest - run.length, ends).cpu()
             taken = 0
-            for token in targets[:kept].cpu().split(1):
-                length, taken = length + 1, taken + 1
-                over = length >= longest or int(token) in ending
+            while taken < tokens.shape[0] and not over:
+                taken += 1
+                so_far = run.length + taken
+                over = so_far >= longest or int(tokens[taken - 1]) in ending
                 if others:
-                    over = bool(stopping_criteria(ids[:, :length], None).all())
+                    over = bool(stopping_criteria(ids[:, :so_far], None).all())
                 if streamer is not None:
-                    streamer.put(token)
-                if over:
-                    break
-            if taken < kept:  # an end among them: nothing behind it was asked for
-                cache.crop(taken - kept)
-            chooser.end(taken)
-            passes.advance(taken)
+                    streamer.put(tokens[taken - 1 : taken])
+            run.take(taken, tokens.shape[0])  # an end may be among them
     except BaseException:
-        # Drafted rows may be there, which are not exact: nobody may go on from them.
-        cache.settle()
-        if cache.is_open:
-            cache.crop(min(0, length - 1 - cache.get_seq_length()))
+        run.mend()
         raise
     if streamer is not None:
         streamer.end()
-    return ids[:, :length].contiguous()
-
-
-def _draft(
-    passes: _Passes,
-    chooser: _Chooser,
-    ids: Tensor,
-    length: int,
-    wanted: int,
-    ends: Tensor | None,
-) -> int:
-    """Drafts tokens behind `length`, until one ends the sequence; says how many.
-
-    Args:
-        passes: Of the run.
-        chooser: Of the run.
-        ids: [1, ...]: drafted tokens are written behind `length`.
-        length: Tokens so far.
-        wanted: At most so many.
-        ends: Tokens [n, 1] that end a sequence.
-    """
-    token, flags = ids[:, length - 1], Flags(ids, None)
-    for at in range(wanted):
-        logits = passes.step(token, length + at, at)
-        token = chooser.draft(ids[:, : length + at], logits)
-        ids[:, length + at] = token
-        # One step late, so that the device never waits.
-        if ends is not None and flags.send((token == ends).any(0), token):
-            return at
-    return wanted
+    return ids[:, : run.length].contiguous()
 
 
 def _compare(

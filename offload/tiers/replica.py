@@ -400,9 +400,10 @@ class DevicePath:
         """Whether any sequence begins with padding."""
         return self._memory.padding is not None
 
-    def suspend(self, wanted: bool) -> None:
-        """Whether every token is streamed until this is called again."""
-        self._memory.suspended = wanted
+    def suspend(self, wanted: bool) -> bool:
+        """Whether every token is streamed until this is called again; says whether it was until now."""
+        was, self._memory.suspended = self._memory.suspended, wanted
+        return was
 
     @property
     def is_published(self) -> bool:

@@ -125,6 +125,7 @@ class LayerStore:
         # Of the columns that are published.
         self._pages = torch.zeros((batch, 0), dtype=torch.int64)
         self._resident: Tensor | None = None  # a device copy of the first host columns
+        self._most_rows = limits.page  # new tokens that have memory beside it
         commit_regions([(region, pages * self.page_bytes)])
 
     @staticmethod
@@ -300,7 +301,7 @@ class LayerStore:
     ) -> Tensor:
         """Attends to every key exactly, those on the host streamed; arguments and result as of `attend`."""
         n_new, page, past = query.shape[2], self.limits.page, self.length
-        if n_new > page:
+        if n_new > self._most_rows:
             self.drop_resident()  # a prefill: its activations need the memory
         merge = RunningMerge()
         sinks = sink_logits  # of the first part alone
@@ -632,26 +633,28 @@ class LayerStore:
     # Resident pages.
 
     @torch.inference_mode(False)
-    def keep_resident(self, columns: int) -> None:
+    def keep_resident(self, columns: int, *, rows: int = 0) -> None:
         """Keeps a device copy of the first host columns, so that decoding need not stream them.
 
         Pages never change, so the copy cannot become wrong; what changes their meaning (crop, select) drops it,
-        and so does an `attend` with more than one page of new tokens, whose activations need the memory.
+        and so does an `attend` with many new tokens, whose activations need the memory.
 
         Args:
             columns: At most so many.
+            rows: New tokens for which there is memory beside it; a page at least.
         """
         self.drop_resident()
+        self._most_rows = max(rows, self.limits.page)
         columns = min(columns, self.columns)
-        rows = 1
+        copies = 1
         if self.shared_columns:
             columns = min(columns, self.shared_columns)
         else:
-            rows = self.batch
+            copies = self.batch
         if columns:
-            shape = (rows, columns, *self._window.shape[2:])
+            shape = (copies, columns, *self._window.shape[2:])
             self._resident = torch.empty(shape, dtype=self.shape.dtype, device=self._window.device)
-            self._reader.load(self, rows, columns, self._resident)
+            self._reader.load(self, copies, columns, self._resident)
 
     def drop_resident(self) -> None:
         """Gives the memory of the resident columns back."""
