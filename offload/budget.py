@@ -26,6 +26,7 @@ from offload.scheduler.rungs import (
     scratch_token_bytes,
 )
 from offload.tiers.pinned import HostBudget, PinBudget
+from offload.verify import Drafts
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ class Budgets:
             overhead=memory.overhead + _ALLOCATOR_SLACK + _DRIVER_GROWTH if self._on_card else 0,
             workspace=self._shape.workspace,
             workspace_per_token=self._shape.workspace_per_token,
+            least_workspace=self.pass_bytes(batch, self._decoded_rows(exact)),
             other_kv=batch * self._shape.other_kv_bytes(tokens),
             rungs=self._rungs() if fast else (),
             whole_layers=self._whole_layers() if fast else 0,
@@ -170,6 +172,22 @@ class Budgets:
             scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
             longest=shape.max_positions or 2**20,
         )
+
+    def pass_bytes(self, batch: int, rows: int) -> int:
+        """Device bytes of a pass that gives logits of every row, which processors and samplers copy.
+
+        Args:
+            batch: Sequences.
+            rows: Tokens of each.
+        """
+        shape = self._shape
+        per_row = shape.workspace_per_token + 8 * shape.vocabulary
+        return shape.workspace + batch * (rows * per_row + 16 * shape.vocabulary)
+
+    def _decoded_rows(self, exact: bool) -> int:
+        """Tokens of a sequence that a pass of decoding computes together, at most."""
+        verified = self._config.mode == "verified" and not exact
+        return Drafts.of(self._config.decode.draft).rows if verified else 1
 
     def _whole_layers(self) -> int:
         asked, there = self._config.replica.whole_layers, len(self._shape.rows)

@@ -260,9 +260,7 @@ class CacheMaker:
         if not wanted or layout is None or not stores or not stores[0].columns:
             return
         torch.cuda.empty_cache()
-        # Logits are copied by processors and samplers.
-        per_token = self._shape.workspace_per_token + 6 * 4 * self._shape.vocabulary
-        needed = self._shape.workspace + stores[0].batch * rows * per_token
+        needed = self._budgets.pass_bytes(stores[0].batch, rows)
         spare = max(0, layout.device["workspace"] - needed)
         per_column = sum(
             store.page_bytes * (1 if store.shared_columns else store.batch) for store in stores

@@ -28,7 +28,7 @@ from offload.cache import (
     stock_layers,
 )
 from offload.caches import CacheMaker
-from offload.config import OffloadConfig, window_of_drafts
+from offload.config import OffloadConfig
 from offload.decode import captured_steps, decode
 from offload.errors import CacheError, InputError, UnsupportedModelError
 from offload.model import (
@@ -50,7 +50,7 @@ from offload.prompt import (
 )
 from offload.report import Notes, Report
 from offload.scheduler.layout import Layout, budget_for
-from offload.verify import LENGTHS, Tally, decode_verified, rows_of
+from offload.verify import Drafts, Tally, decode_verified
 
 logger = logging.getLogger(__name__)
 
@@ -483,12 +483,12 @@ class Runtime:
             fast = cache.decodes_fast and not prompt.is_beams
             if fast:
                 self._check_replica(cache)
-            drafted = self._draft_length(cache, prompt, kwargs) if fast else None
-            if self.config.mode == "verified" and drafted is None:
+            drafts = self._drafts(cache, prompt, kwargs) if fast else None
+            if self.config.mode == "verified" and drafts is None:
                 fast = False
             # Steps on the device path stream nothing, and those of an assistant's candidates need the memory.
-            if drafted is not None:
-                self._maker.keep_pages_resident(cache, rows=rows_of(drafted))
+            if drafts is not None:
+                self._maker.keep_pages_resident(cache, rows=drafts.rows)
             elif not fast and not prompt.is_assisted:
                 self._maker.keep_pages_resident(cache)
         last.prefill_s = done.seconds
@@ -506,14 +506,14 @@ class Runtime:
                 compiles = self._wants_compiled(prompt.final_length - total)
                 captured = stack.enter_context(captured_steps(self.model, cache, compiles=compiles))
                 takes_loop = prompt.is_plain and "custom_generate" not in call
-                if captured.reason is None and takes_loop and drafted is None:
+                if captured.reason is None and takes_loop and drafts is None:
                     # transformers passes no streamer on to a loop of one's own.
                     call["custom_generate"] = partial(decode, streamer=call.get("streamer"))
                     # Experts are computed another way for few tokens; transformers' own loop does this too.
                     stack.enter_context(self.model._optimize_model_for_decode())
-            if drafted is not None:
+            if drafts is not None:
                 call["custom_generate"] = partial(
-                    decode_verified, tally=last.tally, drafted=drafted, streamer=call.get("streamer"),
+                    decode_verified, tally=last.tally, drafts=drafts, streamer=call.get("streamer"),
                     captured_s=(lambda: 0.0) if captured is None else (lambda: captured.seconds),
                 )  # fmt: skip
             stack.enter_context(cache.streaming(cache.decodes_fast and not fast))
@@ -542,10 +542,8 @@ class Runtime:
         self._note_tiers(cache)
         return result
 
-    def _draft_length(
-        self, cache: OffloadCache, prompt: Prompt, kwargs: dict[str, Any]
-    ) -> int | str | None:
-        """Tokens that are drafted at once in mode verified, as asked; None where nothing is drafted.
+    def _drafts(self, cache: OffloadCache, prompt: Prompt, kwargs: dict[str, Any]) -> Drafts | None:
+        """How long drafts of a call in mode verified are; None where nothing is drafted.
 
         Args:
             cache: Of a call that can go by the device path.
@@ -568,12 +566,8 @@ class Runtime:
             self._notes.add(note)
             return None
         assert cache.layout is not None
-        asked = self.config.decode.draft
-        if isinstance(asked, str):
-            room = cache.layout.window_blocks * self.config.cache.page
-            fitting = max(n for n in LENGTHS if window_of_drafts(n) <= room)
-            return asked if fitting == LENGTHS[-1] else fitting
-        return asked
+        room = cache.layout.window_blocks * self.config.cache.page
+        return Drafts.of(self.config.decode.draft, room)
 
     def _wants_compiled(self, new_tokens: int) -> bool:
         """Whether the layers of this call's steps are compiled.

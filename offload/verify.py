@@ -32,13 +32,12 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from offload.cache import OffloadCache, cache_in
+from offload.config import window_of_drafts
 from offload.decode import Flags, ends_of, random_state, set_random_state
 
-MOST_ROWS = (
-    64  # of a pass, where nobody asks for more: a page, above which memory for a prompt is needed
-)
+MOST_ROWS = 128  # of a pass, where nobody asks for more
 ROW_STEP = 16  # rows of a pass are a multiple
-LENGTHS = (0, 1, 2, 4, 8, 16, 24, 32, 48, MOST_ROWS - 1)  # drafts to choose from
+LENGTHS = (0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, MOST_ROWS - 1)  # drafts to choose from
 FIRST = 8  # tokens of the first draft
 
 # Processors that keep something from call to call: they may see nothing but tokens that are kept.
@@ -49,14 +48,35 @@ _STATEFUL = {
 }
 
 
-def rows_of(drafted: int | str) -> int:
-    """Rows of every verify pass.
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """How long drafts are.
 
-    Args:
-        drafted: Tokens of a draft at most, or "auto".
+    Attributes:
+        most: Tokens.
+        is_auto: Whether they may be shorter, as is fastest.
     """
-    most = MOST_ROWS - 1 if isinstance(drafted, str) else drafted
-    return math.ceil((most + 1) / ROW_STEP) * ROW_STEP
+
+    most: int
+    is_auto: bool
+
+    @classmethod
+    def of(cls, asked: int | str, window: int | None = None) -> Drafts:
+        """What a config asks for.
+
+        Args:
+            asked: Tokens, or "auto".
+            window: Tokens of the window that has to hold drafts, where it is known.
+        """
+        if not isinstance(asked, str):
+            return cls(asked, False)
+        fitting = [n for n in LENGTHS if window is None or window_of_drafts(n) <= window]
+        return cls(fitting[-1], True)
+
+    @property
+    def rows(self) -> int:
+        """Rows of every verify pass."""
+        return math.ceil((self.most + 1) / ROW_STEP) * ROW_STEP
 
 
 @dataclass(slots=True)
@@ -105,13 +125,13 @@ class Tally:
 class Pace:
     """How many tokens are drafted at once: as many as make tokens come fastest, by what was measured so far."""
 
-    def __init__(self, asked: int | str) -> None:
+    def __init__(self, drafts: Drafts) -> None:
         """Before the first draft.
 
         Args:
-            asked: Tokens, or "auto".
+            drafts: As asked.
         """
-        self._asked = asked
+        self._drafts = drafts
         self._last = FIRST // 2
         # Agreement of a token, from what was examined; old passes count less and less. To begin with, good.
         self._kept, self._seen = 4.0, 4.5
@@ -121,7 +141,7 @@ class Pace:
     @property
     def gave_up(self) -> bool:
         """Whether exact tokens come faster than any draft makes them."""
-        return self._last == 0
+        return self._drafts.is_auto and self._last == 0
 
     def note(self, drafted: int, accepted: int, draft_s: float | None, verify_s: float) -> None:
         """Learns from a pass.
@@ -141,11 +161,12 @@ class Pace:
 
     def next(self) -> int:
         """Tokens of the next draft."""
-        if isinstance(self._asked, int):
-            return self._asked
+        if not self._drafts.is_auto:
+            return self._drafts.most
         if self.gave_up:
             return 0
-        most = max(FIRST, 2 * self._last)  # a short answer does not wait for a long draft
+        # A short answer does not wait for a long draft.
+        most = min(self._drafts.most, max(FIRST, 2 * self._last))
         draft, verify = self._draft_s, self._verify_s
         if draft is None or verify is None:
             self._last = min(most, FIRST)
@@ -405,7 +426,7 @@ def decode_verified(
     stopping_criteria: Any,
     generation_config: Any,
     tally: Tally,
-    drafted: int | str,
+    drafts: Drafts,
     captured_s: Callable[[], float],
     streamer: Any = None,
     synced_gpus: bool = False,
@@ -420,7 +441,7 @@ def decode_verified(
         stopping_criteria: With a longest length.
         generation_config: As merged.
         tally: Counts.
-        drafted: Tokens of a draft, or "auto".
+        drafts: How long they are.
         captured_s: Seconds that went into compiling and capturing so far.
         streamer: Gets tokens once they are verified.
         synced_gpus: Must be False.
@@ -435,7 +456,7 @@ def decode_verified(
     longest = int(stopping_criteria.max_length)
     ends, others = ends_of(stopping_criteria, input_ids.device)
     ending = set() if ends is None else set(ends.flatten().tolist())
-    rows = rows_of(drafted)
+    rows = drafts.rows
     ids = input_ids.new_zeros((1, max(longest, length) + rows))
     ids[:, :length] = input_ids
     mask = model_kwargs.get("attention_mask")
@@ -450,7 +471,7 @@ def decode_verified(
     assert inputs["input_ids"].shape[1] == 1
     passes = _Passes(model, inputs, mask, rows)
     chooser = _Chooser(logits_processor, generation_config, input_ids.device)
-    run = _Run(cache, passes, chooser, Pace(drafted), tally, ids, length, captured_s)
+    run = _Run(cache, passes, chooser, Pace(drafts), tally, ids, length, captured_s)
     over = False
     try:
         while not over and run.length < longest:

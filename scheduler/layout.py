@@ -63,6 +63,7 @@ class Demand:
         overhead: Device bytes that are nobody's tensors: driver context, allocator slack.
         workspace: Device bytes of activations that do not depend on the chunk.
         workspace_per_token: Further device bytes per token of the chunk and sequence.
+        least_workspace: Device bytes of activations at least, however small the chunk: of passes while decoding.
         other_kv: Device bytes of the layers that are not offloaded.
         rungs: Replicas that may be kept of offloaded tokens, best first; none for exact mode.
         whole_layers: Layers that keep all their tokens on the device beside replicas of the others, the first and the
@@ -87,6 +88,7 @@ class Demand:
     overhead: int
     workspace: int
     workspace_per_token: int
+    least_workspace: int = 0
     other_kv: int = 0
     rungs: tuple[RungPrice, ...] = ()
     whole_layers: int = 0
@@ -430,7 +432,10 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "decode step": demand.batch
             * (demand.scratch_bytes + replica_tokens * demand.scratch_token_bytes),
             "other KV": demand.other_kv,
-            "workspace": demand.workspace + demand.batch * chunk * demand.workspace_per_token,
+            "workspace": max(
+                demand.workspace + demand.batch * chunk * demand.workspace_per_token,
+                demand.least_workspace,
+            ),
             "overhead": demand.overhead,
         },
         host={"pages": pages * split},

@@ -19,7 +19,7 @@ import offload
 from offload import verify
 from offload.errors import ConfigError, UnsupportedModelError
 from offload.kernels import reference
-from offload.verify import LENGTHS, Pace, Tally
+from offload.verify import LENGTHS, Drafts, Pace, Tally
 
 N, NEW = 600, 70
 CALL: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
@@ -373,7 +373,7 @@ def test_drafts_that_do_not_pay_end() -> None:
 
 def test_a_draft_is_as_long_as_pays() -> None:
     def settled(agreement: float, draft_s: float, verify_s: float) -> int:
-        pace, random = Pace("auto"), torch.Generator().manual_seed(1)
+        pace, random = Pace(Drafts.of("auto")), torch.Generator().manual_seed(1)
         drafted = []
         for _ in range(60):
             n = pace.next()
@@ -387,7 +387,8 @@ def test_a_draft_is_as_long_as_pays() -> None:
     assert 8 <= settled(0.9, 0.009, 0.35) <= 64
     assert settled(0.0, 0.009, 0.35) == 0
     assert settled(0.5, 0.4, 0.35) == 0  # a draft as slow as an exact step
-    assert Pace(5).next() == 5
+    assert Pace(Drafts.of(5)).next() == 5
+    assert Drafts.of("auto", 256) == Drafts(64, True)
 
 
 def test_a_tally_counts_what_was_compared() -> None:
