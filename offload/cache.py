@@ -466,9 +466,8 @@ class OffloadCache(Cache):
         try:
             yield
         finally:
-            for path, was in zip(
-                reversed(paths), reversed(before), strict=True
-            ):  # they may share it
+            # In reverse, since they may share it.
+            for path, was in zip(reversed(paths), reversed(before), strict=True):
                 path.suspend(was)
 
     @contextmanager

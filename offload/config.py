@@ -39,9 +39,7 @@ from offload.units import Size, parse_tokens
 
 SMALLEST_PAGE: Final = 16  # one tile of the tensor cores: no kernel reads fewer tokens at a time
 FAST_PAGE: Final = 64  # tokens that share the scales of their keys in a replica
-LONGEST_DRAFT: Final = (
-    192  # tokens: two drafts fit the window that is chosen where none is asked for
-)
+LONGEST_DRAFT: Final = 192  # tokens: two fit the window beside a replica
 _LEAST_SINKS: Final = 64  # tokens; the first few carry the attention sink, the rest is rounding
 
 

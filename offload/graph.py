@@ -16,6 +16,7 @@ import torch
 class StepGraph:
     """A captured step: graphs that share their memory, replayed in the order in which they were captured."""
 
+    # A process captures one step at a time, and what asks for the host lies deep in the model's forward.
     _capturing: StepGraph | None = None
 
     def __init__(self, device: torch.device) -> None:
@@ -28,11 +29,6 @@ class StepGraph:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._actions: list[Callable[[], None]] = []  # the one behind each graph but the last
-
-    @property
-    def pieces(self) -> int:
-        """Graphs that the step is."""
-        return len(self._graphs)
 
     @contextmanager
     def capture(self) -> Iterator[None]:

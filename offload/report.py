@@ -148,9 +148,10 @@ class Report:
             others = {"better": self.lifted_layers, "whole": self.whole_layers}
             shown = ", ".join(f"{n} layers {what}" for what, n in others.items() if n)
             more = f" ({shown})" if shown else ""
+            name = "drafts" if self.mode == "verified" else "fast"
             expected = "unknown" if self.error_estimate is None else f"{self.error_estimate:.2%}"
             lines.append(
-                f"  fast    {self.rung:>10}  replica{more} answered for {self.tail_mass:.2%} of attention, "
+                f"  {name:8}{self.rung:>10}  replica{more} answered for {self.tail_mass:.2%} of attention, "
                 f"{self.skipped_mass:.3%} skipped, expected error {expected}, "
                 f"{gib(self.selected_bytes)} a step read exactly, "
                 f"{gib(self.fetched_bytes)} from the host"

@@ -251,7 +251,7 @@ class Runtime:
             cache = self._new(
                 prompt_tokens=prompt.input_ids.shape[1],
                 tokens=prompt.final_length,
-                exact=prompt.is_beams,
+                exact=prompt.is_beams or self._undrafted(prompt, kwargs) is not None,
             )
         else:
             self._check_batch(cache, prompt)
@@ -480,12 +480,14 @@ class Runtime:
             )
             if prompt.copies > 1:
                 cache.batch_repeat_interleave(prompt.copies)
-            fast = cache.decodes_fast and not prompt.is_beams
+            undrafted = self._undrafted(prompt, kwargs)
+            fast = cache.decodes_fast and not prompt.is_beams and undrafted is None
+            drafts = None
             if fast:
                 self._check_replica(cache)
-            drafts = self._drafts(cache, prompt, kwargs) if fast else None
-            if self.config.mode == "verified" and drafts is None:
-                fast = False
+                drafts = self._drafts(cache)
+            if undrafted is not None and not prompt.is_beams:
+                self._notes.add(f"mode verified drafts nothing with {undrafted}: exact steps")
             # Steps on the device path stream nothing, and those of an assistant's candidates need the memory.
             if drafts is not None:
                 self._maker.keep_pages_resident(cache, rows=drafts.rows)
@@ -494,6 +496,7 @@ class Runtime:
         last.prefill_s = done.seconds
         last.tail_mass = last.skipped_mass = last.error_estimate = 0.0
         last.selected_bytes = last.fetched_bytes = 0
+        last.tally = Tally()
         cache.reset_stats()  # what a stock generate or an interrupted one left
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
         call = dict(kwargs)
@@ -509,13 +512,14 @@ class Runtime:
                 if captured.reason is None and takes_loop and drafts is None:
                     # transformers passes no streamer on to a loop of one's own.
                     call["custom_generate"] = partial(decode, streamer=call.get("streamer"))
-                    # Experts are computed another way for few tokens; transformers' own loop does this too.
-                    stack.enter_context(self.model._optimize_model_for_decode())
             if drafts is not None:
                 call["custom_generate"] = partial(
                     decode_verified, tally=last.tally, drafts=drafts, streamer=call.get("streamer"),
                     captured_s=(lambda: 0.0) if captured is None else (lambda: captured.seconds),
                 )  # fmt: skip
+            if "custom_generate" not in kwargs and "custom_generate" in call:
+                # Experts are computed another way for few tokens; transformers' own loop does this too.
+                stack.enter_context(self.model._optimize_model_for_decode())
             stack.enter_context(cache.streaming(cache.decodes_fast and not fast))
             result = self.model.generate(prompt.input_ids, **{CACHE: cache}, **call)
         cache.stop_recording()
@@ -542,11 +546,10 @@ class Runtime:
         self._note_tiers(cache)
         return result
 
-    def _drafts(self, cache: OffloadCache, prompt: Prompt, kwargs: dict[str, Any]) -> Drafts | None:
-        """How long drafts of a call in mode verified are; None where nothing is drafted.
+    def _undrafted(self, prompt: Prompt, kwargs: dict[str, Any]) -> str | None:
+        """Why mode verified makes the tokens of a call one by one; None where it drafts, and in other modes.
 
         Args:
-            cache: Of a call that can go by the device path.
             prompt: Of the call.
             kwargs: Of the call.
         """
@@ -558,12 +561,11 @@ class Runtime:
             "a loop of one's own": kwargs.get("custom_generate") is not None,
             "more than tokens in the result, or stop strings": not prompt.is_plain,
         }
-        why = next((reason for reason, holds in reasons.items() if holds), None)
-        if why is not None:
-            note = f"mode verified drafts nothing with {why}: every token is streamed"
-            if note not in self._notes:
-                logger.warning("%s.", note.capitalize())
-            self._notes.add(note)
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def _drafts(self, cache: OffloadCache) -> Drafts | None:
+        """How long drafts are in mode verified; None in other modes."""
+        if self.config.mode != "verified":
             return None
         assert cache.layout is not None
         room = cache.layout.window_blocks * self.config.cache.page
@@ -688,17 +690,30 @@ class Runtime:
 
 
 def _require_croppable(model: Any, shape: ModelShape) -> None:
-    """Raises UnsupportedModelError unless every layer can forget tokens that were rejected."""
-    stock = stock_layers(text_config(model))
+    """Raises UnsupportedModelError unless tokens that were rejected can be forgotten without a trace."""
+    config = text_config(model)
+    stock = stock_layers(config)
     plain = [i for i in shape.offloaded if not isinstance(stock[i], LinearAttentionLayer)]
     strangers = sorted({type(stock[i]).__name__ for i in range(len(stock)) if i not in plain})
-    if strangers:
-        raise UnsupportedModelError(
-            "Mode verified",
-            model_type=shape.model_type,
-            reason=f"it has layers that cannot forget rejected tokens ({', '.join(strangers)})",
-            change="Set mode to 'exact', or to 'fast'.",
-        )
+    reason = f"it has layers that cannot forget rejected tokens ({', '.join(strangers)})"
+    if not strangers:
+        turns = _rope_types(config) & {"dynamic", "longrope"}
+        if not turns:
+            return
+        reason = f"its positions are turned by how long the sequence is, drafts included ({', '.join(sorted(turns))})"
+    raise UnsupportedModelError(
+        "Mode verified",
+        model_type=shape.model_type,
+        reason=reason,
+        change="Set mode to 'exact', or to 'fast'.",
+    )
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Kinds of position embedding that turn keys, of all layers."""
+    given = getattr(config, "rope_parameters", None) or {}
+    tables = [given, *(value for value in given.values() if isinstance(value, dict))]
+    return {str(table["rope_type"]) for table in tables if "rope_type" in table}
 
 
 def _is_returned(kwargs: dict[str, Any], generation: Any) -> bool:

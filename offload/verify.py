@@ -39,9 +39,11 @@ MOST_ROWS = 128  # of a pass, where nobody asks for more
 ROW_STEP = 16  # rows of a pass are a multiple
 LENGTHS = (0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, MOST_ROWS - 1)  # drafts to choose from
 FIRST = 8  # tokens of the first draft
+REST = 64  # exact tokens after which it is tried anew whether drafts pay
 
 # Processors that keep something from call to call: they may see nothing but tokens that are kept.
 _STATEFUL = {
+    "PrefixConstrainedLogitsProcessor",  # a function of the user's
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "SynthIDTextWatermarkLogitsProcessor",
     "WhisperTimeStampLogitsProcessor",
@@ -91,7 +93,7 @@ class Tally:
         by_position: For each place in a draft how many tokens there were examined and kept.
         draft_s: Seconds of drafting, those of compiling and capturing left out.
         verify_s: Seconds of verify passes.
-        exact_tokens: Made by verify passes without a draft, because drafts did not pay.
+        exact_tokens: Made by single exact steps, because drafts did not pay.
     """
 
     passes: int = 0
@@ -132,6 +134,10 @@ class Pace:
             drafts: As asked.
         """
         self._drafts = drafts
+        self._rested, self._rest = (
+            0,
+            REST,
+        )  # exact tokens since drafts did not pay, and how many there shall be
         self._last = FIRST // 2
         # Agreement of a token, from what was examined; old passes count less and less. To begin with, good.
         self._kept, self._seen = 4.0, 4.5
@@ -164,7 +170,13 @@ class Pace:
         if not self._drafts.is_auto:
             return self._drafts.most
         if self.gave_up:
-            return 0
+            self._rested += 1
+            if self._rested < self._rest:
+                return 0
+            # What was slow may be over: one short draft says so. If not, the next one comes later.
+            self._rested, self._rest = 0, 2 * self._rest
+            self._last = FIRST // 2
+            return min(FIRST, self._drafts.most)
         # A short answer does not wait for a long draft.
         most = min(self._drafts.most, max(FIRST, 2 * self._last))
         draft, verify = self._draft_s, self._verify_s
@@ -182,13 +194,17 @@ class Pace:
 
 
 def _smoothed(old: float | None, new: float) -> float:
-    return new if old is None else 0.7 * old + 0.3 * new
+    """The mean of what was measured, new ones first; a single stall counts as a bit slower."""
+    return new if old is None else 0.7 * old + 0.3 * min(new, 2 * old)
 
 
 class _Chooser:
     """Which token follows, as transformers' loops choose it, for a draft and for the exact pass alike."""
 
-    def __init__(self, processors: Any, generation: Any, device: torch.device) -> None:
+    def __init__(
+        self, processors: Any, generation: Any, ending: set[int], device: torch.device
+    ) -> None:
+        self.ending = ending  # tokens that end a sequence
         self._samples = bool(generation.do_sample)
         self._device = device
         self._all = processors
@@ -218,13 +234,12 @@ class _Chooser:
 
     def exact(self, ids: Tensor, logits: Tensor, at: int) -> Tensor:
         """The token [1] that exact steps would draw at place `at` behind the begin of the draft."""
-        scores = self._all(ids, logits)
-        if not self._samples:
-            return self._pick(scores)
-        set_random_state(self._states[at], self._device)
-        token = self._pick(scores)
-        if at + 1 == len(self._states):
-            self._states.append(random_state(self._device))
+        if self._samples and (at == 0 or not self.is_stateful):
+            # Processors that draw numbers of their own are called in turn, as exact steps call them.
+            set_random_state(self._states[at], self._device)
+        token = self._pick(self._all(ids, logits))
+        if self._samples:
+            self._states[at + 1 :] = [random_state(self._device), *self._states[at + 2 :]]
         return token
 
     def end(self, tokens: int) -> None:
@@ -270,9 +285,8 @@ class _Passes:
         self._inputs = inputs
         self._rows = rows
         positions = inputs.get("position_ids")
-        self._last = (
-            None if positions is None else positions[..., -1:]
-        )  # of the token that comes first
+        # Of the token that comes first.
+        self._last = None if positions is None else positions[..., -1:]
         self._places = torch.arange(rows, device=inputs["input_ids"].device)
 
     def step(self, token: Tensor, length: int, ahead: int) -> Tensor:
@@ -302,7 +316,8 @@ class _Passes:
         self._place(filled[None], length - 1 + self._rows)
         inputs = dict(self._inputs)
         if self._last is not None:
-            inputs["position_ids"] = self._last + self._places
+            # Rows of no meaning are nowhere else: a model may have no further position, or ask how many there are.
+            inputs["position_ids"] = self._last + self._places.clamp(max=n - 1)
         if inputs.get("logits_to_keep") is not None:
             inputs["logits_to_keep"] = 0  # all
         logits: Tensor = self._model(**inputs, return_dict=True).logits[0, :n]
@@ -456,6 +471,9 @@ def decode_verified(
     longest = int(stopping_criteria.max_length)
     ends, others = ends_of(stopping_criteria, input_ids.device)
     ending = set() if ends is None else set(ends.flatten().tolist())
+    chooser = _Chooser(logits_processor, generation_config, ending, input_ids.device)
+    if others and chooser.is_stateful:
+        drafts = Drafts(0, False)  # whether a token is the last is only known behind it
     rows = drafts.rows
     ids = input_ids.new_zeros((1, max(longest, length) + rows))
     ids[:, :length] = input_ids
@@ -470,7 +488,6 @@ def decode_verified(
     )
     assert inputs["input_ids"].shape[1] == 1
     passes = _Passes(model, inputs, mask, rows)
-    chooser = _Chooser(logits_processor, generation_config, input_ids.device)
     run = _Run(cache, passes, chooser, Pace(drafts), tally, ids, length, captured_s)
     over = False
     try:
@@ -507,7 +524,7 @@ def _compare(
         drafted: Tokens of the draft.
 
     Returns:
-        Tokens that are kept, and the exact choices [drafted + 1], those behind the last kept one of no meaning.
+        Tokens that are kept, and the exact choices [at most drafted + 1], those behind the last kept one of no meaning.
     """
     draft = ids[0, length : length + drafted]
     if chooser.is_plain:
@@ -517,8 +534,10 @@ def _compare(
         for at in range(drafted + 1):
             chosen.append(chooser.exact(ids[:, : length + at], logits[at : at + 1], at))
             # What keeps something from call to call must not see a token that is not kept.
-            if chooser.is_stateful and at < drafted and int(chosen[-1]) != int(draft[at]):
-                break
+            if chooser.is_stateful and at < drafted:
+                token = int(chosen[-1])
+                if token != int(draft[at]) or token in chooser.ending:
+                    break
         targets = torch.cat(chosen)
     agree = targets[:drafted] == draft[: targets.shape[0]]
-    return int(agree.long().cumprod(0).sum()) + 1, targets
+    return min(int(agree.long().cumprod(0).sum()) + 1, targets.shape[0]), targets

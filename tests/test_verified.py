@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +16,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import offload
 from offload import verify
+from offload.config import LONGEST_DRAFT, window_of_drafts
 from offload.errors import ConfigError, UnsupportedModelError
 from offload.kernels import reference
+from offload.scheduler.layout import REPLICA_WINDOW
 from offload.verify import LENGTHS, Drafts, Pace, Tally
 
 N, NEW = 600, 70
@@ -290,6 +291,96 @@ def test_processors_of_users_see_tokens_that_are_kept_and_no_others() -> None:
     assert ours.seen == stock.seen
 
 
+@pytest.mark.parametrize("ending", ["eos", "criterion"])
+def test_processors_of_users_see_nothing_behind_an_end(ending: str) -> None:
+    model = build()
+    ids = prompts(1, N)
+    whole = model.generate(ids, **CALL)[0, N:].tolist()
+    call: dict[str, Any] = dict(CALL)
+    if ending == "eos":
+        call["eos_token_id"] = [whole[23]]
+    else:
+        call["stopping_criteria"] = StoppingCriteriaList(
+            [lambda ids, scores, **_: torch.tensor([ids.shape[1] >= N + 24])]
+        )
+    seen: dict[str, int] = {}
+
+    def counting(name: str) -> LogitsProcessorList:
+        class Counts(LogitsProcessor):
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                seen[name] = seen.get(name, 0) + 1
+                return scores
+
+        return LogitsProcessorList([Counts()])
+
+    want = model.generate(ids, logits_processor=counting("stock"), **call)
+    with offload.attach(model, **SETTINGS) as runtime:
+        got = runtime.generate(ids, logits_processor=counting("ours"), **call)
+    assert torch.equal(got, want)
+    assert seen["ours"] == seen["stock"] == got.shape[1] - N
+
+
+def test_processors_that_draw_numbers_and_functions_of_users_are_called_as_the_stock_loop_does() -> (
+    None
+):
+    model = build()
+    ids = prompts(1, N)
+    calls = [0]
+
+    class Noise(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores + torch.randn_like(scores)
+
+    def allowed(batch: int, input_ids: Tensor) -> list[int]:
+        calls[0] += 1
+        return list(range(1 + calls[0] % 3, 128, 3))
+
+    sampled = CALL | {"do_sample": True, "max_new_tokens": 40}
+    for more in (
+        {"logits_processor": LogitsProcessorList([Noise()])},
+        {"prefix_allowed_tokens_fn": allowed},
+    ):
+        torch.manual_seed(3)
+        calls[0] = 0
+        want = model.generate(ids, **sampled, **more)
+        with offload.attach(model, **SETTINGS) as runtime:
+            torch.manual_seed(3)
+            calls[0] = 0
+            assert torch.equal(runtime.generate(ids, **sampled, **more), want)
+
+
+def test_a_pass_at_the_last_positions_of_a_model_asks_for_none_behind_them() -> None:
+    model = build("gpt2")
+    limit = model.config.max_position_embeddings
+    ids = prompts(1, limit - 20)
+    call = CALL | {"max_new_tokens": 20}
+    want = model.generate(ids, **call)
+    with offload.attach(model, **SETTINGS) as runtime:
+        assert torch.equal(runtime.generate(ids, **call), want)
+
+
+def test_positions_that_turn_with_the_length_are_refused() -> None:
+    model = build()
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    with pytest.raises(UnsupportedModelError, match="dynamic"):
+        offload.attach(model, **SETTINGS)
+
+
+def test_each_call_counts_for_itself() -> None:
+    model = build()
+    ids = prompts(1, N)
+    call = CALL | {"max_new_tokens": 20}
+    with offload.attach(model, **SETTINGS) as runtime:
+        found = []
+        for _ in range(2):
+            runtime.generate(ids, **call)
+            report = runtime.report()
+            found.append((report.verify_passes, report.drafted_tokens, len(report.agreement)))
+        assert found[0] == found[1]
+        runtime.generate(prompts(2, N), **call)
+        assert runtime.report().verify_passes == 0
+
+
 def test_an_exception_in_a_draft_leaves_a_cache_of_verified_tokens() -> None:
     model = build()
     ids = prompts(1, N)
@@ -389,6 +480,24 @@ def test_a_draft_is_as_long_as_pays() -> None:
     assert settled(0.5, 0.4, 0.35) == 0  # a draft as slow as an exact step
     assert Pace(Drafts.of(5)).next() == 5
     assert Drafts.of("auto", 256) == Drafts(64, True)
+    assert window_of_drafts(LONGEST_DRAFT) <= REPLICA_WINDOW
+
+
+def test_a_stall_is_no_reason_to_draft_no_more() -> None:
+    pace, drafted = Pace(Drafts.of("auto")), []
+    for turn in range(40):
+        n = pace.next()
+        drafted.append(n)
+        pace.note(n, n, 0.009 * n + (1.0 if turn == 6 else 0.0), 0.1)
+    assert min(drafted) >= 8
+    # Where drafts do not pay, one is tried now and then.
+    pace, drafted = Pace(Drafts.of("auto")), []
+    for _ in range(400):
+        n = pace.next()
+        drafted.append(n)
+        if n:
+            pace.note(n, 0, 0.009 * n, 0.1)
+    assert 4 < sum(n > 0 for n in drafted) < 40
 
 
 def test_a_tally_counts_what_was_compared() -> None:
@@ -411,12 +520,3 @@ def test_a_tally_counts_what_was_compared() -> None:
 def test_drafts_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         offload.attach(build(), **SETTINGS | change)
-
-
-def test_only_one_thread_is_needed() -> None:
-    """Drafting and verifying leave no thread of their own behind."""
-    model = build()
-    before = threading.active_count()
-    with offload.attach(model, **SETTINGS) as runtime:
-        runtime.generate(prompts(1, N), **CALL | {"max_new_tokens": 20})
-    assert threading.active_count() == before
