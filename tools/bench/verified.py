@@ -142,14 +142,14 @@ def pinned_rate(device: torch.device) -> float:
     return GIB / min(seconds(copy) for _ in range(5))
 
 
-def settings_of(args: Namespace, **more: Any) -> dict[str, Any]:
+def settings_of(args: Namespace) -> dict[str, Any]:
     """Of the runs on real models, offloaded though they would fit."""
     asked: dict[str, Any] = {"mode": "verified", "window": 512, "rung": "4k4v", "compile": False}
     if args.smoke:
         asked |= {"window": 192}
     if not torch.cuda.is_available():
         asked["draft"] = 7  # drafts do not pay there
-    return asked | more
+    return asked
 
 
 def measure_agreement(record: Record, case: Case, args: Namespace) -> list[bool]:
