@@ -263,17 +263,7 @@ def decode(
     longest = int(stopping_criteria.max_length)
     ends, others = ends_of(stopping_criteria, input_ids.device)
     pad = generation_config._pad_token_tensor
-    ids = input_ids.new_zeros((batch, max(longest, length)))
-    ids[:, :length] = input_ids
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None:
-        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-    inputs = model.prepare_inputs_for_generation(
-        input_ids,
-        next_sequence_length=length - cache.get_seq_length(),
-        is_first_iteration=True,
-        **model_kwargs,
-    )
+    ids, mask, inputs = prepare(model, input_ids, max(longest, length), model_kwargs)
     finished: Tensor | None = None
     flags = Flags(input_ids, streamer)
     device, state = input_ids.device, None
@@ -315,6 +305,36 @@ def decode(
     if streamer is not None:
         streamer.end()
     return ids[:, :length].contiguous()
+
+
+def prepare(
+    model: Any, input_ids: Tensor, room: int, model_kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """What a loop begins with.
+
+    Args:
+        model: Attached.
+        input_ids: [B, N], of which the cache holds all but some.
+        room: Tokens per sequence that there shall be room for, at least N.
+        model_kwargs: Of the loop, the cache among them.
+
+    Returns:
+        ids [B, room] with the tokens so far, the attention mask [B, room] if there is one, and the inputs of the first
+        pass.
+    """
+    length = input_ids.shape[1]
+    ids = input_ids.new_zeros((input_ids.shape[0], room))
+    ids[:, :length] = input_ids
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        mask = torch.nn.functional.pad(mask, (0, room - mask.shape[1]), value=1)
+    inputs = model.prepare_inputs_for_generation(
+        input_ids,
+        next_sequence_length=length - cache_in(model_kwargs).get_seq_length(),
+        is_first_iteration=True,
+        **model_kwargs,
+    )
+    return ids, mask, inputs
 
 
 def ends_of(stopping_criteria: Any, device: torch.device) -> tuple[Tensor | None, bool]:

@@ -486,8 +486,6 @@ class Runtime:
             if fast:
                 self._check_replica(cache)
                 drafts = self._drafts(cache)
-            if undrafted is not None and not prompt.is_beams:
-                self._notes.add(f"mode verified drafts nothing with {undrafted}: exact steps")
             # Steps on the device path stream nothing, and those of an assistant's candidates need the memory.
             if drafts is not None:
                 self._maker.keep_pages_resident(cache, rows=drafts.rows)
@@ -538,6 +536,9 @@ class Runtime:
                 self._notes.tell(f"layers are not compiled: {captured.not_compiled}")
         if fast:
             self._note_masses(cache)
+        undrafted = undrafted or last.tally.undrafted
+        if undrafted is not None and not prompt.is_beams:
+            self._notes.add(f"mode verified drafts nothing with {undrafted}: exact steps")
         if last.tally.exact_tokens:
             self._notes.add(
                 f"{last.tally.exact_tokens:,} tokens were made one by one: drafts did not pay, of which "

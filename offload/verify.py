@@ -16,7 +16,7 @@ Sampling is coupled. torch draws a token as the largest of chance over noise; th
 generator's state there, which is set again before the exact choice is drawn. The state goes on from the last token that
 was kept: tokens are those that exact steps draw with the same seed, whatever was drafted.
 
-Every pass has the same number of rows, so that what a row gives does not depend on how many were drafted.
+Every pass over a draft has the same number of rows, so that what a row gives does not depend on how many were drafted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.generation import logits_process
 
 from offload.cache import OffloadCache, cache_in
 from offload.config import window_of_drafts
-from offload.decode import Flags, ends_of, random_state, set_random_state
+from offload.decode import Flags, ends_of, prepare, random_state, set_random_state
 
 MOST_ROWS = 128  # of a pass, where nobody asks for more
 ROW_STEP = 16  # rows of a pass are a multiple
@@ -94,6 +94,7 @@ class Tally:
         draft_s: Seconds of drafting, those of compiling and capturing left out.
         verify_s: Seconds of verify passes.
         exact_tokens: Made by single exact steps, because drafts did not pay.
+        undrafted: Why nothing was drafted, or None.
     """
 
     passes: int = 0
@@ -104,6 +105,7 @@ class Tally:
     draft_s: float = 0.0
     verify_s: float = 0.0
     exact_tokens: int = 0
+    undrafted: str | None = None
 
     def add(self, drafted: int, accepted: int) -> None:
         """Counts a pass.
@@ -134,10 +136,8 @@ class Pace:
             drafts: As asked.
         """
         self._drafts = drafts
-        self._rested, self._rest = (
-            0,
-            REST,
-        )  # exact tokens since drafts did not pay, and how many there shall be
+        # Exact tokens since drafts did not pay, and how many there shall be.
+        self._rested, self._rest = 0, REST
         self._last = FIRST // 2
         # Agreement of a token, from what was examined; old passes count less and less. To begin with, good.
         self._kept, self._seen = 4.0, 4.5
@@ -473,21 +473,13 @@ def decode_verified(
     ending = set() if ends is None else set(ends.flatten().tolist())
     chooser = _Chooser(logits_processor, generation_config, ending, input_ids.device)
     if others and chooser.is_stateful:
-        drafts = Drafts(0, False)  # whether a token is the last is only known behind it
-    rows = drafts.rows
-    ids = input_ids.new_zeros((1, max(longest, length) + rows))
-    ids[:, :length] = input_ids
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None:
-        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-    inputs = model.prepare_inputs_for_generation(
-        input_ids,
-        next_sequence_length=length - cache.get_seq_length(),
-        is_first_iteration=True,
-        **model_kwargs,
-    )
+        # Whether a token is the last is only known behind it.
+        drafts = Drafts(0, False)
+        tally.undrafted = "processors that keep something, beside stopping criteria"
+    room = max(longest, length) + drafts.rows
+    ids, mask, inputs = prepare(model, input_ids, room, model_kwargs)
     assert inputs["input_ids"].shape[1] == 1
-    passes = _Passes(model, inputs, mask, rows)
+    passes = _Passes(model, inputs, mask, drafts.rows)
     run = _Run(cache, passes, chooser, Pace(drafts), tally, ids, length, captured_s)
     over = False
     try:

@@ -316,8 +316,11 @@ def test_processors_of_users_see_nothing_behind_an_end(ending: str) -> None:
     want = model.generate(ids, logits_processor=counting("stock"), **call)
     with offload.attach(model, **SETTINGS) as runtime:
         got = runtime.generate(ids, logits_processor=counting("ours"), **call)
+        notes = runtime.report().notes
     assert torch.equal(got, want)
     assert seen["ours"] == seen["stock"] == got.shape[1] - N
+    # Where only the criterion knows the end, nothing is drafted, and that is said.
+    assert any("drafts nothing" in note for note in notes) == (ending == "criterion")
 
 
 def test_processors_that_draw_numbers_and_functions_of_users_are_called_as_the_stock_loop_does() -> (
