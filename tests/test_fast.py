@@ -335,15 +335,14 @@ def test_a_rung_that_does_not_fit_is_an_error_and_auto_takes_one_that_does(devic
         assert runtime.report().rung in ("3k3v", "2k2v")
 
 
-@ON
-def test_the_last_rung_is_taken_for_drafts_where_no_other_fits_and_its_layers_are_lifted(
-    device: str,
-) -> None:
-    model = build("llama", device)
-    ids = prompts(1, 3000).to(device)
+def test_the_last_rung_is_taken_for_drafts_where_no_other_fits_and_its_layers_are_lifted() -> None:
+    # Not on a card: what else a card holds moves by more than such a small model's rungs lie apart.
+    model = build("llama", "cpu")
+    ids = prompts(1, 3000)
     call = CALL | {"max_new_tokens": 4}
     want = model.generate(ids, **call)
     base: dict[str, Any] = {"compile": False, "chunk": 128, "retrieved": 4096, "row_cache": 0}
+    base["staging"] = 64 * 1024  # spends nothing of what lifts layers
     drafts: dict[str, Any] = {"mode": "verified", "draft": 2}
     with offload.attach(model, **base, **drafts) as runtime:
         demand = runtime.budgets.demand(batch=1, tokens=3004, prompt=3000)

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 
 from offload.errors import BudgetError
-from offload.scheduler.layout import Demand, Layout, RungPrice, budget_for, lay_out
+from offload.scheduler.layout import (
+    USEFUL_STAGING_BYTES,
+    Demand,
+    Layout,
+    RungPrice,
+    budget_for,
+    lay_out,
+)
 from offload.scheduler.rungs import RUNGS
 
 MIB = 2**20
@@ -223,9 +230,20 @@ def test_the_first_and_the_last_layers_are_lifted_first() -> None:
     least = lay_out(tight, device_budget=needed, host_budget=PLENTY)
     one = least.replica_tokens * (above.layer_bytes[0] - low.layer_bytes[0])
     scratch = FAST.scratch_bytes + least.replica_tokens * FAST.scratch_token_bytes
-    extra = (2 * one + scratch) * 8 // 7 + MIB  # buffers take an eighth
-    layout = lay_out(FAST, device_budget=needed + extra, host_budget=PLENTY)
+    extra = 2 * one + scratch + MIB
+    demand = replace(FAST, staging=least.staging_bytes)
+    layout = lay_out(demand, device_budget=needed + extra, host_budget=PLENTY)
     assert [rung.bits for rung in layout.rungs] == [3, 2, 2, 2, 2, 3]
+
+
+def test_buffers_grow_to_a_useful_size_before_layers_are_lifted() -> None:
+    low = replace(FAST, rungs=LADDER[2:3], streams=False)
+    needed = least_budget(low)
+    small = lay_out(low, device_budget=needed, host_budget=PLENTY).staging_bytes
+    for extra in (2 * MIB, 20 * MIB, 2 * USEFUL_STAGING_BYTES):
+        layout = lay_out(FAST, device_budget=needed + extra, host_budget=PLENTY)
+        assert layout.lifted_layers == 0
+        assert small + extra // 2 - MIB < layout.staging_bytes <= small + extra // 2
 
 
 @given(whole=st.integers(0, 6), batch=st.integers(1, 3))
