@@ -36,6 +36,8 @@ _ALLOCATOR_SLACK = 256 * 2**20
 # What the driver takes after attaching: kernels loaded when they first run, tables of pinned pages. Without it the
 # same run went 7 MiB over the cap as the driver counts.
 _DRIVER_GROWTH = 96 * 2**20
+# What cuBLAS keeps for a further stream, that of passes over drafts.
+_STREAM_WORKSPACE = 64 * 2**20
 
 
 class _Caps:
@@ -178,11 +180,13 @@ class Budgets:
 
         Args:
             batch: Sequences.
-            rows: Tokens of each.
+            rows: Tokens of each; of more than one the keys and values are kept beside the cache.
         """
         shape = self._shape
         per_row = shape.workspace_per_token + 8 * shape.vocabulary
-        return shape.workspace + batch * (rows * per_row + 16 * shape.vocabulary)
+        beside = _STREAM_WORKSPACE * self._on_card + batch * rows * sum(shape.token_bytes)
+        needed = shape.workspace + batch * (rows * per_row + 16 * shape.vocabulary)
+        return needed + (beside if rows > 1 else 0)
 
     def _decoded_rows(self, exact: bool) -> int:
         """Tokens of a sequence that a pass of decoding computes together, at most."""

@@ -562,6 +562,36 @@ class OffloadCache(Cache):
             for size in sizes:  # one size, or none in a layer that never held a state
                 layer.reorder_cache(torch.arange(size).repeat_interleave(repeats))
 
+    def make_way(self, tokens: int, keep: int) -> None:
+        """Evicts, so that no token leaves the window while further ones come in.
+
+        Args:
+            tokens: That will come, at most.
+            keep: The position from which on none may leave.
+        """
+        for store in self.layer_stores:
+            store.make_way(tokens, keep)
+
+    def put(self, first: int, rows: Sequence[Tensor], ids: Tensor) -> None:
+        """Writes rows of tokens that are in the window, or come next.
+
+        Args:
+            first: The position of the first of them.
+            rows: [B, n, H_kv, D + D_v] for each layer, every one of which is ours.
+            ids: The tokens [B, n].
+
+        Raises:
+            BudgetError: No more host memory.
+        """
+        known = self._known()
+        self._in_pass = True
+        for store, of_layer in zip(self.layer_stores, rows, strict=True):
+            store.put(first, of_layer)
+        self._in_pass = False
+        if known is not None:
+            behind = known[:, first + ids.shape[1] :]
+            self._fed = [torch.cat([known[:, :first], ids.to(known.device), behind], dim=1)]
+
     def can_go_back(self, tokens: int = 1) -> bool:
         """Whether `crop` can forget so many tokens: not where a recurrent state or a full window is kept."""
         for layer in self.layers:

@@ -312,6 +312,12 @@ class DecodeConfig(_Table):
         json_schema_extra=_unit("tokens, or auto"),
     )
 
+    look_ahead: _AutoOrSwitch = Field(
+        default="auto",
+        description="Mode verified: whether the draft goes on while an exact pass looks at it. auto: on a GPU.",
+        json_schema_extra=_unit("true, false or auto"),
+    )
+
     @field_validator("draft")
     @classmethod
     def _not_too_long(cls, draft: str | int) -> str | int:
@@ -401,6 +407,7 @@ class OffloadConfig(_Table):
         "capture": "decode.capture",
         "compile": "decode.compile",
         "draft": "decode.draft",
+        "look_ahead": "decode.look_ahead",
         "rung": "replica.rung",
         "whole_layers": "replica.whole_layers",
         "skipped_mass": "replica.skipped_mass",

@@ -12,7 +12,7 @@ when host pages could no longer be pinned: then it is split at every layer, whos
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,7 @@ class CapturedStep:
         not_compiled: Why layers are captured as they are, though they should be compiled, or None.
         replays: Steps that were replayed.
         seconds: What compiling and capturing took, each counted once; the step that compiles is part of it.
+        before_capture: Called before a step is compiled or captured: nothing else may use the model meanwhile.
     """
 
     def __init__(self, model: Any, cache: OffloadCache, *, compiles: bool) -> None:
@@ -64,6 +65,7 @@ class CapturedStep:
         self.not_compiled: str | None = None
         self.replays = 0
         self.seconds = 0.0
+        self.before_capture: Callable[[], None] = lambda: None
 
     @property
     def _stores(self) -> list[LayerStore]:
@@ -102,6 +104,7 @@ class CapturedStep:
 
     def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a step as it is, compiled if that is wanted and works."""
+        self.before_capture()
         if self._compiles:
             length, began = self._cache.get_seq_length(), time.perf_counter()
             try:
@@ -153,6 +156,7 @@ class CapturedStep:
 
     def _capture(self, kwargs: dict[str, Any]) -> bool:
         """Captures the step; whether that worked."""
+        self.before_capture()
         began = time.perf_counter()
         self.release()
         self._static = {

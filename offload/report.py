@@ -76,7 +76,9 @@ class Report:
         accepted_tokens: Of these, kept.
         agreement: For each place in a draft the share of tokens that were kept, of those that were compared.
         draft_s: Seconds of decode_s for drafting.
-        verify_s: Seconds of decode_s for exact passes.
+        verify_s: Seconds of exact passes, which drafting goes on beside.
+        wait_s: Seconds of verify_s in which nothing was drafted.
+        dropped_tokens: Drafted behind one that was wrong, and looked at by no pass.
         replayed_steps: Steps of the last decode that a captured graph replayed.
         capture_s: Seconds of decode_s for compiling and capturing.
         notes: Fallbacks and adaptations, a sentence each.
@@ -115,6 +117,8 @@ class Report:
     agreement: list[float] = field(default_factory=list)
     draft_s: float = 0.0
     verify_s: float = 0.0
+    wait_s: float = 0.0
+    dropped_tokens: int = 0
     replayed_steps: int = 0
     capture_s: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -162,7 +166,8 @@ class Report:
             lines.append(
                 f"  verified{self.new_tokens:>9,}  of {self.new_tokens:,} tokens, {self.verify_passes:,} passes, "
                 f"{mean:.1f} drafted tokens kept in each, of {self.drafted_tokens:,}; "
-                f"{ms * self.draft_s:.1f} ms a token to draft, {ms * self.verify_s:.1f} ms to verify"
+                f"{ms * self.draft_s:.1f} ms a token to draft, {ms * self.wait_s:.1f} ms more to wait for "
+                f"passes, which took {ms * self.verify_s:.1f}"
             )
         if self.replayed_steps:
             lines.append(

@@ -319,6 +319,8 @@ class Runtime:
             agreement=[kept / seen for seen, kept in last.tally.by_position],
             draft_s=last.tally.draft_s,
             verify_s=last.tally.verify_s,
+            wait_s=last.tally.wait_s,
+            dropped_tokens=last.tally.dropped,
             model_type=self.shape.model_type,
             device=str(self.shape.device),
             bytes=last.bytes or {"weights": self.shape.weights},
@@ -513,7 +515,7 @@ class Runtime:
             if drafts is not None:
                 call["custom_generate"] = partial(
                     decode_verified, tally=last.tally, drafts=drafts, streamer=call.get("streamer"),
-                    captured_s=(lambda: 0.0) if captured is None else (lambda: captured.seconds),
+                    captured=captured, looks_ahead=self._looks_ahead(),
                 )  # fmt: skip
             if "custom_generate" not in kwargs and "custom_generate" in call:
                 # Experts are computed another way for few tokens; transformers' own loop does this too.
@@ -571,6 +573,11 @@ class Runtime:
         assert cache.layout is not None
         room = cache.layout.window_blocks * self.config.cache.page
         return Drafts.of(self.config.decode.draft, room)
+
+    def _looks_ahead(self) -> bool:
+        """Whether drafts go on while a pass looks at them. A CPU has nothing to do it with."""
+        asked = self.config.decode.look_ahead
+        return self._streams.on if isinstance(asked, str) else asked
 
     def _wants_compiled(self, new_tokens: int) -> bool:
         """Whether the layers of this call's steps are compiled.

@@ -5,12 +5,16 @@ stock model would have chosen behind each. As many as agree are kept, and the fi
 exact choice, so that what comes out is what exact steps give, at a share of their price: a pass over L + 1 tokens
 streams as much as one over a single token.
 
-    draft   x ─► d1 ─► d2 ─► … ─► dL           steps of mode fast; their rows are forgotten
-    verify  x, d1, d2, …, dL ─► t1, t2, …, tL+1       one exact pass; its rows stay as far as they were right
-    keep    t1 … ta+1, where d1 … da are t1 … ta
+    draft   x ─► d1 ─► d2 ─► … ─► dL ─► e1 ─► e2 ─► …      steps of mode fast
+    verify       x, d1, d2, …, dL ─► t1, t2, …, tL+1       one exact pass, beside the steps from dL on
+    keep         t1 … ta+1, where d1 … da are t1 … ta
 
-Rows of drafted tokens never leave the window, and those that stay are the exact pass's. So no error of a draft enters
-the cache, and the replica is made of exact rows.
+The draft goes on while a pass looks at it, and the pass over x, d1 … dL also judges e1: where all agree, e1 is the next
+x, and what has been drafted behind it is the next draft. Where they do not, all that was drafted behind is dropped.
+
+Rows of drafted tokens never leave the window. Those of the pass are kept beside it (`offload.shadow`) and put in the
+place of the draft's once they are known to be right. So no error of a draft enters the cache, and the replica is made
+of exact rows.
 
 Sampling is coupled. torch draws a token as the largest of chance over noise; the noise of a position comes from the
 generator's state there, which is set again before the exact choice is drawn. The state goes on from the last token that
@@ -23,7 +27,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,14 +38,19 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process
 
-from offload.cache import OffloadCache, cache_in
+from offload.cache import CACHE, OffloadCache, cache_in
 from offload.config import window_of_drafts
-from offload.decode import Flags, ends_of, prepare, random_state, set_random_state
+from offload.decode import CapturedStep, Flags, ends_of, prepare, random_state, set_random_state
+from offload.shadow import Shadow
 
 MOST_ROWS = 128  # of a pass, where nobody asks for more
 ROW_STEP = 16  # rows of a pass are a multiple
 LENGTHS = (0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, MOST_ROWS - 1)  # drafts to choose from
 FIRST = 8  # tokens of the first draft
+# Share of a pass by which the draft beside it comes later: both read device memory and over PCIe. Steps of 9.9 ms took
+# 11.9 on an H100 with passes beside them 82 % of the time.
+SLOWED = 0.2
+QUEUED = 2  # steps that the device has not begun: so many are in vain when a draft is dropped
 REST = 64  # exact tokens after which it is tried anew whether drafts pay
 
 # Processors that keep something from call to call: they may see nothing but tokens that are kept.
@@ -87,12 +99,14 @@ class Tally:
 
     Attributes:
         passes: Verify passes.
-        drafted: Tokens drafted.
+        drafted: Tokens drafted that a pass looked at.
         examined: Of these, compared: those up to the first that was rejected.
         accepted: Of these, kept.
+        dropped: Further tokens drafted, behind one that was rejected, which no pass looked at.
         by_position: For each place in a draft how many tokens there were examined and kept.
         draft_s: Seconds of drafting, those of compiling and capturing left out.
         verify_s: Seconds of verify passes.
+        wait_s: Of these, seconds in which nothing was drafted.
         exact_tokens: Made by single exact steps, because drafts did not pay.
         undrafted: Why nothing was drafted, or None.
     """
@@ -101,9 +115,11 @@ class Tally:
     drafted: int = 0
     examined: int = 0
     accepted: int = 0
+    dropped: int = 0
     by_position: list[tuple[int, int]] = field(default_factory=list)
     draft_s: float = 0.0
     verify_s: float = 0.0
+    wait_s: float = 0.0
     exact_tokens: int = 0
     undrafted: str | None = None
 
@@ -129,13 +145,15 @@ class Tally:
 class Pace:
     """How many tokens are drafted at once: as many as make tokens come fastest, by what was measured so far."""
 
-    def __init__(self, drafts: Drafts) -> None:
+    def __init__(self, drafts: Drafts, *, looks_ahead: bool = False) -> None:
         """Before the first draft.
 
         Args:
             drafts: As asked.
+            looks_ahead: Whether a draft goes on while a pass looks at it.
         """
         self._drafts = drafts
+        self._looks_ahead = looks_ahead
         # Exact tokens since drafts did not pay, and how many there shall be.
         self._rested, self._rest = 0, REST
         self._last = FIRST // 2
@@ -153,16 +171,16 @@ class Pace:
         """Learns from a pass.
 
         Args:
-            drafted: Tokens.
+            drafted: Tokens that it was asked about.
             accepted: That agreed.
-            draft_s: Seconds of drafting; None where they say nothing (a graph was captured).
+            draft_s: Seconds of drafting a token; None where nothing is known (none was, or a graph was captured).
             verify_s: Seconds of the pass.
         """
         if drafted:
             self._kept = 0.95 * self._kept + accepted
             self._seen = 0.95 * self._seen + min(drafted, accepted + 1)
-            if draft_s is not None:
-                self._draft_s = _smoothed(self._draft_s, draft_s / drafted)
+        if draft_s is not None:
+            self._draft_s = _smoothed(self._draft_s, draft_s)
         self._verify_s = _smoothed(self._verify_s, verify_s)
 
     def next(self) -> int:
@@ -187,7 +205,12 @@ class Pace:
 
         def rate(drafted: int) -> float:
             tokens = (1 - agreement ** (drafted + 1)) / (1 - agreement)
-            return tokens / (drafted * draft + verify)
+            cost = drafted * draft + verify
+            if self._looks_ahead and drafted:  # where all agree, the next draft is there by then
+                all_agree = agreement ** (drafted + 1)
+                cost = all_agree * max((drafted + 1) * draft, verify) + (1 - all_agree) * cost
+                cost += SLOWED * verify
+            return tokens / cost
 
         self._last = max((n for n in LENGTHS if n <= most), key=rate)
         return self._last
@@ -243,9 +266,15 @@ class _Chooser:
         return token
 
     def end(self, tokens: int) -> None:
-        """So many tokens are kept: the generator goes on behind them."""
+        """So many tokens are kept, and none that was drafted behind: the generator goes on there."""
         if self._samples:
             set_random_state(self._states[tokens], self._device)
+
+    def go_on(self, tokens: int) -> None:
+        """So many tokens are kept, and all that was drafted behind is the begin of the next draft."""
+        if self._samples:
+            del self._states[:tokens]
+            set_random_state(self._states[-1], self._device)
 
     def _pick(self, scores: Tensor) -> Tensor:
         if self._samples:
@@ -297,41 +326,136 @@ class _Passes:
             length: Tokens, it included.
             ahead: Tokens between the first one of the draft and it.
         """
-        self._place(token[None], length)
+        self._inputs |= self._placed(token[None], length)
         if self._last is not None:
             self._inputs["position_ids"] = self._last + ahead
         out = self._model(**self._inputs, return_dict=True)
         logits: Tensor = out.logits[:, -1].to(torch.float32, copy=True)
         return logits
 
-    def all(self, tokens: Tensor, length: int) -> Tensor:
-        """Logits [n, V] behind each of n tokens; rows of no meaning fill the pass.
+    def of_all(self, tokens: Tensor, length: int, cache: OffloadCache) -> dict[str, Any]:
+        """The inputs of a pass over several tokens; rows of no meaning fill it.
 
         Args:
             tokens: [n].
             length: Tokens, the first of them included.
+            cache: That the pass is made over.
         """
         n = tokens.shape[0]
         filled = torch.nn.functional.pad(tokens, (0, self._rows - n))
-        self._place(filled[None], length - 1 + self._rows)
-        inputs = dict(self._inputs)
+        inputs = {**self._inputs, CACHE: cache, **self._placed(filled[None], length - 1 + self._rows)}  # fmt: skip
         if self._last is not None:
             # Rows of no meaning are nowhere else: a model may have no further position, or ask how many there are.
             inputs["position_ids"] = self._last + self._places.clamp(max=n - 1)
         if inputs.get("logits_to_keep") is not None:
             inputs["logits_to_keep"] = 0  # all
-        logits: Tensor = self._model(**inputs, return_dict=True).logits[0, :n]
-        return logits
+        return inputs
 
     def advance(self, tokens: int) -> None:
         """The next draft begins so many tokens later."""
         if self._last is not None:
             self._last = self._last + tokens
 
-    def _place(self, ids: Tensor, length: int) -> None:
-        self._inputs["input_ids"] = ids
-        if self._mask is not None:
-            self._inputs["attention_mask"] = self._mask[:, :length]
+    def _placed(self, ids: Tensor, length: int) -> dict[str, Any]:
+        """The inputs that say which tokens come, `length` of them with those before."""
+        mask = {} if self._mask is None else {"attention_mask": self._mask[:, :length]}
+        return {"input_ids": ids, **mask}
+
+
+class _Checker:
+    """Makes exact passes, one at a time: beside the steps of a draft, or, where that is not wanted, at once.
+
+    Launching a pass takes as long as some steps take, so it is launched by a thread of its own, on its own stream.
+    """
+
+    def __init__(self, model: Any, device: torch.device, *, beside: bool) -> None:
+        self._model = model
+        self._device = device
+        self._clock = _Clock(device)
+        self._thread = ThreadPoolExecutor(1, "offload-verify") if beside else None
+        self._stream = torch.cuda.Stream(device) if beside and device.type == "cuda" else None
+        self._pass: Future[Tensor] | None = None
+        self._times: list[Any] = []
+        self._inputs: dict[str, Any] = {}
+
+    def begin(self, inputs: dict[str, Any]) -> None:
+        """Begins a pass.
+
+        Args:
+            inputs: Of the model's forward, for one sequence.
+        """
+        self._inputs = inputs  # held until the pass is over: it is on another stream
+        self._times = []
+        if self._thread is None:
+            self._pass = Future()
+            self._pass.set_result(self._run(inputs))
+            return
+        launched = torch.cuda.current_stream(self._device).record_event() if self._stream else None
+        self._pass = self._thread.submit(self._run_beside, inputs, launched, _Modes(self._device))
+
+    def is_over(self) -> bool:
+        """Whether the result is there."""
+        assert self._pass is not None
+        if not self._pass.done():
+            return False
+        return self._stream is None or self._pass.exception() is not None or self._times[1].query()
+
+    def result(self) -> Tensor:
+        """Logits [rows, V] of the pass; the current stream waits for them."""
+        assert self._pass is not None
+        logits = self._pass.result()
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._times[1])
+        return logits
+
+    def join(self) -> None:
+        """Waits until the pass is launched, however that ends."""
+        if self._pass is not None:
+            with suppress(Exception):
+                self._pass.result()
+
+    def seconds(self) -> float:
+        """That the pass took; it is over."""
+        return self._clock.between(*self._times)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _run(self, inputs: dict[str, Any]) -> Tensor:
+        self._times.append(self._clock.now())
+        logits: Tensor = self._model(**inputs, return_dict=True).logits[0]
+        self._times.append(self._clock.now())
+        return logits
+
+    def _run_beside(self, inputs: dict[str, Any], launched: Any, modes: _Modes) -> Tensor:
+        with modes.entered(), torch.cuda.stream(self._stream):
+            if self._stream is not None:
+                self._stream.wait_event(launched)
+            return self._run(inputs)
+
+
+class _Modes:
+    """Those modes of torch that belong to a thread, as they are where this is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._kind = device.type
+        self._learns, self._infers = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self._casts = torch.is_autocast_enabled(self._kind)
+        self._dtype = torch.get_autocast_dtype(self._kind)
+        self._index = torch.cuda.current_device() if self._kind == "cuda" else -1
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Within, another thread has them."""
+        with (
+            torch.cuda.device(self._index),
+            torch.inference_mode(self._infers),
+            torch.set_grad_enabled(self._learns),
+            torch.autocast(self._kind, dtype=self._dtype, enabled=self._casts),
+        ):
+            yield
 
 
 class _Run:
@@ -339,7 +463,8 @@ class _Run:
 
     def __init__(
         self, cache: OffloadCache, passes: _Passes, chooser: _Chooser, pace: Pace, tally: Tally,
-        ids: Tensor, length: int, captured_s: Callable[[], float],
+        ids: Tensor, length: int, shadow: Shadow, checker: _Checker, drafts: Drafts, captured: CapturedStep | None,
+        *, looks_ahead: bool,
     ) -> None:  # fmt: skip
         """Before its first token.
 
@@ -351,7 +476,11 @@ class _Run:
             tally: Counts.
             ids: [1, N + room]: the tokens so far, and room for more.
             length: Tokens so far.
-            captured_s: Seconds that went into compiling and capturing so far.
+            shadow: Of the cache.
+            checker: Makes passes.
+            drafts: How long they are.
+            captured: What makes steps, where they are captured.
+            looks_ahead: Whether a draft goes on while a pass looks at it.
         """
         self.cache = cache
         self.ids = ids
@@ -360,8 +489,17 @@ class _Run:
         self._chooser = chooser
         self._pace = pace
         self._tally = tally
-        self._captured_s = captured_s
+        self._shadow = shadow
+        self._checker = checker
+        self._most = drafts.most
+        self._captured = captured
+        self._looks_ahead = looks_ahead
         self._clock = _Clock(ids.device)
+        self._ahead = 0  # tokens drafted behind `length`
+        self._ended = False  # the last of them ends the sequence
+        self._lives = False  # those behind what the last turn made are the next draft
+        self._flags = Flags(ids, None)
+        self._steps: deque[torch.cuda.Event] = deque()  # that are queued
 
     def turn(self, most: int, ends: Tensor | None) -> Tensor:
         """The next tokens [n], n from 1 to `most`, written behind `length`, which `take` moves on.
@@ -370,67 +508,123 @@ class _Run:
             most: That are wanted.
             ends: Tokens [m, 1] that end the sequence.
         """
-        self._chooser.begin()
-        wanted = min(self._pace.next(), most - 1)
-        if not any(store.columns for store in self.cache.layer_stores):
-            tokens = self._exact()  # as steps are while nothing is on the host
-        elif self._pace.gave_up:
-            self._tally.exact_tokens += 1
-            with self.cache.streaming(True):
-                tokens = self._exact()
+        wanted = self._pace.next()
+        on_host = any(store.columns for store in self.cache.layer_stores)
+        if on_host and not self._pace.gave_up:
+            tokens = self._drafted(wanted, most, ends)
         else:
-            tokens = self._drafted(wanted, ends)
+            if self._ahead:  # of a draft that will not be looked at
+                self._chooser.end(0)
+                self._drop()
+            self._chooser.begin()
+            self._lives = False
+            if on_host:
+                self._tally.exact_tokens += 1
+                with self.cache.streaming(True):
+                    tokens = self._exact()
+            else:
+                tokens = self._exact()  # as steps are while nothing is on the host
         self.ids[0, self.length : self.length + tokens.shape[0]] = tokens
         return tokens
 
-    def take(self, tokens: int, of: int) -> None:
-        """Keeps so many of the tokens that the last turn made, and goes on behind them."""
-        if tokens < of:
-            self.cache.crop(tokens - of)
-        self._chooser.end(tokens)
+    def take(self, tokens: int, *, goes_on: bool) -> None:
+        """Keeps so many of the tokens that the last turn made, and goes on behind them.
+
+        Args:
+            tokens: To keep: all, if further ones are wanted.
+            goes_on: Whether they are.
+        """
         self._passes.advance(tokens)
         self.length += tokens
+        if self._lives and goes_on:
+            self._ahead -= tokens
+            self._chooser.go_on(tokens)
+            return
+        self._chooser.end(tokens)
+        self._drop()
+        self._lives = False
 
     def mend(self) -> None:
         """After an exception: drafted rows may be there, which are not exact, and nobody may go on from them."""
+        self._checker.join()
         self.cache.settle()
         if self.cache.is_open:
-            self.cache.crop(min(0, self.length - 1 - self.cache.get_seq_length()))
+            self._drop()
+
+    def _drop(self) -> None:
+        """Forgets what was drafted, and every row but those of exact passes."""
+        self._ahead, self._ended, self._flags = 0, False, Flags(self.ids, None)
+        self.cache.crop(min(0, self.length - 1 - self.cache.get_seq_length()))
 
     def _exact(self) -> Tensor:
         logits = self._passes.step(self.ids[:, self.length - 1], self.length, 0)
         return self._chooser.exact(self.ids[:, : self.length], logits, 0)
 
-    def _drafted(self, wanted: int, ends: Tensor | None) -> Tensor:
-        clock, length, capturing = self._clock, self.length, self._captured_s()
+    def _drafted(self, wanted: int, most: int, ends: Tensor | None) -> Tensor:
+        """As `turn`, by a draft and a pass over it."""
+        clock, length, capturing = self._clock, self.length, self._captured_s
         began = clock.now()
-        n = self._draft(wanted, ends)
-        self.cache.crop(length - 1 - self.cache.get_seq_length())
-        between = clock.now()
-        logits = self._passes.all(self.ids[0, length - 1 : length + n], length).to(torch.float32)
-        ended = clock.now()
-        kept, targets = _compare(self._chooser, self.ids, logits, length, n)
-        self.cache.crop(length - 1 + kept - self.cache.get_seq_length())
-        draft_s, verify_s = clock.between(began, between), clock.between(between, ended)
-        captured_s = self._captured_s() - capturing
-        self._pace.note(n, kept - 1, None if captured_s else draft_s, verify_s)
-        self._tally.add(n, kept - 1)
-        self._tally.draft_s += draft_s - captured_s
+        if not self._ahead:
+            self._chooser.begin()
+        before = self._ahead
+        n = min(max(wanted, self._ahead), self._most, most - 1)
+        limit = min(n + 1 + self._most, most - 1) if self._looks_ahead else n  # of what is drafted
+        self._make_way(limit)
+        while self._ahead < n and not self._ended:
+            self._draft(ends)
+        n = min(n, self._ahead)
+        self._shadow.look(length - 1)
+        tokens = self.ids[0, length - 1 : length + n]
+        drafted = clock.now()
+        self._checker.begin(self._passes.of_all(tokens, length, self._shadow.cache))
+        while self._ahead < limit and not self._ended and not self._checker.is_over():
+            self._draft(ends)
+            drafted = clock.now()
+        steps = self._ahead - before
+        logits = self._checker.result()[: n + 1].to(torch.float32)
+        compared = min(self._ahead, n + 1)
+        agreed, targets = _compare(self._chooser, self.ids, logits, length, compared)
+        kept = min(min(agreed, n) + 1, targets.shape[0])
+        self._shadow.commit(self.ids[:, length - 1 : length - 1 + kept])
+        self._lives = agreed == n + 1
+        compiled_s = self._captured_s - capturing
+        draft_s, ended = clock.between(began, drafted), clock.now()
+        verify_s = self._checker.seconds()
+        self._pace.note(
+            compared, agreed, draft_s / steps if steps and not compiled_s else None, verify_s
+        )
+        self._tally.add(compared, agreed)
+        self._tally.dropped += 0 if self._lives else self._ahead - compared
+        self._tally.draft_s += draft_s - compiled_s
         self._tally.verify_s += verify_s
+        self._tally.wait_s += clock.between(drafted, ended)
         return targets[:kept]
 
-    def _draft(self, wanted: int, ends: Tensor | None) -> int:
-        """Drafts tokens behind `length`, until one ends the sequence; says how many."""
-        token, flags = self.ids[:, self.length - 1], Flags(self.ids, None)
-        for at in range(wanted):
-            so_far = self.length + at
-            logits = self._passes.step(token, so_far, at)
-            token = self._chooser.draft(self.ids[:, :so_far], logits)
-            self.ids[:, so_far] = token
-            # One step late, so that the device never waits.
-            if ends is not None and flags.send((token == ends).any(0), token):
-                return at
-        return wanted
+    @property
+    def _captured_s(self) -> float:
+        return 0.0 if self._captured is None else self._captured.seconds
+
+    def _make_way(self, ahead: int) -> None:
+        """Sees to it that nothing leaves the window while so many tokens are drafted, none of which is exact."""
+        first = self.length - 1
+        rows = first + ahead + 2  # the one too many of a draft that ended, and the token before
+        self.cache.make_way(rows - self.cache.get_seq_length(), first)
+
+    def _draft(self, ends: Tensor | None) -> None:
+        """Drafts one token, or finds that the one before ended the sequence."""
+        so_far = self.length + self._ahead
+        if len(self._steps) == QUEUED:
+            self._steps.popleft().synchronize()
+        logits = self._passes.step(self.ids[:, so_far - 1], so_far, self._ahead)
+        token = self._chooser.draft(self.ids[:, :so_far], logits)
+        self.ids[:, so_far] = token
+        if token.is_cuda:
+            self._steps.append(torch.cuda.current_stream(token.device).record_event())
+        # One step late, so that the device never waits.
+        if ends is not None and self._flags.send((token == ends).any(0), token):
+            self._ended = True
+        else:
+            self._ahead += 1
 
 
 def decode_verified(
@@ -442,7 +636,8 @@ def decode_verified(
     generation_config: Any,
     tally: Tally,
     drafts: Drafts,
-    captured_s: Callable[[], float],
+    captured: CapturedStep | None,
+    looks_ahead: bool,
     streamer: Any = None,
     synced_gpus: bool = False,
     **model_kwargs: Any,
@@ -457,7 +652,8 @@ def decode_verified(
         generation_config: As merged.
         tally: Counts.
         drafts: How long they are.
-        captured_s: Seconds that went into compiling and capturing so far.
+        captured: What makes steps of one token, where they are captured.
+        looks_ahead: Whether a draft goes on, in this thread, while a pass looks at it in another.
         streamer: Gets tokens once they are verified.
         synced_gpus: Must be False.
         **model_kwargs: The cache, and attention_mask and position_ids where the model takes them.
@@ -474,13 +670,18 @@ def decode_verified(
     chooser = _Chooser(logits_processor, generation_config, ending, input_ids.device)
     if others and chooser.is_stateful:
         # Whether a token is the last is only known behind it.
-        drafts = Drafts(0, False)
+        drafts, looks_ahead = Drafts(0, False), False
         tally.undrafted = "processors that keep something, beside stopping criteria"
     room = max(longest, length) + drafts.rows
     ids, mask, inputs = prepare(model, input_ids, room, model_kwargs)
     assert inputs["input_ids"].shape[1] == 1
-    passes = _Passes(model, inputs, mask, drafts.rows)
-    run = _Run(cache, passes, chooser, Pace(drafts), tally, ids, length, captured_s)
+    checker = _Checker(model, input_ids.device, beside=looks_ahead)
+    if captured is not None:
+        captured.before_capture = checker.join
+    run = _Run(
+        cache, _Passes(model, inputs, mask, drafts.rows), chooser, Pace(drafts, looks_ahead=looks_ahead), tally,
+        ids, length, Shadow(cache, drafts.rows), checker, drafts, captured, looks_ahead=looks_ahead,
+    )  # fmt: skip
     over = False
     try:
         while not over and run.length < longest:
@@ -494,10 +695,12 @@ def decode_verified(
                     over = bool(stopping_criteria(ids[:, :so_far], None).all())
                 if streamer is not None:
                     streamer.put(tokens[taken - 1 : taken])
-            run.take(taken, tokens.shape[0])  # an end may be among them
+            run.take(taken, goes_on=not over)  # an end may be among them
     except BaseException:
         run.mend()
         raise
+    finally:
+        checker.close()
     if streamer is not None:
         streamer.end()
     return ids[:, : run.length].contiguous()
@@ -506,24 +709,25 @@ def decode_verified(
 def _compare(
     chooser: _Chooser, ids: Tensor, logits: Tensor, length: int, drafted: int
 ) -> tuple[int, Tensor]:
-    """How many tokens are kept, the exact one behind them included, and those tokens.
+    """How many drafted tokens agree with the exact ones, and those.
 
     Args:
         chooser: Of the run.
         ids: [1, ...]: the draft stands at [length, length + drafted).
-        logits: float32 [drafted + 1, V] behind the token at length - 1 and behind each of the draft.
+        logits: float32 [n, V] behind the token at length - 1 and behind further ones of the draft.
         length: Tokens before the draft.
-        drafted: Tokens of the draft.
+        drafted: Tokens to compare, at most n.
 
     Returns:
-        Tokens that are kept, and the exact choices [at most drafted + 1], those behind the last kept one of no meaning.
+        Tokens that agree, up to the first that does not, and the exact choices [at most n], those behind the first
+        that was not drafted of no meaning.
     """
     draft = ids[0, length : length + drafted]
     if chooser.is_plain:
         targets = logits.argmax(dim=-1)
     else:
         chosen: list[Tensor] = []
-        for at in range(drafted + 1):
+        for at in range(logits.shape[0]):
             chosen.append(chooser.exact(ids[:, : length + at], logits[at : at + 1], at))
             # What keeps something from call to call must not see a token that is not kept.
             if chooser.is_stateful and at < drafted:
@@ -532,4 +736,4 @@ def _compare(
                     break
         targets = torch.cat(chosen)
     agree = targets[:drafted] == draft[: targets.shape[0]]
-    return min(int(agree.long().cumprod(0).sum()) + 1, targets.shape[0]), targets
+    return int(agree.long().cumprod(0).sum()), targets

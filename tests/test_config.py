@@ -83,6 +83,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "capture = true\n"
         'compile = "auto"\n'
         'draft = "auto"\n'
+        'look_ahead = "auto"\n'
         "\n"
         "[trace]\n"
         "progress = true\n"

@@ -16,7 +16,7 @@ only when the window is full its oldest block is copied to a host page, and the 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -58,6 +58,23 @@ class StoreLimits:
     def device_blocks(self) -> int:
         """Blocks on the device, the tail not counted."""
         return self.sink_blocks + self.window_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a layer held at one time. Tokens that come in behind it change nothing of it; evictions and crops do.
+
+    Attributes:
+        length: Tokens of every sequence.
+        slots: Of the window blocks, oldest first.
+        used: Slots that held whole blocks.
+        tail_length: Tokens of the tail.
+    """
+
+    length: int
+    slots: tuple[int, ...]
+    used: int
+    tail_length: int
 
 
 class LayerStore:
@@ -283,24 +300,83 @@ class LayerStore:
                 raise
             self.busy = False
             return out
-        out = self._attend_to_all(query, key, value, scale, visible, softcap, sink_logits)
+        held = self.held(self.length)
+        if alone:  # its row is where it will stay: one attention call less
+            self._write_rows(self._tail, self._tail_length, key, value)
+            held = replace(held, tail_length=held.tail_length + 1)
+        out = self._attend_to_all(
+            query, None if alone else (key, value), held, scale, visible, softcap, sink_logits
+        )
         self._take_in(key, value)
         self.busy = False
+        self._reader.prefetch()
+        return out
+
+    def held(self, length: int) -> Held:
+        """The first tokens that the layer holds, for `look`.
+
+        Args:
+            length: How many: all, or those before the ones that came in since `make_way`.
+        """
+        whole, rest = divmod(length, self.limits.page)
+        assert whole >= self._sinks + self.columns, "sinks and host pages are held whole"
+        slots = tuple(self._slots)[: whole - self._sinks - self.columns]
+        used = self._sinks + len(slots)
+        dense = max(slots, default=self._sinks - 1) < used and (
+            not rest or self._slot(whole) == used
+        )
+        assert dense, "what came in since does not lie behind the tokens before"
+        return Held(length, slots, used, rest)
+
+    def look(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        held: Held,
+        *,
+        scale: float,
+        visible: Tensor | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attends with tokens behind `held`, as `attend` would have then, and takes nothing in.
+
+        Since then tokens may have come in, and none may have left the window. Steps may go on meanwhile, on another
+        stream and in another thread, as long as none of them needs more of the window than there is.
+
+        Args:
+            query: [B, H_q, Q, D], Q more than one.
+            key: [B, H_kv, Q, D].
+            value: [B, H_kv, Q, D_v].
+            held: Of `held`.
+            scale: As of `attend`; likewise the further ones.
+            visible: Boolean [B, held.length + Q].
+            softcap: Likewise.
+            sink_logits: Likewise.
+
+        Returns:
+            As `attend`.
+        """
+        out = self._attend_to_all(query, (key, value), held, scale, visible, softcap, sink_logits)
         self._reader.prefetch()
         return out
 
     def _attend_to_all(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        new: tuple[Tensor, Tensor] | None,
+        held: Held,
         scale: float,
         visible: Tensor | None,
         softcap: float | None,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """Attends to every key exactly, those on the host streamed; arguments and result as of `attend`."""
-        n_new, page, past = query.shape[2], self.limits.page, self.length
+        """Attends to every key exactly, those on the host streamed; result and arguments as of `attend`.
+
+        `new` are the keys and values of the new tokens, None where they are in the tail; `held` says what else there is.
+        """
+        n_new, page, past = query.shape[2], self.limits.page, held.length
         if n_new > self._most_rows:
             self.drop_resident()  # a prefill: its activations need the memory
         merge = RunningMerge()
@@ -318,16 +394,12 @@ class LayerStore:
         def mask(start: int, stop: int) -> Tensor | None:
             return None if visible is None else visible[:, None, None, start:stop]
 
-        if n_new == 1:
-            rows = self._tail[:, self._tail_length]
-            rows[..., : self.shape.key_dim].copy_(key[:, :, 0])
-            rows[..., self.shape.key_dim :].copy_(value[:, :, 0])
-        else:
-            add(key, value, mask(past, past + n_new), causal=True)
-        n_device = self._used * page + self._tail_length + (1 if n_new == 1 else 0)
+        if new is not None:
+            add(*new, mask(past, past + n_new), causal=True)
+        n_device = held.used * page + held.tail_length
         if n_device:
-            held = self._window.flatten(1, 2)[:, :n_device]
-            add(*self._split(held), self._device_mask(visible, n_device))
+            rows = self._window.flatten(1, 2)[:, :n_device]
+            add(*self._split(rows), self._device_mask(visible, held))
         first_host = self.first_host_token
         if self._resident is not None:
             rows = self._resident.flatten(1, 2).expand(self.batch, -1, -1, -1)
@@ -418,18 +490,14 @@ class LayerStore:
 
     def _publish(self) -> None:
         assert self.path is not None
-        page, first = self.limits.page, self._sinks + self.columns
-        block = {slot: slot for slot in range(self._sinks)}
-        block |= {slot: first + age for age, slot in enumerate(self._slots)}
-        block[self._used] = first + len(self._slots)
         pages = np.stack([self._table.pages(row, 0, self.columns) for row in range(self.batch)])
         self._pages = torch.from_numpy(pages)
         self.path.publish(
-            n_rows=self._used * page + self._tail_length,
+            n_rows=self._used * self.limits.page + self._tail_length,
             blocks=self.columns,
             first_token=self.first_host_token,
             pages=pages,
-            starts=[block[slot] * page for slot in range(self._used + 1)],
+            starts=self._starts(self.held(self.length)),
             written=self.written,
         )
         self._published = True
@@ -468,18 +536,23 @@ class LayerStore:
         """The slot that is being filled: [B, P, H_kv, W]."""
         return self._window[:, self._used]
 
-    def _device_mask(self, visible: Tensor | None, n_device: int) -> Tensor | None:
-        """[B, 1, 1, n_device] of the keys on the device, in the order in which they lie there."""
+    def _device_mask(self, visible: Tensor | None, held: Held) -> Tensor | None:
+        """[B, 1, 1, rows] of the keys on the device, in the order in which they lie there."""
         if visible is None:
             return None
         page, device = self.limits.page, visible.device
+        starts = torch.tensor(self._starts(held), device=device)
+        positions = (starts[:, None] + torch.arange(page, device=device)).flatten()
+        positions = positions[: held.used * page + held.tail_length]
+        return visible[:, None, None].index_select(-1, positions)
+
+    def _starts(self, held: Held) -> list[int]:
+        """The position of the first token in each slot in use, the tail's last."""
         first = self._sinks + self.columns  # the block after the last one on the host
         block = {slot: slot for slot in range(self._sinks)}
-        block |= {slot: first + age for age, slot in enumerate(self._slots)}
-        block[self._used] = first + len(self._slots)
-        starts = torch.tensor([block[slot] * page for slot in range(self._used + 1)], device=device)
-        positions = (starts[:, None] + torch.arange(page, device=device)).flatten()[:n_device]
-        return visible[:, None, None].index_select(-1, positions)
+        block |= {slot: first + age for age, slot in enumerate(held.slots)}
+        block[held.used] = first + len(held.slots)
+        return [block[slot] * self.limits.page for slot in range(held.used + 1)]
 
     # Taking in and evicting.
 
@@ -565,6 +638,74 @@ class LayerStore:
                 kept[at] = holes.pop(0)
                 self._window[:, kept[at]] = self._window[:, slot]
         self._slots = deque(kept)
+
+    def make_way(self, tokens: int, keep: int) -> None:
+        """Evicts, so that no block need leave the window while further tokens come in.
+
+        Args:
+            tokens: That will come, at most.
+            keep: The position from which on none may leave.
+
+        Raises:
+            BudgetError: No more host memory.
+            CacheError: The window is too small for that.
+        """
+        page = self.limits.page
+        needed = (self._tail_length + tokens) // page - (self.limits.device_blocks - self._used)
+        if needed <= 0:
+            return
+        movable = max(0, min(keep // page - self._sinks - self.columns, len(self._slots)))
+        if needed > movable or self._sinks < self.limits.sink_blocks:
+            raise CacheError(
+                "The window is too small to go back in it",
+                asked=f"{tokens:,} tokens behind {self.length:,}",
+                there=f"{self.limits.device_blocks * page:,} tokens, {movable * page:,} of which may leave",
+                change=None,
+            )
+        # Evicting takes some milliseconds of launches: more at a time where they may leave.
+        count = max(needed, min(self._evicted_together, movable))
+        self._make_room(count)
+        self.damaged = True
+        self._evict([self._slots.popleft() for _ in range(count)], self._window[:, :0])
+        # In the order of their age, so that the tokens before any other are a dense prefix.
+        old = [*self._slots, len(self._slots) + count + self._sinks]
+        blocks = torch.cat([self._window[:, slot : slot + n] for _, slot, n in _runs(old)], dim=1)
+        self._window[:, self._sinks : self._sinks + len(old)] = blocks
+        self._slots = deque(range(self._sinks, self._sinks + len(old) - 1))
+        self._published = False
+        self.damaged = False
+
+    def put(self, first: int, rows: Tensor) -> None:
+        """Writes rows of tokens that are in the window, or come next.
+
+        Args:
+            first: The position of the first of them; no position up to it is missing.
+            rows: [B, n, H_kv, D + D_v].
+
+        Raises:
+            BudgetError: No more host memory.
+        """
+        page, stop = self.limits.page, min(first + rows.shape[1], self.length)
+        at = first
+        while at < stop:
+            block, offset = divmod(at, page)
+            n = min(page - offset, stop - at)
+            self._window[:, self._slot(block), offset : offset + n] = rows[:, at - first :][:, :n]
+            at += n
+        more = rows[:, at - first :]
+        if more.shape[1]:
+            keys, values = self._split(more)
+            if more.shape[1] == 1:  # a single one is where it stays before it is taken in
+                self._write_rows(self._tail, self._tail_length, keys, values)
+            self._take_in(keys, values)
+
+    def _slot(self, block: int) -> int:
+        """Where a block of the device lies, the tail included."""
+        if block < self._sinks:
+            return block
+        age = block - self._sinks - self.columns
+        assert age >= 0, "the block is on the host"
+        return self._slots[age] if age < len(self._slots) else self._used
 
     def _advance(self, blocks: Tensor) -> None:
         """Moves full blocks [B, n, P, H_kv, W] to sinks, window and host, oldest first."""

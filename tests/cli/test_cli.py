@@ -132,6 +132,7 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
         "capture = true            # default\n"
         'compile = "auto"          # default\n'
         'draft = "auto"            # default\n'
+        'look_ahead = "auto"       # default\n'
         "\n"
         "[trace]\n"
         "progress = true           # default\n"

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
+from offload.errors import CacheError
 from offload.kernels.reference import attend
 from offload.tiers import transfer
 from offload.tiers.pinned import HostRegion, PinBudget
@@ -101,6 +102,33 @@ class Rig:
             on_device = self.limits.device_blocks * PAGE + PAGE
             assert layer.store.device_tokens < on_device or layer.store.host_tokens == 0
 
+    def draft(self, drafted: int, further: int, kept: int) -> None:
+        """Drafts tokens, looks at the first of them with other rows while they are there, and puts some of these."""
+        base = self.length
+        for layer in self.layers:
+            layer.store.make_way(drafted + further, base)
+            before = layer.store.host_tokens
+            for _ in range(drafted + further):
+                row = [self.draw(self.batch, KV_HEADS, 1, D) for _ in range(2)]
+                query = self.draw(self.batch, KV_HEADS * GROUPS, 1, D)
+                layer.store.attend(query, *row, scale=0.3)
+                layer.keys = torch.cat([layer.keys, row[0]], dim=2)
+                layer.values = torch.cat([layer.values, row[1]], dim=2)
+            assert layer.store.host_tokens == before
+            query = self.draw(self.batch, KV_HEADS * GROUPS, drafted + 1, D)
+            key, value = (self.draw(self.batch, KV_HEADS, drafted + 1, D) for _ in range(2))
+            past = (layer.keys[:, :, :base], layer.values[:, :, :base])
+            want = attend(
+                query, torch.cat([past[0], key], 2), torch.cat([past[1], value], 2), scale=0.3, causal=True
+            )  # fmt: skip
+            got = layer.store.look(query, key, value, layer.store.held(base), scale=0.3)
+            torch.testing.assert_close(got.transpose(1, 2), want.out, atol=2e-5, rtol=2e-5)
+            layer.store.put(base, torch.cat([key, value], dim=3)[:, :, :kept].transpose(1, 2))
+            behind = slice(base + kept, None)
+            layer.keys = torch.cat([past[0], key[:, :, :kept], layer.keys[:, :, behind]], dim=2)
+            layer.values = torch.cat([past[1], value[:, :, :kept], layer.values[:, :, behind]], 2)
+            layer.store.check()
+
     def crop(self, length: int) -> None:
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
@@ -121,6 +149,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("crop"), st.floats(0, 1)),
         st.tuples(st.just("select"), st.lists(st.integers(0, 1), min_size=1, max_size=3)),
         st.tuples(st.just("resident"), st.integers(0, 4)),
+        st.tuples(st.just("draft"), st.tuples(*[st.floats(0, 1)] * 3)),
     ),
     min_size=3,
     max_size=8,
@@ -155,10 +184,30 @@ def test_any_sequence_of_steps_crops_and_reorders_equals_one_softmax(
             rig.crop(int(value * rig.length))
         elif action == "select":
             rig.select([row % rig.batch for row in value])
+        elif action == "draft":
+            most = (window - 1) * PAGE - 1  # of a page of the window some is not drafted
+            drafted = int(value[0] * most)
+            further = int(value[1] * (most - drafted))
+            if rig.length > (sinks + 1) * PAGE and most > 0:
+                rig.draft(drafted, further, int(value[2] * drafted) + 1)
         else:
             for layer in rig.layers:
                 layer.store.keep_resident(value)
     rig.step(1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_draft_is_looked_at_and_mended_while_more_come_in(device: str) -> None:
+    rig = Rig(device, window=5, sinks=1, layers=2, seed=4)
+    rig.step(300)
+    for drafted, further, kept in ((20, 24, 21), (20, 20, 7), (0, 0, 1), (9, 0, 10), (31, 32, 32)):
+        rig.draft(drafted, further, kept)
+        if kept <= drafted:
+            rig.crop(rig.length - drafted - further + kept)
+        rig.step(1)
+    store = rig.layers[0].store
+    with pytest.raises(CacheError, match="too small"):
+        store.make_way(5 * PAGE + PAGE, rig.length)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,8 +1,13 @@
-"""What would a step of `benchmarks/decode.json` take on another card? The same bytes at that card's rates.
+"""What would a step of `benchmarks/decode.json`, and a verified token, take on another card?
+
+The same bytes at that card's rates.
 
 What the measured card took, and for every byte that a step reads the difference between the two cards: weights, window
 and replica from the card's memory, selected rows over PCIe. Memory is taken to reach the same share of its data sheet
 on both. Launches and selection are left as they were measured. A prediction, nothing that was run.
+
+A verified token takes its share of a draft and of a pass, which streams the KV on the host and computes beside it. Where
+all tokens of a draft agree, the next one is drafted beside the pass, and is later by a fifth of the pass.
 
     python tools/bench/predict.py
 
@@ -18,6 +23,7 @@ from typing import Any
 
 H100_BYTES_PER_S, RTX_4090_BYTES_PER_S = 3.350e12, 1.008e12
 H100_PCIE, RTX_4090_PCIE = 53e9, 25e9
+SLOWED = 0.2  # of `offload.verify`
 
 
 def on_rtx_4090(row: dict[str, Any], measured_bytes_per_s: float) -> float:
@@ -33,6 +39,28 @@ def on_rtx_4090(row: dict[str, Any], measured_bytes_per_s: float) -> float:
     fetched = row.get("fetched_bytes", row["selected_bytes"])  # all, before rows were cached
     rows = fetched * (1 / RTX_4090_PCIE - 1 / H100_PCIE)
     return float(row["ms_per_token"] + 1000 * (read * slower + rows))
+
+
+def verified_ms(
+    step_ms: float, pass_ms: float, *, drafts: int, agreement: float, looks_ahead: bool = True
+) -> float:
+    """Milliseconds a token of mode verified.
+
+    Args:
+        step_ms: Of a step of mode fast.
+        pass_ms: Of a pass: the time of its copies, or of what it computes where that is longer.
+        drafts: Tokens drafted before a pass.
+        agreement: Share of drafted tokens that are kept.
+        looks_ahead: Whether the draft goes on beside the pass.
+    """
+    agreement = min(agreement, 1 - 1e-9)
+    tokens = (1 - agreement ** (drafted := drafts + 1)) / (1 - agreement)
+    waits = drafts * step_ms + pass_ms
+    if not looks_ahead:
+        return waits / tokens
+    all_agree = agreement**drafted
+    goes_on = max(drafted * step_ms, pass_ms) + SLOWED * pass_ms
+    return (all_agree * goes_on + (1 - all_agree) * (waits + SLOWED * pass_ms)) / tokens
 
 
 def main() -> None:

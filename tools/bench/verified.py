@@ -7,6 +7,12 @@
   were compared, with Wilson's interval of 95 %.
 - `greedy` and `seeded`: tokens of a real model in float32 that differ from transformers' own cache, with the drafts as
   they are and with half of them made wrong.
+- `flips`: tokens of a run of `agreement` that are not what transformers' own cache has on top when it is fed them one
+  by one, although they are further below than its logits change when it is fed several at once.
+- `sampling`: how well tokens that are drafted and judged follow the distribution that transformers samples from.
+
+At the 8B shape also with drafts that wait for their pass, and with copies from the host paced to slower links: a kernel
+that only sleeps stands behind each copy. Rows that steps select are read at the full rate all the same.
 """
 
 from __future__ import annotations
@@ -14,9 +20,11 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import multiprocessing
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,11 +34,16 @@ from _record import GIB, Record, arguments, parse, seconds
 from _vectors import played
 from decode import free, load_vectors
 from generate import CAP_BYTES, build_model
+from predict import verified_ms
 from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
 
 import offload
 from offload import verify
+from offload.cache import CACHE
 from offload.report import Report
+from offload.runtime import Runtime
+from offload.tiers.transfer import HostReader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fidelity import Case, prepare
@@ -70,6 +83,7 @@ def figures(report: Report) -> dict[str, Any]:
         "verify_passes": report.verify_passes, "drafted": report.drafted_tokens, "accepted": report.accepted_tokens,
         "accepted_per_pass": report.accepted_tokens / max(1, report.verify_passes),
         "draft_ms_per_token": 1000 * report.draft_s / n, "verify_ms_per_token": 1000 * report.verify_s / n,
+        "wait_ms_per_token": 1000 * report.wait_s / n, "dropped": report.dropped_tokens,
         "decode_h2d_bytes": report.decode_h2d_bytes, "agreement": report.agreement, "bytes": report.bytes,
         "tokens_on_host": report.tokens_on_host, "notes": report.notes,
     }  # fmt: skip
@@ -88,7 +102,7 @@ def forced(trace: list[bool]) -> Iterator[None]:
             if not trace[at[0] % len(trace)]:
                 break
             kept += 1
-        return kept + 1, torch.cat([ids[0, length : length + kept], targets[kept:]])
+        return kept, torch.cat([ids[0, length : length + kept], targets[kept:]])
 
     verify._compare = compare
     try:
@@ -152,9 +166,14 @@ def settings_of(args: Namespace) -> dict[str, Any]:
     return asked
 
 
-def measure_agreement(record: Record, case: Case, args: Namespace) -> list[bool]:
-    """Drafts of a real model that agree; returns whether each compared token did."""
+def measure_agreement(record: Record, case: Case, args: Namespace) -> tuple[list[bool], Tensor]:
+    """Drafts of a real model that agree.
+
+    Returns:
+        Whether each compared token did, and the tokens of the first task [1, context + new].
+    """
     trace: list[bool] = []
+    first = None
     for task, text in TASKS.items():
         ids = case.ids[:, : case.context]
         if text:
@@ -162,10 +181,11 @@ def measure_agreement(record: Record, case: Case, args: Namespace) -> list[bool]
             ids = torch.cat([ids, more.to(ids.device)], dim=1)
         one: list[bool] = []
         with traced(one), offload.attach(case.model, **settings_of(args)) as runtime:
-            runtime.generate(
+            tokens = runtime.generate(
                 ids, max_new_tokens=args.task_tokens, do_sample=False, eos_token_id=None
             )
             report = runtime.report()
+        first = tokens if first is None else first
         record.row(
             f"agreement {case.name} {task}", context=ids.shape[1], share=sum(one) / max(1, len(one)),
             compared=len(one), **figures(report),
@@ -177,7 +197,129 @@ def measure_agreement(record: Record, case: Case, args: Namespace) -> list[bool]
         f"agreement {case.name}", share=sum(trace) / max(1, len(trace)), low=low, high=high,
         compared=len(trace), tasks=len(TASKS),
     )  # fmt: skip
-    return trace
+    assert first is not None
+    return trace, first
+
+
+@torch.no_grad()
+def measure_flips(record: Record, case: Case, tokens: Tensor, rows: int) -> None:
+    """Tokens of a verified run that transformers' own cache would not have chosen, and not for rounding.
+
+    Args:
+        record: Written to.
+        case: The model.
+        tokens: [1, context + new].
+        rows: Tokens fed at once.
+    """
+    model, n = case.model, case.context
+    model.set_attn_implementation("sdpa")
+    cache = DynamicCache(config=model.config)
+    for at in range(0, n - 1, 1024):
+        model(input_ids=tokens[:, at : min(at + 1024, n - 1)], **{CACHE: cache}, logits_to_keep=1)
+    answers = tokens[0, n:]
+
+    def logits(at_once: int) -> Tensor:
+        """float32 [new, V], behind the prompt and all tokens of the answer but the last."""
+        parts = []
+        for at in range(n - 1, tokens.shape[1] - 1, at_once):
+            ids = tokens[:, at : min(at + at_once, tokens.shape[1] - 1)]
+            parts.append(model(input_ids=ids, **{CACHE: cache}).logits[0].float())
+        cache.crop(n - 1 - cache.get_seq_length())
+        return torch.cat(parts)
+
+    one, several = logits(1), logits(rows)
+    best = one.topk(64, dim=-1)
+    noise = (best.values - several.gather(1, best.indices)).abs().flatten()
+    # Of a few ten thousand changes: the 99.9th percentile.
+    tau = float(noise.sort().values[int(0.999 * (noise.numel() - 1))])
+    margin = best.values[:, 0] - one.gather(1, answers[:, None])[:, 0]
+    flips = answers != best.indices[:, 0]
+    beyond = int((flips & (margin > tau)).sum())
+    record.row(
+        f"flips {case.name}", context=n, tokens=int(answers.numel()), flips=int(flips.sum()), beyond_noise=beyond,
+        tau=tau, largest_margin=float(margin.max()), rows=rows,
+        flips_of_the_stock_cache_by_itself=int((several.argmax(-1) != best.indices[:, 0]).sum()),
+    )  # fmt: skip
+    record.bars["bf16_flips_beyond_noise"] = beyond
+
+
+VOCABULARY, PLACES = 6, 3
+
+
+def sampling_p_value(sampling: dict[str, Any], draws: int) -> float:
+    """Chi-square of sequences of three tokens that are drafted and judged, against what they are sampled from.
+
+    The drafts come from other logits than the judge's, so that about a third of them is rejected.
+
+    Args:
+        sampling: As `generate` takes it.
+        draws: Sequences.
+
+    Returns:
+        The probability of a deviation at least as large.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(11)
+    true = 1.5 * torch.randn(PLACES, VOCABULARY, VOCABULARY)  # by place and by the token before
+    drafted = true + 0.7 * torch.randn_like(true)
+    model, _ = tiny_model()
+    config = GenerationConfig(do_sample=True, **sampling)
+    config._eos_token_tensor = None
+    processors = model._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
+    chances = torch.zeros((VOCABULARY,) * PLACES, dtype=torch.float64)
+
+    def expect(ids: list[int], chance: float) -> None:
+        place = len(ids) - 1
+        if place == PLACES:
+            chances[tuple(ids[1:])] = chance
+            return
+        scores = processors(torch.tensor([ids]), true[place, ids[-1]][None].clone())
+        for token, p in enumerate(torch.softmax(scores.double(), -1)[0].tolist()):
+            if p:
+                expect([*ids, token], chance * p)
+
+    expect([0], 1.0)
+    chooser = verify._Chooser(processors, config, set(), torch.device("cpu"))
+    counts = torch.zeros_like(chances)
+    for _ in range(draws):
+        ids, length = torch.zeros((1, PLACES + 2), dtype=torch.long), 1
+        while length <= PLACES:
+            chooser.begin()
+            n = min(2, PLACES - length)
+            for at in range(length, length + n):
+                logits = drafted[at - 1, ids[0, at - 1]][None].clone()
+                ids[:, at] = chooser.draft(ids[:, :at], logits)
+            judged = torch.stack(
+                [true[at - 1, ids[0, at - 1]] for at in range(length, length + n + 1)]
+            )
+            agreed, targets = verify._compare(chooser, ids, judged, length, n)
+            kept = min(agreed, n) + 1
+            ids[0, length : length + kept] = targets[:kept]
+            chooser.end(kept)
+            length += kept
+        counts[tuple(ids[0, 1 : PLACES + 1].tolist())] += 1
+    expected = chances * draws
+    often = expected >= 5
+    seen = [*counts[often].tolist(), float(counts[~often].sum())]
+    wanted = [*expected[often].tolist(), float(expected[~often].sum())]
+    if wanted[-1] < 5:  # too few for a class of their own
+        rest_seen, rest_wanted = seen.pop(), wanted.pop()
+        seen[-1] += rest_seen
+        wanted[-1] += rest_wanted
+    square = sum((a - b) ** 2 / b for a, b in zip(seen, wanted, strict=True))
+    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, torch.tensor(square / 2, dtype=torch.float64)))
+
+
+def tiny_model() -> tuple[Any, Any]:
+    """A model whose `generate` makes the processors, and its config."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), config
 
 
 def measure_tokens(record: Record, case: Case, args: Namespace) -> None:
@@ -220,6 +362,46 @@ def measure_tokens(record: Record, case: Case, args: Namespace) -> None:
     record.bars["seeded_mismatches_fp32"] = different
 
 
+def cycles_per_second() -> float:
+    """Of the clock by which `torch.cuda._sleep` counts."""
+    cycles = 20_000_000
+    torch.cuda._sleep(1000)
+    return cycles / min(seconds(lambda: torch.cuda._sleep(cycles)) for _ in range(5))
+
+
+@contextmanager
+def paced(to: float, rate: float) -> Iterator[None]:
+    """Within, pages come from the host no faster than so many bytes per second.
+
+    Args:
+        to: Bytes per second that are wanted.
+        rate: That there are.
+    """
+    right, clock = HostReader._copy, cycles_per_second()
+
+    def copy(self: Any, pages: Any, rows: int, start: int, stop: int, buffer: Tensor) -> None:
+        right(self, pages, rows, start, stop, buffer)
+        nbytes = rows * (stop - start) * pages.page_bytes
+        torch.cuda._sleep(int(nbytes * (1 / to - 1 / rate) * clock))  # on the stream of the copies
+
+    HostReader._copy = copy  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        HostReader._copy = right  # type: ignore[method-assign]
+
+
+@contextmanager
+def looking_ahead(wanted: bool) -> Iterator[None]:
+    """Within, drafts go on beside their pass, or wait for it."""
+    right = Runtime._looks_ahead
+    Runtime._looks_ahead = lambda self: wanted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Runtime._looks_ahead = right  # type: ignore[method-assign]
+
+
 def measure_shape(
     record: Record, model: Any, vectors: Any, trace: list[bool], args: Namespace
 ) -> None:
@@ -228,34 +410,54 @@ def measure_shape(
     torch.manual_seed(1)
     ids = torch.randint(1, model.config.vocab_size, (1, n), device=device)
     base: dict[str, Any] = {"rung": "4k4v", "chunk": args.chunk, "compile": True}
-    if device.type == "cuda":
+    on_card = device.type == "cuda"
+    if on_card:
         base["gpu_memory"] = CAP_BYTES
     else:
         base |= {"window": 192, "draft": 7}
-    ms = {}
-    with nullcontext() if vectors is None else played(model, vectors, n):
+    agreed = sum(trace) / len(trace)
+    rate = pinned_rate(device) if on_card else 0.0
+    ways: dict[str, Any] = {"verified": (looking_ahead(on_card), nullcontext())}
+    ways["verified, waits"] = (looking_ahead(False), nullcontext())
+    if on_card:
+        for to in (25e9, 12e9):
+            ways[f"verified, {to / 1e9:.0f} GB/s"] = (looking_ahead(True), paced(to, rate))
+    call: dict[str, Any] = {"max_new_tokens": args.shape_tokens, "do_sample": False}
+    rows: dict[str, Any] = {}
+    error = "tokens are forced: see `agreement` and `greedy`"
+    with nullcontext() if vectors is None else played(model, vectors, n), forced(trace):
         for mode in ("fast", "verified"):
-            with forced(trace), offload.attach(model, **base, mode=mode) as runtime:
-                short = ids[:, : min(n, 4000)]
-                runtime.generate(short, max_new_tokens=40, do_sample=False)  # compiles
+            with offload.attach(model, **base, mode=mode) as runtime:
+                runtime.generate(
+                    ids[:, : min(n, 4000)], max_new_tokens=40, do_sample=False
+                )  # compiles
             free()
-            with forced(trace), offload.attach(model, **base, mode=mode) as runtime:
-                runtime.generate(ids, max_new_tokens=args.shape_tokens, do_sample=False)
-                report = runtime.report()
-                print(report, flush=True)
+            with offload.attach(model, **base, mode=mode) as runtime:
+                cache = runtime.new_cache(max_tokens=n + args.shape_tokens)
+                for way, (ahead, pace) in ways.items() if mode == "verified" else [("fast", (nullcontext(),) * 2)]:  # fmt: skip
+                    with ahead, pace:
+                        runtime.generate(ids, cache=cache, **call)
+                    report = runtime.report()
+                    print(f"{way}: {report}", flush=True)
+                    rows[way] = figures(report)
+                    if report.verify_s and on_card:
+                        rows[way]["h2d_share"] = report.decode_h2d_bytes / report.verify_s / rate
             free()
-            found = figures(report)
-            ms[mode] = found["ms_per_token"]
-            if mode == "verified" and device.type == "cuda":
-                rate = pinned_rate(device)
-                found |= {"pinned_bytes_per_s": rate}
-                record.bars["verify_h2d_share"] = (
-                    report.decode_h2d_bytes / report.verify_s / rate if report.verify_s else 0.0
-                )
-            agreed = sum(trace) / len(trace)
-            record.row(f"{mode} {n}", **found, forced_agreement=agreed, error="tokens are forced: see `agreement` and `greedy`")  # fmt: skip
-    record.bars["verified_ms_131072"] = ms["verified"]
-    record.bars["verified_vs_fast_131072"] = ms["verified"] / ms["fast"]
+    step = rows["fast"]["ms_per_token"]
+    for way, found in rows.items():
+        if way != "fast" and on_card and found["verify_passes"]:
+            found["pinned_bytes_per_s"] = rate
+            found["draft_over_fast"] = found["draft_ms_per_token"] / step
+            found["predicted_ms"] = verified_ms(
+                step, found["verify_ms_per_token"] * found["new_tokens"] / found["verify_passes"],
+                drafts=round(found["drafted"] / found["verify_passes"]), agreement=agreed,
+                looks_ahead=way != "verified, waits",
+            )  # fmt: skip
+        record.row(f"{way} {n}", **found, forced_agreement=agreed, error=error)
+    if on_card:
+        record.bars["verify_h2d_share"] = rows["verified, waits"].get("h2d_share", 0.0)
+    record.bars["verified_ms_131072"] = rows["verified"]["ms_per_token"]
+    record.bars["verified_vs_fast_131072"] = rows["verified"]["ms_per_token"] / step
 
 
 def main() -> None:
@@ -268,32 +470,35 @@ def main() -> None:
     parser.add_argument("--task-tokens", type=int, default=1200, help="made in each task")
     parser.add_argument("--prompts", type=int, default=16, help="compared in float32")
     parser.add_argument("--new-tokens", type=int, default=256, help="made of each")
-    parser.add_argument("--only", nargs="*", default=["agreement", "shape", "tokens"], help="parts")
+    parser.add_argument("--only", nargs="*", default=["sampling", "agreement", "flips", "shape", "tokens"], help="parts")  # fmt: skip
+    parser.add_argument(
+        "--draws", type=int, default=100_000, help="sequences sampled, for each setting"
+    )
     args = parse(parser)
     logging.basicConfig(level=logging.WARNING)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.smoke:
         args.long = args.short = "smollm2@400"
         args.tokens, args.shape_tokens, args.chunk = 640, 40, 128
-        args.task_tokens, args.prompts, args.new_tokens = 12, 2, 12
+        args.task_tokens, args.prompts, args.new_tokens, args.draws = 12, 2, 12, 300
     named = {"long": Path(args.long).name, "short": Path(args.short).name, "out": None}
     record = Record("verified", settings={**vars(args), **named})
     trace = [True]
+    p_values: list[Future[float]] = []
+    if "sampling" in args.only:
+        # Beside what is no matter of time; over before what is.
+        pool = ProcessPoolExecutor(len(SAMPLED), mp_context=multiprocessing.get_context("spawn"))
+        p_values = [pool.submit(sampling_p_value, sampling, args.draws) for sampling in SAMPLED]
     if "agreement" in args.only:
         source, _, context = args.long.partition("@")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         case = prepare(source, int(context), 0, dtype, str(device))
         case.name = Path(source).name
-        trace = measure_agreement(record, case, args)
+        trace, tokens = measure_agreement(record, case, args)
         record.bars["agreement_qwen_16k"] = sum(trace) / max(1, len(trace))
+        if "flips" in args.only:
+            measure_flips(record, case, tokens, verify.MOST_ROWS)
         del case
-        free()
-        record.write(args.out)
-    if "shape" in args.only:
-        vectors = None if args.smoke else load_vectors(args.long, 1200, device)
-        model = build_model(args.smoke, device)
-        measure_shape(record, model, vectors, trace, args)
-        del model, vectors
         free()
         record.write(args.out)
     if "tokens" in args.only:
@@ -302,6 +507,20 @@ def main() -> None:
         case.name = Path(source).name
         torch.backends.cuda.matmul.allow_tf32 = False
         measure_tokens(record, case, args)
+        del case
+        free()
+        record.write(args.out)
+    for sampling, p_value in zip(SAMPLED, p_values, strict=False):
+        record.row(f"sampling {json.dumps(sampling)}", p_value=p_value.result(), draws=args.draws)
+    if p_values:
+        record.bars["sampling_p_value"] = min(p_value.result() for p_value in p_values)
+    if "shape" in args.only:
+        vectors = None if args.smoke else load_vectors(args.long, 1200, device)
+        model = build_model(args.smoke, device)
+        measure_shape(record, model, vectors, trace, args)
+        del model, vectors
+        free()
+        record.write(args.out)
     print(f"written to {record.write(args.out).name}")
 
 
