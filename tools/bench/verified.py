@@ -34,7 +34,6 @@ from _record import GIB, Record, arguments, parse, seconds
 from _vectors import played
 from decode import free, load_vectors
 from generate import CAP_BYTES, build_model
-from predict import verified_ms
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
@@ -448,11 +447,6 @@ def measure_shape(
         if way != "fast" and on_card and found["verify_passes"]:
             found["pinned_bytes_per_s"] = rate
             found["draft_over_fast"] = found["draft_ms_per_token"] / step
-            found["predicted_ms"] = verified_ms(
-                step, found["verify_ms_per_token"] * found["new_tokens"] / found["verify_passes"],
-                drafts=round(found["drafted"] / found["verify_passes"]), agreement=agreed,
-                looks_ahead=way != "verified, waits",
-            )  # fmt: skip
         record.row(f"{way} {n}", **found, forced_agreement=agreed, error=error)
     if on_card:
         record.bars["verify_h2d_share"] = rows["verified, waits"].get("h2d_share", 0.0)
