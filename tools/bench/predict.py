@@ -90,10 +90,10 @@ def verified_ms(
     tokens = (1 - agreement**drafted) / (1 - agreement)
     waits = drafts * step + max(copies, computes)
     if not looks_ahead:
-        return waits / tokens
+        return float(waits / tokens)
     all_agree = agreement**drafted
     goes_on = max(drafted * step, copies) + slowed
-    return (all_agree * goes_on + (1 - all_agree) * (waits + slowed)) / tokens
+    return float((all_agree * goes_on + (1 - all_agree) * (waits + slowed)) / tokens)
 
 
 def measured_and_predicted(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:
