@@ -9,35 +9,18 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 
 from offload.config import OffloadConfig
-from offload.errors import BudgetError, ConfigError
+from offload.demand import DRIVER_GROWTH, Held, demand_of, pass_bytes
+from offload.errors import BudgetError
 from offload.hardware import DeviceMemory, device_memory, host_memory
 from offload.model import ModelShape
-from offload.scheduler.layout import Demand, Layout, RungPrice, lay_out
-from offload.scheduler.rungs import (
-    RUNGS,
-    cached_rows,
-    row_cache_bytes,
-    scratch_bytes,
-    scratch_token_bytes,
-)
+from offload.scheduler.layout import Demand, Layout, lay_out
 from offload.tiers.pinned import HostBudget, PinBudget
-from offload.verify import Drafts
 
 logger = logging.getLogger(__name__)
-
-# What torch's allocator loses to rounding and fragmentation. An 8B model used all of it in a prefill of 131,072
-# tokens; with less, the allocator gives cached blocks back and asks for them again, again and again.
-_ALLOCATOR_SLACK = 256 * 2**20
-# What the driver takes after attaching: kernels loaded when they first run, tables of pinned pages. Without it the
-# same run went 7 MiB over the cap as the driver counts.
-_DRIVER_GROWTH = 96 * 2**20
-# What cuBLAS keeps for a further stream, that of passes over drafts.
-_STREAM_WORKSPACE = 64 * 2**20
 
 
 class _Caps:
@@ -142,96 +125,25 @@ class Budgets:
             prompt: Tokens of the prompt, where known.
             exact: No replica, whatever the mode.
         """
-        shape = self._shape
-        fast = self._config.keeps_replica and not exact
-        cache, memory = self._config.cache, self._device()
-        staging = self._config.decode.staging
-        chunk = self._config.prefill.chunk
-        whole = prompt if self._shape.fed_whole is not None and prompt else None
-        return Demand(
+        memory = self._device()
+        weights = memory.allocated if self._on_card else self._held()
+        held = Held(
+            total=memory.total, weights=weights, overhead=memory.overhead, on_card=self._on_card
+        )
+        return demand_of(
+            self._config,
+            self._shape,
+            held,
             batch=batch,
+            tokens=tokens,
             copies=copies,
             prompt=prompt,
-            tokens=tokens,
-            page=cache.page,
-            sinks=cache.sinks,
-            window=None if isinstance(cache.window, str) else cache.window,
-            chunk=whole or (None if isinstance(chunk, str) else chunk),
-            staging=None if staging.is_auto else staging.resolve(total=memory.total, auto=0),
-            token_bytes=self._shape.token_bytes,
-            weights=memory.allocated if self._on_card else self._held(),
-            overhead=memory.overhead + _ALLOCATOR_SLACK + _DRIVER_GROWTH if self._on_card else 0,
-            workspace=self._shape.workspace,
-            workspace_per_token=self._shape.workspace_per_token,
-            least_workspace=self.pass_bytes(batch, self._decoded_rows(exact)),
-            other_kv=batch * self._shape.other_kv_bytes(tokens),
-            rungs=self._rungs() if fast else (),
-            whole_layers=self._whole_layers() if fast else 0,
-            streams=self._config.replica.rung == "auto",
-            scratch_bytes=sum(scratch_bytes(*heads, self._selected()) for heads in set(shape.heads))
-            if fast
-            else 0,
-            scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
-            longest=shape.max_positions or 2**20,
+            exact=exact,
         )
 
     def pass_bytes(self, batch: int, rows: int) -> int:
-        """Device bytes of a pass that gives logits of every row, which processors and samplers copy.
-
-        Args:
-            batch: Sequences.
-            rows: Tokens of each; of more than one the keys and values are kept beside the cache.
-        """
-        shape = self._shape
-        per_row = shape.workspace_per_token + 8 * shape.vocabulary
-        beside = _STREAM_WORKSPACE * self._on_card + batch * rows * sum(shape.token_bytes)
-        needed = shape.workspace + batch * (rows * per_row + 16 * shape.vocabulary)
-        return needed + (beside if rows > 1 else 0)
-
-    def _decoded_rows(self, exact: bool) -> int:
-        """Tokens of a sequence that a pass of decoding computes together, at most."""
-        verified = self._config.mode == "verified" and not exact
-        return Drafts.of(self._config.decode.draft).rows if verified else 1
-
-    def _whole_layers(self) -> int:
-        asked, there = self._config.replica.whole_layers, len(self._shape.rows)
-        if asked > there:
-            raise ConfigError(
-                "replica.whole_layers is more than the layers that keep every token",
-                asked=asked,
-                there=there,
-                change=f"Write at most {there}.",
-            )
-        return asked
-
-    def _selected(self) -> int:
-        """Tokens that a step attends to exactly per KV head, at most."""
-        return max(rung.selected(self._config.retrieval.tokens) for rung in RUNGS)
-
-    def _rungs(self) -> tuple[RungPrice, ...]:
-        """The rungs that the config allows, best first."""
-        asked, retrieval = self._config.replica.rung, self._config.retrieval
-        prices = []
-        for rung in RUNGS:
-            automatic = rung.faithful or self._config.mode == "verified"
-            if asked != rung.name and not (asked == "auto" and automatic):
-                continue
-            layer_bytes = tuple(
-                rung.token_bytes(row.kv_heads, row.key_dim, row.value_dim)
-                for row in self._shape.rows
-            )
-            tokens = rung.selected(retrieval.tokens)
-            slots = cached_rows(tokens, retrieval.row_cache) if self._on_card else 0
-            row_bytes = tuple(
-                row_cache_bytes(slots, row.kv_heads, row.token_bytes) for row in self._shape.rows
-            )
-            prices.append(RungPrice(rung=rung, layer_bytes=layer_bytes, row_bytes=row_bytes))
-            if slots and isinstance(retrieval.row_cache, str):
-                # What is only faster must not cost a rung.
-                without = replace(rung, caches=False)
-                none = (0,) * len(row_bytes)
-                prices.append(RungPrice(rung=without, layer_bytes=layer_bytes, row_bytes=none))
-        return tuple(prices)
+        """Device bytes of a pass that gives logits of every row; see `offload.demand`."""
+        return pass_bytes(self._shape, batch, rows, on_card=self._on_card)
 
     def lay_out(self, demand: Demand, *, idle_host: int = 0) -> Layout:
         """Divides a run between the tiers.
@@ -266,7 +178,7 @@ class Budgets:
         if not self._on_card or self._config.memory.gpu.is_auto:
             return
         memory, device = self._device(), self._shape.device
-        share = (self.device_budget() - memory.overhead - _DRIVER_GROWTH) / memory.total
+        share = (self.device_budget() - memory.overhead - DRIVER_GROWTH) / memory.total
         torch.cuda.empty_cache()
         self._uncap = weakref.finalize(self, _caps.add(device, min(1.0, share)))
 

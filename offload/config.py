@@ -35,17 +35,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from offload.errors import ConfigError
+from offload.scheduler.pace import window_of_drafts
 from offload.units import Size, parse_tokens
 
 SMALLEST_PAGE: Final = 16  # one tile of the tensor cores: no kernel reads fewer tokens at a time
 FAST_PAGE: Final = 64  # tokens that share the scales of their keys in a replica
 LONGEST_DRAFT: Final = 192  # tokens: two fit the window beside a replica
 _LEAST_SINKS: Final = 64  # tokens; the first few carry the attention sink, the rest is rounding
-
-
-def window_of_drafts(draft: int) -> int:
-    """The smallest window, in tokens, for drafts of so many: two of them, the token before, and a page."""
-    return 2 * draft + 1 + FAST_PAGE
 
 
 def _auto_or_tokens(value: Any) -> Any:

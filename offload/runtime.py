@@ -50,7 +50,8 @@ from offload.prompt import (
 )
 from offload.report import Notes, Report
 from offload.scheduler.layout import Layout, budget_for
-from offload.verify import Drafts, Tally, decode_verified
+from offload.scheduler.pace import Drafts, Tally
+from offload.verify import decode_verified
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from transformers.generation.streamers import BaseStreamer
 
 import offload
 from offload import verify
-from offload.config import LONGEST_DRAFT, window_of_drafts
+from offload.config import LONGEST_DRAFT
 from offload.errors import ConfigError, UnsupportedModelError
 from offload.kernels import reference
 from offload.scheduler.layout import REPLICA_WINDOW
+from offload.scheduler.pace import LENGTHS, Drafts, Pace, Tally, window_of_drafts
 from offload.tiers.store import LayerStore
-from offload.verify import LENGTHS, Drafts, Pace, Tally
 
 N, NEW = 600, 70
 CALL: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}

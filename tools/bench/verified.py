@@ -42,6 +42,7 @@ from offload import verify
 from offload.cache import CACHE
 from offload.report import Report
 from offload.runtime import Runtime
+from offload.scheduler import pace
 from offload.tiers.transfer import HostReader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -130,17 +131,17 @@ def wrong_drafts(share: float) -> Iterator[None]:
 @contextmanager
 def traced(trace: list[bool]) -> Iterator[None]:
     """Within, whether each compared token was kept is noted."""
-    right = verify.Tally.add
+    right = pace.Tally.add
 
     def add(self: Any, drafted: int, accepted: int) -> None:
         trace.extend([True] * accepted + [False] * (accepted < drafted))
         right(self, drafted, accepted)
 
-    verify.Tally.add = add  # type: ignore[method-assign]
+    pace.Tally.add = add  # type: ignore[method-assign]
     try:
         yield
     finally:
-        verify.Tally.add = right  # type: ignore[method-assign]
+        pace.Tally.add = right  # type: ignore[method-assign]
 
 
 def pinned_rate(device: torch.device) -> float:
@@ -433,8 +434,8 @@ def measure_shape(
             free()
             with offload.attach(model, **base, mode=mode) as runtime:
                 cache = runtime.new_cache(max_tokens=n + args.shape_tokens)
-                for way, (ahead, pace) in ways.items() if mode == "verified" else [("fast", (nullcontext(),) * 2)]:  # fmt: skip
-                    with ahead, pace:
+                for way, (ahead, held_back) in ways.items() if mode == "verified" else [("fast", (nullcontext(),) * 2)]:  # fmt: skip
+                    with ahead, held_back:
                         runtime.generate(ids, cache=cache, **call)
                     report = runtime.report()
                     print(f"{way}: {report}", flush=True)
@@ -491,7 +492,7 @@ def main() -> None:
         trace, tokens = measure_agreement(record, case, args)
         record.bars["agreement_qwen_16k"] = sum(trace) / max(1, len(trace))
         if "flips" in args.only:
-            measure_flips(record, case, tokens, verify.MOST_ROWS)
+            measure_flips(record, case, tokens, pace.MOST_ROWS)
         del case
         free()
         record.write(args.out)

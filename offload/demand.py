@@ -1,0 +1,224 @@
+"""What does a run of this model need? The demand of one generate, from the configuration and the model's shape.
+
+No torch: the runtime asks with the shape that it has examined, the planner with one that it has read from a file, and
+`offload.scheduler.layout` prices both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from offload.config import OffloadConfig
+from offload.errors import ConfigError
+from offload.scheduler.layout import Demand, RungPrice
+from offload.scheduler.pace import Drafts
+from offload.scheduler.rungs import (
+    RUNGS,
+    cached_rows,
+    row_cache_bytes,
+    scratch_bytes,
+    scratch_token_bytes,
+)
+
+# What torch's allocator loses to rounding and fragmentation. An 8B model used all of it in a prefill of 131,072
+# tokens; with less, the allocator gives cached blocks back and asks for them again, again and again.
+ALLOCATOR_SLACK = 256 * 2**20
+# What the driver takes after attaching: kernels loaded when they first run, tables of pinned pages. Without it the
+# same run went 7 MiB over the cap as the driver counts.
+DRIVER_GROWTH = 96 * 2**20
+# What cuBLAS keeps for a further stream, that of passes over drafts.
+_STREAM_WORKSPACE = 64 * 2**20
+
+
+class Row(Protocol):
+    """One token of one layer: `offload.tiers.rows.RowShape`, or what a file says of it."""
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads."""
+
+    @property
+    def key_dim(self) -> int:
+        """Head size of the keys."""
+
+    @property
+    def value_dim(self) -> int:
+        """Head size of the values."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one sequence."""
+
+
+class Shape(Protocol):
+    """What is known of a model; the attributes are those of `offload.model.ModelShape`."""
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """Of each layer that keeps every token."""
+
+    @property
+    def heads(self) -> Sequence[tuple[int, int]]:
+        """Query heads of each of those, and the head size of their values."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The context length that the model was made for."""
+
+    @property
+    def workspace(self) -> int:
+        """Device bytes of a forward pass that do not depend on the number of tokens."""
+
+    @property
+    def workspace_per_token(self) -> int:
+        """Further device bytes per token."""
+
+    @property
+    def fed_whole(self) -> str | None:
+        """Why a prompt must not be cut into chunks."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of one token."""
+
+    @property
+    def token_bytes(self) -> tuple[int, ...]:
+        """KV bytes of one token of one sequence, for each layer of `rows`."""
+
+    def other_kv_bytes(self, tokens: int | None) -> int:
+        """Device bytes of one sequence in layers that are not offloaded."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """What the device holds before a run.
+
+    Attributes:
+        total: Bytes of the device.
+        weights: Bytes of weights and other live tensors.
+        overhead: Bytes that are nobody's tensors: driver contexts, other processes.
+        on_card: Whether it is a card; a CPU has neither an allocator of ours nor streams.
+    """
+
+    total: int
+    weights: int
+    overhead: int
+    on_card: bool
+
+
+def demand_of(
+    config: OffloadConfig,
+    shape: Shape,
+    held: Held,
+    *,
+    batch: int,
+    tokens: int | None,
+    copies: int = 1,
+    prompt: int = 0,
+    exact: bool = False,
+) -> Demand:
+    """What a run needs.
+
+    Args:
+        config: As asked.
+        shape: Of the model.
+        held: By the device.
+        batch: Sequences that are decoded.
+        tokens: Tokens per sequence at the end, or None if unknown.
+        copies: How many sequences continue one prompt.
+        prompt: Tokens of the prompt, where known.
+        exact: No replica, whatever the mode.
+    """
+    fast = config.keeps_replica and not exact
+    staging, chunk, window = config.decode.staging, config.prefill.chunk, config.cache.window
+    whole = prompt if shape.fed_whole is not None and prompt else None
+    selected = max(rung.selected(config.retrieval.tokens) for rung in RUNGS)
+    overhead = held.overhead + ALLOCATOR_SLACK + DRIVER_GROWTH if held.on_card else 0
+    return Demand(
+        batch=batch,
+        copies=copies,
+        prompt=prompt,
+        tokens=tokens,
+        page=config.cache.page,
+        sinks=config.cache.sinks,
+        window=None if isinstance(window, str) else window,
+        chunk=whole or (None if isinstance(chunk, str) else chunk),
+        staging=None if staging.is_auto else staging.resolve(total=held.total, auto=0),
+        token_bytes=shape.token_bytes,
+        weights=held.weights,
+        overhead=overhead,
+        workspace=shape.workspace,
+        workspace_per_token=shape.workspace_per_token,
+        least_workspace=pass_bytes(
+            shape, batch, _decoded_rows(config, exact=exact), on_card=held.on_card
+        ),
+        other_kv=batch * shape.other_kv_bytes(tokens),
+        rungs=_rungs(config, shape, on_card=held.on_card) if fast else (),
+        whole_layers=_whole_layers(config, shape) if fast else 0,
+        streams=config.replica.rung == "auto",
+        scratch_bytes=sum(scratch_bytes(*heads, selected) for heads in set(shape.heads))
+        if fast
+        else 0,
+        scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
+        longest=shape.max_positions or 2**20,
+    )
+
+
+def pass_bytes(shape: Shape, batch: int, rows: int, *, on_card: bool) -> int:
+    """Device bytes of a pass that gives logits of every row, which processors and samplers copy.
+
+    Args:
+        shape: Of the model.
+        batch: Sequences.
+        rows: Tokens of each; of more than one the keys and values are kept beside the cache.
+        on_card: Whether it runs on a card.
+    """
+    per_row = shape.workspace_per_token + 8 * shape.vocabulary
+    beside = _STREAM_WORKSPACE * on_card + batch * rows * sum(shape.token_bytes)
+    needed = shape.workspace + batch * (rows * per_row + 16 * shape.vocabulary)
+    return needed + (beside if rows > 1 else 0)
+
+
+def _decoded_rows(config: OffloadConfig, *, exact: bool) -> int:
+    """Tokens of a sequence that a pass of decoding computes together, at most."""
+    verified = config.mode == "verified" and not exact
+    return Drafts.of(config.decode.draft).rows if verified else 1
+
+
+def _whole_layers(config: OffloadConfig, shape: Shape) -> int:
+    asked, there = config.replica.whole_layers, len(shape.rows)
+    if asked > there:
+        raise ConfigError(
+            "replica.whole_layers is more than the layers that keep every token",
+            asked=asked,
+            there=there,
+            change=f"Write at most {there}.",
+        )
+    return asked
+
+
+def _rungs(config: OffloadConfig, shape: Shape, *, on_card: bool) -> tuple[RungPrice, ...]:
+    """The rungs that the config allows, best first."""
+    asked, retrieval = config.replica.rung, config.retrieval
+    prices = []
+    for rung in RUNGS:
+        automatic = rung.faithful or config.mode == "verified"
+        if asked != rung.name and not (asked == "auto" and automatic):
+            continue
+        layer_bytes = tuple(
+            rung.token_bytes(row.kv_heads, row.key_dim, row.value_dim) for row in shape.rows
+        )
+        tokens = rung.selected(retrieval.tokens)
+        slots = cached_rows(tokens, retrieval.row_cache) if on_card else 0
+        row_bytes = tuple(
+            row_cache_bytes(slots, row.kv_heads, row.token_bytes) for row in shape.rows
+        )
+        prices.append(RungPrice(rung=rung, layer_bytes=layer_bytes, row_bytes=row_bytes))
+        if slots and isinstance(retrieval.row_cache, str):
+            # What is only faster must not cost a rung.
+            without = replace(rung, caches=False)
+            none = (0,) * len(row_bytes)
+            prices.append(RungPrice(rung=without, layer_bytes=layer_bytes, row_bytes=none))
+    return tuple(prices)
