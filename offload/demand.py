@@ -181,6 +181,22 @@ def pass_bytes(shape: Shape, batch: int, rows: int, *, on_card: bool) -> int:
     return needed + (beside if rows > 1 else 0)
 
 
+def activation_bytes(hidden: int, inner: int, itemsize: int) -> int:
+    """Bytes of activations per token of a forward pass: residuals and the MLP at its widest."""
+    return int(itemsize * max(4 * hidden + 3 * inner, 14 * hidden))
+
+
+def parts_bytes(heads: Sequence[tuple[int, int]], rows: Sequence[Row]) -> int:
+    """Bytes per token of attention in parts: the float32 sum and one part beside the output, and the tokens as rows.
+
+    Args:
+        heads: Query heads and the head size of values, of each layer.
+        rows: Of each layer.
+    """
+    widest = max((n * size for n, size in heads), default=0)
+    return 8 * widest + max((row.token_bytes for row in rows), default=0)
+
+
 def _decoded_rows(config: OffloadConfig, *, exact: bool) -> int:
     """Tokens of a sequence that a pass of decoding computes together, at most."""
     verified = config.mode == "verified" and not exact

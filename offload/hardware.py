@@ -86,6 +86,24 @@ def device_memory(device: torch.device) -> DeviceMemory:
     )
 
 
+def local_card() -> tuple[str, int] | None:
+    """Name and bytes of the first NVIDIA card, as the driver says; None without one. Needs no torch."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        name = pynvml.nvmlDeviceGetName(handle)
+        return str(name), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _own_groups(cgroup: Path) -> list[Path]:
     """The folders of this process's control groups: its own, its parents', and the mount's root."""
     folders = [cgroup, cgroup / "memory"]

@@ -18,72 +18,11 @@ from torch import Tensor
 
 from offload.attention import NAME, forget_pending, register
 from offload.cache import CACHE, OffloadCache, keeps_every_token, stock_layers
+from offload.demand import activation_bytes, parts_bytes
 from offload.errors import InputError, OffloadError, UnsupportedModelError
 from offload.kernels.attend import attend
+from offload.kinds import FED_WHOLE, KNOWN_LAYERS, LATENT, OWN_ATTENTION, REFUSED, SHARED
 from offload.tiers.rows import RowShape
-
-_LATENT = "its cache holds compressed (latent) keys that are expanded before attention"
-_INDEXED = "a trained indexer chooses the keys that each query sees"
-_SHARED = "layers attend to the keys of other layers"
-_NO_KEYS = "it keeps a recurrent state and no keys"
-_OWN_ATTENTION = (
-    "its attention is not replaceable (it does not ask transformers' AttentionInterface)"
-)
-_OWN_CACHE = "it needs cache layers of its own"
-_CHANGED = "it changes keys or values between cache and attention"
-_POSITION_BIAS = "its attention adds a learned position bias"
-
-
-def _because(reason: str, *model_types: str) -> dict[str, str]:
-    return dict.fromkeys(model_types, reason)
-
-
-# model_type -> why its tokens would come out wrong, or why there is nothing to offload. Names as in transformers
-# 5.17 to 5.23; a composite model is looked up by its text part too. What is not listed is still examined.
-REFUSED: dict[str, str] = {
-    **_because(
-        _LATENT,
-        "deepseek_v2", "deepseek_v3", "axk1", "bailing_hybrid", "glm4_moe_lite", "kimi_linear", "kimi_k25",
-        "longcat_flash", "minicpm3", "mistral4", "mistral_large4", "mistral_large4_text", "youtu",
-    ),
-    **_because(
-        _INDEXED,
-        "axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4", "glm5_next_text", "dots3_note_text",
-        "qwen4_exp_text", "minimax_m3_vl_text", "step3p5",
-    ),
-    **_because(_OWN_CACHE, "deepseek_v4", "minimax", "unlimited_ocr_text", "hrm_text", "zaya"),
-    **_because(_CHANGED, "diffllama", "doge", "jetmoe", "idefics", "moonshine", "moonshine_streaming"),
-    **_because(
-        _SHARED,
-        "mllama_text_model", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text",
-        "gemma4_assistant", "gemma4_unified_assistant", "diffusion_gemma_text",
-    ),
-    **_because(_POSITION_BIAS, "inkling_text", "inkling2_text"),
-    **_because(
-        _NO_KEYS, "mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma",
-    ),
-    **_because(
-        _OWN_ATTENTION,
-        "bloom", "falcon", "gptj", "codegen", "gpt_neo", "gpt_neox_japanese", "mpt", "xglm", "openai-gpt",
-        "xlnet", "cpmant", "imagegpt", "reformer", "trocr", "big_bird", "rembert", "roformer",
-        "megatron-bert", "git", "semantic", "coarse_acoustics",
-    ),
-}  # fmt: skip
-
-# Cache layers that are understood: ours take the place of the first two, the others stay as they are.
-_KNOWN_LAYERS = frozenset(
-    {
-        "full_attention", "hybrid", "sliding_attention", "chunked_attention", "linear_attention", "conv",
-        "moe", "mlp", "dummy", "mamba", "attention",
-    }
-)  # fmt: skip
-
-# Families whose forward of several tokens ignores the recurrent state in the cache (stock transformers 5.17 to
-# 5.23 too): a prompt in chunks would come out wrong, so it is fed whole, and to a warm cache token by token.
-FED_WHOLE: dict[str, str] = {
-    "jamba": "its Mamba-1 scan starts from zero in every forward pass of several tokens",
-    "zamba": "its Mamba-1 scan starts from zero in every forward pass of several tokens",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,10 +148,10 @@ def refuse_unsupported(model: Any) -> None:
         _raise_if(REFUSED.get(name), name)
     text = text_config(model)
     if getattr(text, "kv_lora_rank", None):
-        _raise_if(_LATENT, types[1])
+        _raise_if(LATENT, types[1])
     if getattr(text, "num_kv_shared_layers", None):
-        _raise_if(_SHARED, types[1])
-    strange = sorted(set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS)
+        _raise_if(SHARED, types[1])
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS)
     if strange:
         _raise_if(f"its layers of type {', '.join(strange)} are not understood", types[1])
     if model.training:
@@ -252,7 +191,7 @@ def our_attention(model: Any) -> Iterator[None]:
         # For a model that cannot change its attention this does nothing and says nothing.
         text = text_config(model)
         if text._attn_implementation != NAME:
-            _raise_if(_OWN_ATTENTION, str(getattr(text, "model_type", "unknown")))
+            _raise_if(OWN_ATTENTION, str(getattr(text, "model_type", "unknown")))
         yield
     except BaseException:
         restore_attention(model, before)
@@ -338,14 +277,15 @@ def examine(model: Any) -> ModelShape:
     fixed = max(0, small_peak - few * per_token)
     if device.type != "cuda":
         per_token, fixed = _estimated_workspace(config, rows), 0
-    per_token += _parts_bytes(recorders, rows)
+    heads = tuple(
+        (store.query_heads, row.value_dim) for store, row in zip(recorders, rows, strict=True)
+    )
+    per_token += parts_bytes(heads, rows)
     return ModelShape(
         model_type=model_type,
         offloaded=offloaded,
         rows=rows,
-        heads=tuple(
-            (store.query_heads, row.value_dim) for store, row in zip(recorders, rows, strict=True)
-        ),
+        heads=heads,
         modules=tuple(cache.modules),
         device=next(iter(devices), device) or device,
         max_positions=max_positions,
@@ -365,18 +305,6 @@ def _longest(layers: list[Any], offloaded: tuple[int, ...]) -> int | None:
     """The shortest sliding window among the layers that are taken for full attention."""
     windows = [getattr(layers[index], "sliding_window", None) for index in offloaded]
     return min((window for window in windows if window is not None), default=None)
-
-
-def _parts_bytes(recorders: list[_RecordingStore], rows: tuple[RowShape, ...]) -> int:
-    """Bytes per token of attention in parts, which the recorded passes do not show.
-
-    The float32 sum and one part beside the output, and the new tokens packed as rows.
-    """
-    widest = max(
-        (store.query_heads * (store.shape.value_dim if store.shape else 0) for store in recorders),
-        default=0,
-    )
-    return widest * 8 + max((row.token_bytes for row in rows), default=0)
 
 
 class _Pass(NamedTuple):
@@ -438,11 +366,10 @@ def _state_bytes(cache: OffloadCache) -> int:
 
 
 def _estimated_workspace(config: Any, rows: tuple[RowShape, ...]) -> int:
-    """Bytes of activations per token where no allocator can be asked: residuals and the MLP at its widest."""
+    """Bytes of activations per token where no allocator can be asked."""
     hidden = getattr(config, "hidden_size", 0) or 0
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    itemsize = rows[0].dtype.itemsize if rows else 4
-    return int(itemsize * max(4 * hidden + 3 * inner, 14 * hidden))
+    return activation_bytes(hidden, inner, rows[0].dtype.itemsize if rows else 4)
 
 
 def weight_bytes(model: Any, device: torch.device) -> int:

@@ -15,7 +15,7 @@ from tiny_lm import save_tiny_lm
 
 from offload import cli, loading
 from offload.config import OffloadConfig
-from offload.model import REFUSED
+from offload.kinds import REFUSED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,8 +1,9 @@
-"""The command line: `offload demo`, `offload config`, `offload version`.
+"""The command line: `offload demo`, `offload plan`, `offload config`, `offload version`.
 
 | file | command |
 |---|---|
 | `demo` | `offload demo`: a real model, a long document, a small device budget |
+| `plan` | `offload plan`: what fits a card and how fast it is, without loading anything |
 | `config` | `offload config show`, `check` and `init` |
 
 A command parses, calls one function of the library, and renders what comes back. stdout carries the
@@ -24,7 +25,7 @@ from typing import Annotated, Any
 
 import typer
 
-from offload.cli import config, demo
+from offload.cli import config, demo, plan
 from offload.errors import BudgetError, ConfigError, InputError, OffloadError
 
 FAILED, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED = 1, 2, 3, 130
@@ -42,6 +43,10 @@ app.command(
     short_help="Answer a question about a long text.",
     epilog='Example: offload demo --question "What is this text about?"',
 )(demo.demo)
+app.command(
+    short_help="Say what fits a card, how fast it is and what to set.",
+    epilog="Example: offload plan --model ./llama-8b --context 128K --gpu rtx4090",
+)(plan.plan)
 app.add_typer(config.app, name="config")
 
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from offload.scheduler.cost import verified_token
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LENGTHS = (8, 16, 32, 64, 127)
 
@@ -86,14 +88,14 @@ def verified_ms(
     """
     computes = 1000 * PASS_FLOPS / card.flops
     slowed = SLOWED_MS + computes - 1000 * PASS_FLOPS / H100.flops
-    agreement, drafted = min(agreement, 1 - 1e-9), drafts + 1
-    tokens = (1 - agreement**drafted) / (1 - agreement)
-    waits = drafts * step + max(copies, computes)
-    if not looks_ahead:
-        return float(waits / tokens)
-    all_agree = agreement**drafted
-    goes_on = max(drafted * step, copies) + slowed
-    return float((all_agree * goes_on + (1 - all_agree) * (waits + slowed)) / tokens)
+    return 1000 * verified_token(
+        step / 1000,
+        max(copies, computes) / 1000,
+        slowed / 1000,
+        drafts=drafts,
+        agreement=agreement,
+        looks_ahead=looks_ahead,
+    )
 
 
 def measured_and_predicted(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:

@@ -1,0 +1,447 @@
+"""What is this model, as far as its files say without being loaded? Shape and bytes, in a fraction of a second.
+
+A folder with a `config.json` and safetensors files, a `config.json` alone, a GGUF file, or a repository of the hub whose
+config is read. Only headers are read: of safetensors the JSON at the front, of GGUF the keys and the list of tensors.
+Keys that a config leaves out mean what transformers means by them (`offload/data/defaults.json`, written by
+`tools/defaults.py`). What is not understood is refused by name, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from offload.demand import activation_bytes, parts_bytes
+from offload.errors import InputError, UnsupportedModelError
+from offload.kinds import FED_WHOLE, REFUSED
+from offload.loading import find
+
+ITEMSIZES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+_SLIDING: Final = ("sliding_attention", "chunked_attention")
+# Names of older configs.
+_ALIASES: Final = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+}
+# Kinds whose parameters are counted where only a config is there: a gated MLP, attention without further weights.
+_COUNTED: Final = {
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite", "olmo2",
+    "ministral",
+}  # fmt: skip
+_TORCH_FLOATS: Final = {"F64", "F32", "F16", "BF16"}
+_SAFETENSORS_BYTES: Final = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FileRow:
+    """One token of one layer, as a file says; see `offload.tiers.rows.RowShape`."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    itemsize: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one sequence."""
+        return self.kv_heads * (self.key_dim + self.value_dim) * self.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileShape:
+    """What a model's files say of it; an `offload.demand.Shape`.
+
+    Attributes:
+        name: Of the folder, the file or the repository.
+        model_type: Of the part that generates text.
+        dtype: In which it will be computed: bfloat16, float16 or float32.
+        layers: Of all kinds.
+        rows: Of each layer that keeps every token.
+        heads: Query heads of each of those, and the head size of their values.
+        windows: (tokens, bytes of a token) of each layer that keeps a sliding window.
+        hidden: Size of the residual stream.
+        vocabulary: Logits of one token.
+        max_positions: The context length that the model was made for.
+        parameters: Weights that a token is multiplied with; embeddings that are looked up are not among them.
+        weights: Bytes on the device.
+        weights_are: "read" from headers, or "computed" from the config.
+        workspace: Device bytes of a forward pass that do not depend on the number of tokens.
+        workspace_per_token: Further device bytes per token, computed.
+        fed_whole: Why a prompt must not be cut into chunks.
+    """
+
+    name: str
+    model_type: str
+    dtype: str
+    layers: int
+    rows: tuple[FileRow, ...]
+    heads: tuple[tuple[int, int], ...]
+    windows: tuple[tuple[int, int], ...]
+    hidden: int
+    vocabulary: int
+    max_positions: int | None
+    parameters: int
+    weights: int
+    weights_are: str
+    workspace: int = 0
+    workspace_per_token: int = 0
+    fed_whole: str | None = None
+
+    @property
+    def token_bytes(self) -> tuple[int, ...]:
+        """KV bytes of one token of one sequence, for each layer of `rows`."""
+        return tuple(row.token_bytes for row in self.rows)
+
+    def other_kv_bytes(self, tokens: int | None) -> int:
+        """Device bytes of one sequence in layers that are not offloaded."""
+        held = sum(size * (n if tokens is None else min(n, tokens)) for n, size in self.windows)
+        return 2 * held  # transformers appends by making a second copy
+
+
+@dataclass(slots=True)
+class _Tensors:
+    """Tensors of a checkpoint: elements of those that are floats, bytes of the others, by what they are for."""
+
+    floats: int = 0
+    others: int = 0
+    embedding: int = 0  # elements of the input embedding, which is looked up
+    has_head: bool = False
+
+    def add(self, name: str, shape: list[int], kind: str) -> None:
+        """Counts one."""
+        n = math.prod(shape)
+        if kind in _TORCH_FLOATS:
+            self.floats += n
+        else:
+            self.others += n * _SAFETENSORS_BYTES.get(kind, 1)
+        if any(part in name for part in ("embed_tokens", "wte.", "token_embd")):
+            self.embedding = n
+        self.has_head |= name.startswith(("lm_head", "output.weight")) or ".lm_head." in name
+
+
+def describe(source: str | Path, *, dtype: str = "bfloat16") -> FileShape:
+    """Reads what a model is.
+
+    Args:
+        source: A folder, a `config.json`, a GGUF file, or a repository of the hub.
+        dtype: In which weights are loaded and keys are kept: bfloat16, float16 or float32.
+
+    Raises:
+        InputError: There is no such model, or a file says too little.
+        UnsupportedModelError: The model is of a kind that offload refuses, or that its files do not describe.
+    """
+    if dtype not in ITEMSIZES:
+        raise InputError(
+            "The dtype is not known", asked=dtype, there=", ".join(ITEMSIZES), change="Write one of them."
+        )  # fmt: skip
+    path = Path(source)
+    if path.is_file() and path.suffix == ".json":
+        return _of_config(_json(path), path.resolve().parent.name, dtype, None)
+    found = find(str(source))
+    if isinstance(found, str):
+        return _of_hub(found, dtype)
+    if found.is_file():
+        config, tensors = _gguf(found)
+        return _of_config(config, found.name, dtype, tensors)
+    return _of_config(
+        _json(found / "config.json"), found.resolve().name, dtype, _safetensors(found)
+    )
+
+
+def _of_hub(repository: str, dtype: str) -> FileShape:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(repository, "config.json")
+    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise InputError(
+            "The model's config cannot be read from the hub",
+            asked=repository,
+            there=str(error).strip().split("\n")[0][:160],
+            change="Check the name and the network, or give a folder or a config.json.",
+        ) from error
+    return _of_config(_json(Path(file)), repository, dtype, None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "The model's config cannot be read",
+            asked=path.name,
+            there=str(error).split("\n")[0],
+            change="Give a folder that transformers can load.",
+        ) from error
+    if not isinstance(found, dict):
+        raise InputError(
+            "The model's config is no JSON object", asked=path.name, there=type(found).__name__, change=None
+        )  # fmt: skip
+    return found
+
+
+@cache
+def defaults() -> dict[str, dict[str, Any]]:
+    """What keys mean that a config leaves out, by kind."""
+    table = files("offload") / "data" / "defaults.json"
+    found: dict[str, dict[str, Any]] = json.loads(table.read_text(encoding="utf-8"))
+    return found
+
+
+def _of_config(
+    config: dict[str, Any], name: str, dtype: str, tensors: _Tensors | None
+) -> FileShape:
+    text = config.get("text_config") or config.get("llm_config") or config
+    kind = str(text.get("model_type") or config.get("model_type") or "unknown")
+    for each in {kind, str(config.get("model_type"))}:
+        if each in REFUSED:
+            raise _unsupported(each, REFUSED[each])
+    known = defaults().get(kind)
+    if known is None:
+        raise _unsupported(kind, "offload does not know its config")
+    values = known | {_ALIASES.get(key, key): value for key, value in text.items()}
+    if values.get("kv_lora_rank") or values.get("num_kv_shared_layers"):
+        raise _unsupported(kind, "its cache holds compressed keys, or layers share them")
+    layers = _number(values, "num_hidden_layers", kind)
+    heads = _number(values, "num_attention_heads", kind)
+    hidden = _number(values, "hidden_size", kind)
+    kv_heads = int(values.get("num_key_value_heads") or heads)
+    size = int(values.get("head_dim") or hidden // heads)
+    inner = values.get("intermediate_size") or 4 * hidden
+    row = FileRow(kv_heads, size, size, ITEMSIZES[dtype])
+    positions = values.get("max_position_embeddings")
+    window = values.get("sliding_window")
+    types = _layer_types(values, kind, layers)
+    slides = [t in _SLIDING and not (window and positions and window >= positions) for t in types]
+    if any(slides) and not window:
+        raise _unsupported(kind, "its layers slide over a window that its config does not name")
+    full = slides.count(False)
+    tied = bool(values.get("tie_word_embeddings"))
+    vocabulary = int(values.get("vocab_size") or 0)
+    if tensors is None:
+        floats, others = _counted(values, kind, layers, heads, kv_heads, size, hidden, tied=tied), 0
+        used = floats - (0 if tied else vocabulary * hidden)
+    else:
+        floats, others = tensors.floats, tensors.others
+        used = floats - (tensors.embedding if tensors.has_head else 0)
+    all_heads = ((heads, size),) * full
+    rows = (row,) * full
+    return FileShape(
+        name=name,
+        model_type=kind,
+        dtype=dtype,
+        layers=layers,
+        rows=rows,
+        heads=all_heads,
+        windows=((int(window or 0), row.token_bytes),) * (layers - full),
+        hidden=hidden,
+        vocabulary=vocabulary,
+        max_positions=None if positions is None else int(positions),
+        parameters=used,
+        weights=floats * ITEMSIZES[dtype] + others,
+        weights_are="computed" if tensors is None else "read",
+        workspace_per_token=activation_bytes(hidden, inner, ITEMSIZES[dtype])
+        + parts_bytes(all_heads, rows),
+        fed_whole=FED_WHOLE.get(kind),
+    )
+
+
+def _layer_types(values: dict[str, Any], kind: str, layers: int) -> list[str]:
+    """The type of each layer, as transformers' cache sees it."""
+    types = values.get("layer_types")
+    every = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern")
+    if types:
+        types = list(types)[:layers]
+    elif values.get("use_sliding_window"):
+        first = int(values.get("max_window_layers") or 0)
+        types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    elif isinstance(every, int) and every > 0:
+        types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]  # fmt: skip
+    elif values.get("layer_pattern"):
+        pattern = values["layer_pattern"]
+        types = [pattern[i % len(pattern)] for i in range(layers)]
+    else:
+        types = ["sliding_attention" if values.get("sliding_window") else "full_attention"] * layers
+    strange = sorted(set(types) - {"full_attention", *_SLIDING})
+    if strange or len(types) != layers:
+        what = ", ".join(strange) or f"{len(types)} of {layers} layers are named"
+        raise _unsupported(kind, f"a file does not say what its other layers hold ({what})")
+    return types
+
+
+def _counted(
+    values: dict[str, Any], kind: str, layers: int, heads: int, kv_heads: int, size: int, hidden: int, *, tied: bool
+) -> int:  # fmt: skip
+    """Parameters of a dense decoder."""
+    if kind not in _COUNTED:
+        raise InputError(
+            f"The config of a {kind} does not say how many weights it has",
+            asked="config.json alone",
+            there=f"counted are {', '.join(sorted(_COUNTED))}",
+            change="Give the folder with its safetensors files, or a GGUF file.",
+        )
+    inner = _number(values, "intermediate_size", kind)
+    attention = hidden * size * (2 * heads + 2 * kv_heads)
+    if kind == "qwen2" or values.get("attention_bias"):
+        attention += size * (heads + 2 * kv_heads)
+    norms = hidden * (4 if kind in ("gemma2", "gemma3_text") else 2)
+    norms += 2 * size if kind in ("qwen3", "gemma3_text") else 0
+    norms += size * (heads + kv_heads) if kind == "olmo2" else 0
+    embeddings = _number(values, "vocab_size", kind) * hidden * (1 if tied else 2)
+    return layers * (attention + 3 * hidden * inner + norms) + embeddings + hidden
+
+
+def _number(values: dict[str, Any], key: str, kind: str) -> int:
+    value = values.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(
+            f"The config of a {kind} needs {key}",
+            asked=key,
+            there=value,
+            change="Give a config.json that transformers can load.",
+        )
+    return value
+
+
+def _unsupported(kind: str, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "This model cannot be planned", model_type=kind, reason=reason, change="Use the stock cache."
+    )  # fmt: skip
+
+
+def _safetensors(folder: Path) -> _Tensors | None:
+    """The tensors of a folder's safetensors files; None without any."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        parts = [folder / name for name in names]
+    else:
+        parts = sorted(folder.glob("*.safetensors"))
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise InputError(
+            "Files of the model are missing",
+            asked=", ".join(missing[:3]),
+            there=f"{len(parts) - len(missing)} of {len(parts)}",
+            change="Download it again.",
+        )
+    if not parts:
+        return None
+    tensors = _Tensors()
+    for part in parts:
+        with part.open("rb") as file:
+            front = file.read(8)
+            length = struct.unpack("<Q", front)[0] if len(front) == 8 else 0
+            try:
+                header = json.loads(file.read(min(length, part.stat().st_size)))
+            except ValueError as error:
+                raise InputError(
+                    "A safetensors file is damaged", asked=part.name, there="no header", change="Download it again."
+                ) from error  # fmt: skip
+        for name, entry in header.items():
+            if name != "__metadata__":
+                tensors.add(name, entry["shape"], entry["dtype"])
+    return tensors
+
+
+# Of GGUF: which type of value has how many bytes, and how it is unpacked.
+_SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_GGUF_KEYS: Final = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "vocab_size": "vocab_size",
+}
+_GGUF_KINDS: Final = {"gemma3": "gemma3_text", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+
+@dataclass(slots=True)
+class _Gguf:
+    """Reads values of a GGUF file in turn."""
+
+    file: BinaryIO
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def number(self, form: str) -> Any:
+        """The next number."""
+        size = struct.calcsize("<" + form)
+        read = self.file.read(size)
+        if len(read) < size:
+            raise ValueError("it ends early")
+        return struct.unpack("<" + form, read)[0]
+
+    def text(self) -> str:
+        """The next string."""
+        return self.file.read(self.number("Q")).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        """The next value; of arrays only how long they are."""
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            return self.number(_SCALARS[kind])
+        of, count = self.number("I"), self.number("Q")
+        if of == _STRING:
+            for _ in range(count):
+                self.file.seek(self.number("Q"), 1)
+        elif of == _ARRAY:
+            raise ValueError("arrays of arrays are not understood")
+        else:
+            self.file.seek(count * struct.calcsize("<" + _SCALARS[of]), 1)
+        return count
+
+
+def _gguf(path: Path) -> tuple[dict[str, Any], _Tensors]:
+    """A GGUF file's config, in transformers' words, and its tensors, which are loaded as floats."""
+    tensors = _Tensors()
+    try:
+        with path.open("rb") as file:
+            reader = _Gguf(file)
+            if file.read(4) != b"GGUF" or reader.number("I") not in (2, 3):
+                raise ValueError("it is no GGUF file of version 2 or 3")
+            count, keys = reader.number("Q"), reader.number("Q")
+            for _ in range(keys):
+                name = reader.text()
+                reader.values[name] = reader.value(reader.number("I"))
+            embedding: list[int] = []
+            for _ in range(count):
+                name = reader.text()
+                shape = [reader.number("Q") for _ in range(reader.number("I"))]
+                reader.number("I"), reader.number("Q")  # type and offset
+                tensors.add(name, shape, "F32")
+                if name == "token_embd.weight":
+                    embedding = shape
+    except (ValueError, KeyError, OSError, struct.error) as error:
+        raise InputError(
+            "The GGUF file cannot be read", asked=path.name, there=str(error), change="Download it again."
+        ) from error  # fmt: skip
+    architecture = str(reader.values.get("general.architecture"))
+    config: dict[str, Any] = {"model_type": _GGUF_KINDS.get(architecture, architecture)}
+    for key, name in _GGUF_KEYS.items():
+        value = reader.values.get(f"{architecture}.{key}")
+        if value is not None:
+            config[name] = value
+    if embedding:
+        config["vocab_size"] = embedding[-1]
+    config["tie_word_embeddings"] = not tensors.has_head
+    config.setdefault("sliding_window", None)
+    return config, tensors

@@ -1,0 +1,319 @@
+"""`offload plan`: what fits a card, how fast it is and what to set, without loading anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offload.errors import InputError
+
+if TYPE_CHECKING:
+    from offload.checkpoint import FileShape
+    from offload.plan import Machine, Plan
+
+NOT_FITTING = 3
+_LINE = 64  # characters of a bar
+_LETTERS = {
+    "weights": "W", "sinks and window": "n", "tail": "n", "replica": "R", "cached rows": "c", "staging": "s",
+    "eviction": "s", "workspace": "a", "decode step": "a", "other KV": "k", "overhead": "o", "pages": "P",
+}  # fmt: skip
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Option("--model", help="A folder, a config.json, a GGUF file, or a name of the hub."),
+    ],
+    context: Annotated[
+        str, typer.Option("--context", help="Tokens of prompt and answer, as in 128K.")
+    ] = "128K",
+    output: Annotated[int, typer.Option("--output", help="Tokens of the answer.")] = 512,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences.")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            help="The card: rtx3090, rtx4090, rtx5090, l4, a100, h100, ... Default: the one that is there.",
+        ),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", help="Of the card, as in 20GiB. Default: all.")
+    ] = None,
+    cpu_memory: Annotated[
+        str | None,
+        typer.Option("--cpu-memory", help="For KV, as in 64GiB. Default: of such a host."),
+    ] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="fast, verified or exact.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of weights and KV.")] = "bfloat16",
+    config: Annotated[Path | None, typer.Option("--config", help="The TOML file.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Every context from 8K on, doubled, up to --context.")
+    ] = False,
+    compare: Annotated[
+        str | None, typer.Option("--compare", help="Several cards: rtx3090,rtx4090,rtx5090.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether a model fits a card at a length, how fast it is, and what to set.
+
+    Bytes are those that the runtime would take; times are predicted. The exit code is 3 if it does not fit.
+    """
+    from offload.checkpoint import describe
+    from offload.config import OffloadConfig
+    from offload.plan import NOT
+    from offload.plan import plan as planned
+    from offload.units import parse_tokens
+
+    given = {"mode": mode, "gpu_memory": gpu_memory, "cpu_memory": cpu_memory}
+    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = OffloadConfig.build(config, **_merged(overrides, sets or []))
+    shape = describe(model, dtype=dtype)
+    tokens = parse_tokens(context)
+    cards = compare.split(",") if compare else [gpu or _local()]
+    lengths = _doubled(tokens, output) if sweep else [tokens]
+    found = []
+    for card in cards:
+        machine = _machine(card.strip(), settings)
+        for length in lengths:
+            result = planned(settings, shape, machine, context=length, output=output, batch=batch)
+            found.append((machine, result))
+    if as_json:
+        inputs = {
+            "model": model,
+            "context": tokens,
+            "output": output,
+            "batch": batch,
+            "dtype": dtype,
+        }
+        plans = [_as_object(machine, result) for machine, result in found]
+        top = {"schema_version": 1, "command": "plan", "inputs": inputs, "model": _model(shape), "plans": plans}  # fmt: skip
+        print(json.dumps(top, indent=2))
+    elif len(found) > 1:
+        _print_table(shape, found)
+    else:
+        _print_one(shape, *found[0], output=output, batch=batch)
+    if all(result.verdict == NOT for _, result in found):
+        raise typer.Exit(NOT_FITTING)
+
+
+def _merged(overrides: dict[str, Any], sets: list[str]) -> dict[str, Any]:
+    """Overrides and `key=value` as keyword arguments of `OffloadConfig.build`."""
+    merged: dict[str, Any] = dict(overrides)
+    for each in sets:
+        key, equals, text = each.partition("=")
+        if not equals:
+            raise InputError(
+                "--set takes a key and a value",
+                asked=each,
+                there=None,
+                change="Write --set memory.gpu=20GiB.",
+            )
+        value: object = {"true": True, "false": False}.get(text, text)
+        if text.isdigit():
+            value = int(text)
+        section, _, name = key.partition(".")
+        if name:
+            merged.setdefault(section, {})[name] = value
+        else:
+            merged[section] = value
+    return merged
+
+
+def _local() -> str:
+    from offload.hardware import local_card
+
+    card = local_card()
+    if card is None:
+        raise InputError(
+            "There is no NVIDIA card here",
+            asked=None,
+            there=None,
+            change="Name one: --gpu rtx4090.",
+        )
+    return card[0]
+
+
+def _doubled(tokens: int, output: int) -> list[int]:
+    lengths, length = [], 8192
+    while length < tokens:
+        if length > output:
+            lengths.append(length)
+        length *= 2
+    return [*lengths, tokens]
+
+
+def _machine(card: str, settings: Any) -> Machine:
+    from offload.plan import Machine
+    from offload.scheduler.profiles import profile_of
+
+    profile = profile_of(card)
+    memory = settings.memory
+    reserve = memory.reserve.resolve(total=profile.memory, auto=0)
+    host_reserve = memory.reserve.resolve(total=profile.host, auto=0)
+    return Machine(
+        profile=profile,
+        device=memory.gpu.resolve(total=profile.memory, auto=profile.memory - reserve),
+        # Beside the KV a host holds an operating system and the weights while they are loaded.
+        host=memory.cpu.resolve(total=profile.host, auto=profile.host * 3 // 4 - host_reserve),
+    )
+
+
+def _model(shape: FileShape) -> dict[str, Any]:
+    return {
+        "name": shape.name, "model_type": shape.model_type, "dtype": shape.dtype, "layers": shape.layers,
+        "layers_offloaded": len(shape.rows), "weights_bytes": shape.weights, "weights_are": shape.weights_are,
+        "kv_bytes_per_token": sum(shape.token_bytes), "max_positions": shape.max_positions,
+    }  # fmt: skip
+
+
+def _as_object(machine: Machine, result: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "card": machine.profile.name, "basis": machine.profile.basis, "context": result.context,
+        "verdict": result.verdict, "device_budget_bytes": machine.device, "host_budget_bytes": machine.host,
+        "largest_context": result.largest, "notes": result.notes,
+    }  # fmt: skip
+    if result.missing is not None:
+        found["missing"] = {
+            "message": str(result.missing), "setting": result.missing.setting,
+            "requested_bytes": result.missing.requested, "available_bytes": result.missing.available,
+        }  # fmt: skip
+        found["suggestions"] = [
+            {"setting": s.setting, "value": s.value, "result": s.result} for s in result.suggestions
+        ]
+        return found
+    layout, times = result.layout, result.times
+    assert layout is not None
+    assert times is not None
+    return found | {
+        "device_bytes": dict(layout.device), "host_bytes": dict(layout.host),
+        "rung": None if layout.rung is None else layout.rung.name, "lifted_layers": layout.lifted_layers,
+        "chunk": layout.chunk, "window_tokens": (layout.sink_blocks + layout.window_blocks) * 64,
+        "host_tokens": layout.host_tokens, "prefill_s": times.prefill, "token_s": times.token, "band": result.band,
+        "limit": times.limit, "engines_s": times.engines, "toml": result.toml,
+    }  # fmt: skip
+
+
+def _bar(parts: dict[str, int], whole: int) -> str:
+    """A tier as one line: a letter for each part, dots for what is free."""
+    shown = "".join(
+        _LETTERS.get(name, name[0]) * round(_LINE * size / max(1, whole))
+        for name, size in parts.items()
+    )
+    return (shown + "." * _LINE)[:_LINE]
+
+
+def _speed(result: Plan) -> str:
+    from offload.units import duration
+
+    times = result.times
+    assert times is not None
+    low, high = times.token * (1 - result.band), times.token * (1 + result.band)
+    return f"{duration(times.token)} a token ({duration(low)} to {duration(high)})"
+
+
+def _print_one(
+    shape: FileShape, machine: Machine, result: Plan, *, output: int, batch: int
+) -> None:
+    from offload.units import duration, gib
+
+    per_token = f"{sum(shape.token_bytes) / 1024:,.0f} KiB"
+    print(
+        f"{shape.name}  {shape.model_type}, {shape.layers} layers, {shape.dtype}; weights "
+        f"{gib(shape.weights)} ({shape.weights_are}), {per_token} of KV a token"
+    )
+    sequences = "" if batch == 1 else f"{batch} sequences of "
+    print(
+        f"{machine.profile.name}  {gib(machine.device)} of device memory, {gib(machine.host)} of host memory; "
+        f"{sequences}{result.context:,} tokens, {output:,} of them the answer"
+    )
+    print(f"\n{result.verdict}")
+    if result.missing is not None:
+        print(f"  {result.missing}")
+        for suggestion in result.suggestions:
+            print(f"  {suggestion.setting} {suggestion.value}: {suggestion.result}")
+        print(f"  largest context at this budget: {result.largest:,} tokens")
+    else:
+        layout, times = result.layout, result.times
+        assert layout is not None
+        assert times is not None
+        shown = {name: size for name, size in layout.device.items() if size}
+        print(f"\ndevice [{_bar(shown, machine.device)}] {gib(sum(shown.values()))}")
+        for name, size in shown.items():
+            more = _about(name, result)
+            print(f"  {_LETTERS.get(name, name[0])} {name:18}{gib(size):>10}{more}")
+        pages = sum(layout.host.values())
+        print(f"host   [{_bar(dict(layout.host), machine.host)}] {gib(pages)}")
+        print(f"  P {'pages':18}{gib(pages):>10}  {layout.host_tokens:,} tokens of each sequence")
+        print(f"\nfirst token  {duration(times.prefill)}, read in chunks of {layout.chunk:,}")
+        print(f"then         {_speed(result)}, most of it {times.limit}")
+        print(f"longest      {result.largest:,} tokens fit this budget")
+        print(f"\n{result.toml}", end="")
+    for note in result.notes:
+        print(f"note: {note}")
+
+
+def _about(name: str, result: Plan) -> str:
+    layout = result.layout
+    assert layout is not None
+    if name == "replica" and layout.rung is not None:
+        lifted = f", {layout.lifted_layers} layers better" if layout.lifted_layers else ""
+        return f"  {layout.rung.name}{lifted}"
+    if name == "sinks and window":
+        tokens = (layout.sink_blocks + layout.window_blocks) * 64
+        return f"  {min(tokens, result.context):,} tokens in full precision"
+    if name == "overhead":
+        return "  driver, allocator"
+    return ""
+
+
+def _print_table(shape: FileShape, found: list[tuple[Machine, Plan]]) -> None:
+    from offload.units import duration, gib
+
+    print(
+        f"{shape.name}  weights {gib(shape.weights)}, {gib(sum(shape.token_bytes))} of KV a token"
+    )
+    head = (
+        "card",
+        "context",
+        "verdict",
+        "device",
+        "host",
+        "rung",
+        "first token",
+        "a token",
+        "longest",
+    )
+    rows: list[tuple[str, ...]] = []
+    for machine, result in found:
+        layout, times = result.layout, result.times
+        if layout is None or times is None:
+            rest = ("-",) * 5
+        else:
+            rung = layout.rung.name if layout.rung else "streamed" if layout.host_tokens else "none"
+            rest = (
+                gib(layout.device_bytes), gib(layout.host_bytes), rung,
+                duration(times.prefill), duration(times.token),
+            )  # fmt: skip
+        rows.append(
+            (
+                machine.profile.name,
+                f"{result.context:,}",
+                result.verdict,
+                *rest,
+                f"{result.largest:,}",
+            )
+        )
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    for note in dict.fromkeys(note for _, result in found for note in result.notes):
+        print(f"note: {note}")

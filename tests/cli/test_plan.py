@@ -1,0 +1,146 @@
+"""`offload plan`: what it prints, with which exit code, and what it does not load."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offload import cli
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama-8b").mkdir()
+    file = tmp_path / "llama-8b" / "config.json"
+    file.write_text(json.dumps(CONFIG))
+    return str(file)
+
+
+def test_it_says_what_fits_where_every_byte_goes_and_what_to_set(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--model", model, "--gpu", "rtx4090"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^fits$", shown, re.MULTILINE)
+    for word in (
+        "weights",
+        "replica",
+        "4k4v",
+        "pages",
+        "overhead",
+        "a token",
+        "longest",
+        'gpu = "',
+    ):
+        assert word in shown
+    total = re.search(r"^device \[.*\] ([\d.]+) GiB", shown, re.MULTILINE)
+    assert total is not None
+    parts = re.findall(r"^  \w [a-z ]+?\s+([\d.]+) (GiB|MiB)", shown.partition("\nhost")[0], re.M)
+    summed = sum(float(n) * (1 if unit == "GiB" else 1 / 1024) for n, unit in parts)
+    assert summed == pytest.approx(float(total[1]), abs=0.3)
+
+
+def test_what_does_not_fit_ends_with_3_and_says_what_would(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--model", model, "--gpu", "rtx4090", "--gpu-memory", "12GiB", "--context"]
+    assert cli.main([*arguments, "128K"]) == 3
+    shown = capsys.readouterr().out
+    assert "does not fit" in shown
+    assert re.search(r"memory.gpu \d+\.\d+GiB: fits", shown)
+    assert cli.main([*arguments, "128K", "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)["plans"][0]
+    assert found["verdict"] == "does not fit"
+    assert found["missing"]["setting"] == "memory.gpu"
+    assert found["suggestions"]
+
+
+def test_json_has_every_byte(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        cli.main(["plan", "--model", model, "--gpu", "h100", "--mode", "verified", "--json"]) == 0
+    )
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["schema_version"], printed["command"]) == (1, "plan")
+    assert printed["model"]["kv_bytes_per_token"] == 128 * 1024
+    (found,) = printed["plans"]
+    assert found["device_bytes"]["weights"] == printed["model"]["weights_bytes"]
+    assert sum(found["device_bytes"].values()) <= found["device_budget_bytes"]
+    assert found["token_s"] > 0
+
+
+def test_cards_and_lengths_are_compared_in_one_table(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--model", model, "--compare", "rtx3090, rtx5090", "--sweep", "--context", "64K"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(("rtx3090", "rtx5090"))]
+    assert len(rows) == 8
+    assert [row.split()[1] for row in rows[:4]] == ["8,192", "16,384", "32,768", "65,536"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "voodoo2"], "rtx4090"),
+        (["--gpu", "rtx4090", "--context", "many"], "many"),
+        (["--gpu", "rtx4090", "--set", "memory.gpu"], "key and a value"),
+        (["--gpu", "rtx4090", "--set", "retreival.tokens=4"], "retrieval"),
+        (["--gpu", "rtx4090", "--output", "200000"], "no room"),
+        (["--gpu", "rtx4090", "--dtype", "int3"], "bfloat16"),
+    ],
+)
+def test_bad_input_is_said_in_one_line(
+    arguments: list[str], message: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--model", model, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_without_a_card_one_has_to_be_named(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.hardware.local_card", lambda: None)
+    assert cli.main(["plan", "--model", model]) == 2
+    assert "--gpu rtx4090" in capsys.readouterr().err
+    monkeypatch.setattr(
+        "offload.hardware.local_card", lambda: ("NVIDIA GeForce RTX 3090", 24 * 2**30)
+    )
+    assert cli.main(["plan", "--model", model]) == 0
+    assert "rtx3090" in capsys.readouterr().out
+
+
+def test_the_example_of_its_help_works_and_nothing_heavy_is_loaded(model: str) -> None:
+    help_text = subprocess.run(
+        [sys.executable, "-m", "offload", "plan", "--help"], capture_output=True, text=True, check=True
+    ).stdout  # fmt: skip
+    example = help_text.partition("Example: offload ")[2].split("\n\n")[0]
+    arguments = [
+        model if word == "./llama-8b" else word for word in shlex.split(example.replace("\n", " "))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "offload", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "fits" in done.stdout
+    loaded = {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()
+    }
+    assert not {"torch", "transformers", "numba", "faiss"} & loaded
