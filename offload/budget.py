@@ -143,7 +143,8 @@ class Budgets:
 
     def pass_bytes(self, batch: int, rows: int) -> int:
         """Device bytes of a pass that gives logits of every row; see `offload.demand`."""
-        return pass_bytes(self._shape, batch, rows, on_card=self._on_card)
+        ahead = self._on_card and self._config.decode.look_ahead is not False
+        return pass_bytes(self._shape, batch, rows, beside=ahead)
 
     def lay_out(self, demand: Demand, *, idle_host: int = 0) -> Layout:
         """Divides a run between the tiers.

@@ -403,6 +403,10 @@ class Flags:
         """Waits for the last step and shows its tokens."""
         self._receive()
 
+    def forget(self) -> None:
+        """What was sent does not matter any more."""
+        self._sent.clear()
+
     def _receive(self) -> bool:
         """Whether the oldest step that was sent left no sequence unfinished."""
         _, copies, event = self._sent.pop(0)

@@ -152,7 +152,10 @@ def demand_of(
         workspace=shape.workspace,
         workspace_per_token=shape.workspace_per_token,
         least_workspace=pass_bytes(
-            shape, batch, _decoded_rows(config, exact=exact), on_card=held.on_card
+            shape,
+            batch,
+            _decoded_rows(config, exact=exact),
+            beside=held.on_card and config.decode.look_ahead is not False,
         ),
         other_kv=batch * shape.other_kv_bytes(tokens),
         rungs=_rungs(config, shape, on_card=held.on_card) if fast else (),
@@ -166,19 +169,19 @@ def demand_of(
     )
 
 
-def pass_bytes(shape: Shape, batch: int, rows: int, *, on_card: bool) -> int:
+def pass_bytes(shape: Shape, batch: int, rows: int, *, beside: bool) -> int:
     """Device bytes of a pass that gives logits of every row, which processors and samplers copy.
 
     Args:
         shape: Of the model.
         batch: Sequences.
         rows: Tokens of each; of more than one the keys and values are kept beside the cache.
-        on_card: Whether it runs on a card.
+        beside: Whether it runs on a stream of its own on a card.
     """
     per_row = shape.workspace_per_token + 8 * shape.vocabulary
-    beside = _STREAM_WORKSPACE * on_card + batch * rows * sum(shape.token_bytes)
+    kept = _STREAM_WORKSPACE * beside + batch * rows * sum(shape.token_bytes)
     needed = shape.workspace + batch * (rows * per_row + 16 * shape.vocabulary)
-    return needed + (beside if rows > 1 else 0)
+    return needed + (kept if rows > 1 else 0)
 
 
 def activation_bytes(hidden: int, inner: int, itemsize: int) -> int:

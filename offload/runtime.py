@@ -516,7 +516,7 @@ class Runtime:
             if drafts is not None:
                 call["custom_generate"] = partial(
                     decode_verified, tally=last.tally, drafts=drafts, streamer=call.get("streamer"),
-                    captured=captured, looks_ahead=self._looks_ahead(),
+                    captured=captured, beside=self._streams.beside, looks_ahead=self._looks_ahead(),
                 )  # fmt: skip
             if "custom_generate" not in kwargs and "custom_generate" in call:
                 # Experts are computed another way for few tokens; transformers' own loop does this too.

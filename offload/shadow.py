@@ -112,11 +112,6 @@ class Shadow:
         )
         self.cache.start(self._glances[0].batch)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of rows, on the device."""
-        return sum(glance.rows.nbytes for glance in self._glances)
-
     def look(self, length: int) -> None:
         """From now on the first tokens that the cache holds are seen, and no other.
 

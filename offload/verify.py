@@ -199,12 +199,22 @@ class _Checker:
     Launching a pass takes as long as some steps take, so it is launched by a thread of its own, on its own stream.
     """
 
-    def __init__(self, model: Any, device: torch.device, *, beside: bool) -> None:
+    def __init__(
+        self, model: Any, device: torch.device, stream: torch.cuda.Stream | None, *, beside: bool
+    ) -> None:
+        """With no pass under way.
+
+        Args:
+            model: Attached.
+            device: Its device.
+            stream: For passes beside steps; None on a CPU.
+            beside: Whether they are.
+        """
         self._model = model
         self._device = device
         self._clock = _Clock(device)
         self._thread = ThreadPoolExecutor(1, "offload-verify") if beside else None
-        self._stream = torch.cuda.Stream(device) if beside and device.type == "cuda" else None
+        self._stream = stream if beside else None
         self._pass: Future[Tensor] | None = None
         self._times: list[Any] = []
         self._inputs: dict[str, Any] = {}
@@ -218,8 +228,9 @@ class _Checker:
         self._inputs = inputs  # held until the pass is over: it is on another stream
         self._times = []
         if self._thread is None:
-            self._pass = Future()
-            self._pass.set_result(self._run(inputs))
+            logits, over = self._run(inputs), Future[Tensor]()
+            over.set_result(logits)
+            self._pass = over
             return
         launched = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         self._pass = self._thread.submit(self._run_beside, inputs, launched, _Modes(self._device))
@@ -250,9 +261,11 @@ class _Checker:
         return self._clock.between(*self._times)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread, and waits until the device has done what it launched: its memory is given back then."""
         if self._thread is not None:
             self._thread.shutdown()
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def _run(self, inputs: dict[str, Any]) -> Tensor:
         self._times.append(self._clock.now())
@@ -271,11 +284,8 @@ class _Modes:
     """Those modes of torch that belong to a thread, as they are where this is made."""
 
     def __init__(self, device: torch.device) -> None:
-        self._kind = device.type
         self._learns, self._infers = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self._casts = torch.is_autocast_enabled(self._kind)
-        self._dtype = torch.get_autocast_dtype(self._kind)
-        self._index = torch.cuda.current_device() if self._kind == "cuda" else -1
+        self._index = torch.cuda.current_device() if device.type == "cuda" else -1
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -284,7 +294,6 @@ class _Modes:
             torch.cuda.device(self._index),
             torch.inference_mode(self._infers),
             torch.set_grad_enabled(self._learns),
-            torch.autocast(self._kind, dtype=self._dtype, enabled=self._casts),
         ):
             yield
 
@@ -341,10 +350,17 @@ class _Run:
         """
         wanted = self._pace.next()
         on_host = any(store.columns for store in self.cache.layer_stores)
-        if on_host and not self._pace.gave_up:
-            tokens = self._drafted(wanted, most, ends)
+        drafts, n, limit = on_host and not self._pace.gave_up, 0, 0
+        if drafts:
+            n = min(max(wanted, self._ahead), self._most, most - 1)
+            limit = min(n + 1 + self._most, most - 1) if self._looks_ahead and self._most else n
+            self._make_way(limit)
+            drafts = self._steps_draft()
+        if drafts:
+            tokens = self._drafted(n, limit, ends)
         else:
             if self._ahead:  # of a draft that will not be looked at
+                self._tally.dropped += self._ahead
                 self._chooser.end(0)
                 self._drop()
             self._chooser.begin()
@@ -372,35 +388,54 @@ class _Run:
             self._chooser.go_on(tokens)
             return
         self._chooser.end(tokens)
+        if self._lives:
+            self._tally.dropped += self._ahead - tokens
         self._drop()
         self._lives = False
 
     def mend(self) -> None:
         """After an exception: drafted rows may be there, which are not exact, and nobody may go on from them."""
-        self._checker.join()
-        self.cache.settle()
-        if self.cache.is_open:
-            self._drop()
+        try:
+            self._checker.close()
+            self.cache.settle()
+            if self.cache.is_open:
+                self._drop()
+        except BaseException:  # a second interrupt: nobody knows which rows are exact
+            self.cache.close("it was interrupted while it was being mended")
+            raise
 
     def _drop(self) -> None:
         """Forgets what was drafted, and every row but those of exact passes."""
-        self._ahead, self._ended, self._flags = 0, False, Flags(self.ids, None)
+        self._ahead, self._ended = 0, False
+        self._flags.forget()
         self.cache.crop(min(0, self.length - 1 - self.cache.get_seq_length()))
 
     def _exact(self) -> Tensor:
         logits = self._passes.step(self.ids[:, self.length - 1], self.length, 0)
         return self._chooser.exact(self.ids[:, : self.length], logits, 0)
 
-    def _drafted(self, wanted: int, most: int, ends: Tensor | None) -> Tensor:
-        """As `turn`, by a draft and a pass over it."""
+    def _steps_draft(self) -> bool:
+        """Whether steps go by the device path. Those that stream would take turns with a pass at the same buffers."""
+        for store in self.cache.layer_stores:
+            reason = "no replica" if store.path is None else store.path.why_streamed(store.columns)
+            if reason is not None:
+                self._tally.undrafted = f"steps that stream every token ({reason})"
+                return False
+        return True
+
+    def _drafted(self, n: int, limit: int, ends: Tensor | None) -> Tensor:
+        """As `turn`, by a draft and a pass over it.
+
+        Args:
+            n: Tokens to draft before the pass, those that are drafted already among them.
+            limit: Tokens drafted when the pass is waited for, at most.
+            ends: As of `turn`.
+        """
         clock, length, capturing = self._clock, self.length, self._captured_s
         began = clock.now()
         if not self._ahead:
             self._chooser.begin()
         before = self._ahead
-        n = min(max(wanted, self._ahead), self._most, most - 1)
-        limit = min(n + 1 + self._most, most - 1) if self._looks_ahead else n  # of what is drafted
-        self._make_way(limit)
         while self._ahead < n and not self._ended:
             self._draft(ends)
         n = min(n, self._ahead)
@@ -413,13 +448,14 @@ class _Run:
             drafted = clock.now()
         steps = self._ahead - before
         logits = self._checker.result()[: n + 1].to(torch.float32)
+        ended = clock.now()
         compared = min(self._ahead, n + 1)
         agreed, targets = _compare(self._chooser, self.ids, logits, length, compared)
         kept = min(min(agreed, n) + 1, targets.shape[0])
         self._shadow.commit(self.ids[:, length - 1 : length - 1 + kept])
         self._lives = agreed == n + 1
         compiled_s = self._captured_s - capturing
-        draft_s, ended = clock.between(began, drafted), clock.now()
+        draft_s = clock.between(began, drafted)  # the device is past all: tokens were compared
         verify_s = self._checker.seconds()
         self._pace.note(
             compared, agreed, draft_s / steps if steps and not compiled_s else None, verify_s
@@ -438,7 +474,7 @@ class _Run:
     def _make_way(self, ahead: int) -> None:
         """Sees to it that nothing leaves the window while so many tokens are drafted, none of which is exact."""
         first = self.length - 1
-        rows = first + ahead + 2  # the one too many of a draft that ended, and the token before
+        rows = first + ahead + 2  # up to the one too many of a draft that ended
         self.cache.make_way(rows - self.cache.get_seq_length(), first)
 
     def _draft(self, ends: Tensor | None) -> None:
@@ -468,6 +504,7 @@ def decode_verified(
     tally: Tally,
     drafts: Drafts,
     captured: CapturedStep | None,
+    beside: torch.cuda.Stream | None,
     looks_ahead: bool,
     streamer: Any = None,
     synced_gpus: bool = False,
@@ -484,6 +521,7 @@ def decode_verified(
         tally: Counts.
         drafts: How long they are.
         captured: What makes steps of one token, where they are captured.
+        beside: The stream of passes beside steps; None on a CPU.
         looks_ahead: Whether a draft goes on, in this thread, while a pass looks at it in another.
         streamer: Gets tokens once they are verified.
         synced_gpus: Must be False.
@@ -506,7 +544,15 @@ def decode_verified(
     room = max(longest, length) + drafts.rows
     ids, mask, inputs = prepare(model, input_ids, room, model_kwargs)
     assert inputs["input_ids"].shape[1] == 1
-    checker = _Checker(model, input_ids.device, beside=looks_ahead)
+    # What autocast has cast is kept for all threads, in no order: one thread then.
+    looks_ahead = looks_ahead and not torch.is_autocast_enabled(input_ids.device.type)
+    visible = None if mask is None else mask[:, :length].bool()
+    for store in cache.layer_stores:
+        if store.path is not None:  # whether steps draft depends on the padding
+            store.path.can_step(
+                None if visible is None or bool(visible.all()) else visible, store.columns
+            )
+    checker = _Checker(model, input_ids.device, beside, beside=looks_ahead)
     if captured is not None:
         captured.before_capture = checker.join
     run = _Run(

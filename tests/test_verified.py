@@ -458,11 +458,15 @@ def test_an_exception_in_a_draft_leaves_a_cache_of_verified_tokens(beside: int) 
         assert torch.equal(runtime.generate(ids, cache=cache, **CALL), want)
 
 
-def test_an_exception_in_a_pass_comes_to_the_caller_and_leaves_verified_tokens() -> None:
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_an_exception_in_a_pass_comes_to_the_caller_and_leaves_verified_tokens(
+    look_ahead: bool,
+) -> None:
     model = build()
     ids = prompts(1, N)
     want = model.generate(ids, **CALL)
-    with passes_that_last(3), offload.attach(model, **SETTINGS) as runtime:
+    settings = SETTINGS | {"look_ahead": look_ahead}
+    with passes_that_last(3), offload.attach(model, **settings) as runtime:
         cache, calls = runtime.new_cache(), [0]
         right = LayerStore.look
 
@@ -481,6 +485,41 @@ def test_an_exception_in_a_pass_comes_to_the_caller_and_leaves_verified_tokens()
         assert N < known.shape[1] < N + 60
         assert torch.equal(known, want[:, : known.shape[1]])
         assert torch.equal(runtime.generate(ids, cache=cache, **CALL), want)
+
+
+def test_a_second_interrupt_closes_a_cache_that_holds_drafted_tokens() -> None:
+    model = build()
+    ids = prompts(1, N)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with passes_that_last(99), offload.attach(model, **SETTINGS) as runtime:
+        cache = runtime.new_cache()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verify, "_compare", interrupt)
+            patch.setattr(verify._Run, "_drop", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                runtime.generate(ids, cache=cache, **CALL)
+        assert not cache.is_open
+
+
+def test_steps_that_stream_draft_nothing() -> None:
+    """They would take turns with a pass at the buffers through which both stream."""
+    model = build()
+    ids, hole = prompts(1, N), torch.ones((1, N), dtype=torch.long)
+    hole[0, 500] = 0
+    want = model.generate(ids, attention_mask=hole, **CALL)
+    longer = prompts(1, 900, seed=4)
+    with offload.attach(model, **SETTINGS) as runtime:
+        assert torch.equal(runtime.generate(ids, attention_mask=hole, **CALL), want)
+        report = runtime.report()
+        assert report.drafted_tokens == 0
+        assert any("not all on the left" in note for note in report.notes)
+        cache = runtime.new_cache(max_tokens=400)  # of which the replica has room for
+        want = model_tokens(model, longer, NEW)
+        assert torch.equal(runtime.generate(longer, cache=cache, **CALL), want)
+        assert runtime.report().drafted_tokens == 0
 
 
 def test_the_smallest_window_holds_what_is_drafted_beside_a_pass() -> None:

@@ -1,8 +1,9 @@
-"""The command line: `offload demo`, `offload plan`, `offload config`, `offload version`.
+"""The command line: `offload demo`, `offload generate`, `offload plan`, `offload config`, `offload version`.
 
 | file | command |
 |---|---|
 | `demo` | `offload demo`: a real model, a long document, a small device budget |
+| `generate` | `offload generate`: one answer to one prompt, streamed |
 | `plan` | `offload plan`: what fits a card and how fast it is, without loading anything |
 | `config` | `offload config show`, `check` and `init` |
 
@@ -25,7 +26,7 @@ from typing import Annotated, Any
 
 import typer
 
-from offload.cli import config, demo, plan
+from offload.cli import config, demo, generate, plan
 from offload.errors import BudgetError, ConfigError, InputError, OffloadError
 
 FAILED, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED = 1, 2, 3, 130
@@ -43,6 +44,10 @@ app.command(
     short_help="Answer a question about a long text.",
     epilog='Example: offload demo --question "What is this text about?"',
 )(demo.demo)
+app.command(
+    short_help="Answer a prompt, streamed.",
+    epilog="Example: offload generate --prompt-file book.txt --prompt 'Who did it?' --stats --verify 32",
+)(generate.generate)
 app.command(
     short_help="Say what fits a card, how fast it is and what to set.",
     epilog="Example: offload plan --model ./llama-8b --context 128K --gpu rtx4090",

@@ -6,10 +6,7 @@ The same question is then asked with the in-memory cache of transformers, and th
 from __future__ import annotations
 
 import importlib.resources
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
 
+from offload.cli.text import encoded, no_bars, printer, progress, read_text
 from offload.errors import InputError
 from offload.units import duration, gib
 
@@ -175,12 +173,12 @@ def run(
     title, text = _read(document)
     question = question or (QUESTION if document is None else QUESTION_OF_ANY)
 
-    _progress(f"Loading {model or 'SmolLM2-135M-Instruct'} (the first time takes longer) ...")
+    progress(f"Loading {model or 'SmolLM2-135M-Instruct'} (the first time takes longer) ...")
     from offload.loading import load
 
     # The small default model runs in float32 everywhere: bfloat16 rounds differently for every
     # shape of a matrix product, and a near tie between two tokens may then fall either way.
-    with _no_bars():
+    with no_bars():
         loaded = load(model, dtype="float32" if model is None else None)
     prompt = _prompt(loaded, text, question)
     _check_length(loaded, prompt["input_ids"].shape[1], max_new_tokens)
@@ -188,7 +186,7 @@ def run(
         _print_header(loaded, title, prompt["input_ids"].shape[1], question)
 
     ours = _answer_offloaded(loaded, prompt, gpu_memory, max_new_tokens, show=show)
-    _progress("\nThe same with the in-memory cache of transformers, to compare ...")
+    progress("\nThe same with the in-memory cache of transformers, to compare ...")
     stock = _answer_in_memory(loaded, prompt, max_new_tokens)
 
     difference = _first_difference(ours.run.tokens, stock.run.tokens)
@@ -312,7 +310,7 @@ def _answer_offloaded(
             shown = f"{gib(budget, digits=2)} of" if isinstance(budget, int) else f"{budget} as"
             print(f"Budget     {shown} device memory, for weights, work and KV cache")
             print("Answer     ", end="", flush=True)
-        streamer = _Streamer(_printer(loaded) if show else None)
+        streamer = _Streamer(printer(loaded) if show else None)
         ids = runtime.generate(
             **prompt, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
         )
@@ -346,38 +344,16 @@ def _read(document: Path | None) -> tuple[str, str]:
     if document is None:
         data = importlib.resources.files("offload") / "data" / DOCUMENT
         return DOCUMENT_TITLE, data.read_text(encoding="utf-8").strip()
-    try:
-        text = document.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{document} is not text in UTF-8",
-            asked=str(document),
-            there=f"byte 0x{error.object[error.start]:02x} at {error.start:,}",
-            change="Convert it, or give another document.",
-        ) from error
-    if not text:
-        raise InputError(
-            f"{document} is empty", asked=str(document), change="Give a document with text in it."
-        )
-    return document.name, text
+    return document.name, read_text(document)
 
 
 def _prompt(loaded: Loaded, text: str, question: str) -> dict[str, Any]:
     """`input_ids` and `attention_mask`, [1, N], by the model's chat template if it has one."""
     asked = f"{text}\n\nAnswer this question about the text above in one sentence. {question}"
-    tokenizer = loaded.tokenizer
-    if tokenizer.chat_template is None:
-        _progress("The model has no chat template: it is asked in plain text.")
-        encoded = tokenizer(f"{asked}\nAnswer:", return_tensors="pt")
-    else:
-        encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": asked}],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    device = loaded.model.device
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+    if loaded.tokenizer.chat_template is None:
+        progress("The model has no chat template: it is asked in plain text.")
+        return encoded(loaded, f"{asked}\nAnswer:", chat=False)
+    return encoded(loaded, asked, chat=True)
 
 
 def _check_length(loaded: Loaded, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -401,12 +377,6 @@ def _first_difference(ours: list[int], stock: list[int]) -> int | None:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(stock)))
 
 
-def _printer(loaded: Loaded) -> Any:
-    from transformers import TextStreamer
-
-    return TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
 def _print_header(loaded: Loaded, title: str, prompt_tokens: int, question: str) -> None:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     copied = " from its copy in the cache folder" if loaded.from_copy else ""
@@ -425,21 +395,3 @@ def _share(tokens: int, outcome: Outcome) -> str:
 def _speed(run: Run) -> str:
     after = "" if run.per_token_s is None else f", then {duration(run.per_token_s)} per token"
     return f"{duration(run.first_s)} to the first token{after}"
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keeps transformers' "Loading weights" bar, which lasts half a second, out of the output."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from offload.cli.settings import merged
 from offload.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def plan(
 
     given = {"mode": mode, "gpu_memory": gpu_memory, "cpu_memory": cpu_memory}
     overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    settings = OffloadConfig.build(config, **_merged(overrides, sets or []))
+    settings = OffloadConfig.build(config, **merged(overrides, sets or []))
     shape = describe(model, dtype=dtype)
     tokens = parse_tokens(context)
     cards = compare.split(",") if compare else [gpu or _local()]
@@ -101,29 +102,6 @@ def plan(
         _print_one(shape, *found[0], output=output, batch=batch)
     if all(result.verdict == NOT for _, result in found):
         raise typer.Exit(NOT_FITTING)
-
-
-def _merged(overrides: dict[str, Any], sets: list[str]) -> dict[str, Any]:
-    """Overrides and `key=value` as keyword arguments of `OffloadConfig.build`."""
-    merged: dict[str, Any] = dict(overrides)
-    for each in sets:
-        key, equals, text = each.partition("=")
-        if not equals:
-            raise InputError(
-                "--set takes a key and a value",
-                asked=each,
-                there=None,
-                change="Write --set memory.gpu=20GiB.",
-            )
-        value: object = {"true": True, "false": False}.get(text, text)
-        if text.isdigit():
-            value = int(text)
-        section, _, name = key.partition(".")
-        if name:
-            merged.setdefault(section, {})[name] = value
-        else:
-            merged[section] = value
-    return merged
 
 
 def _local() -> str:

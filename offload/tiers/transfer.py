@@ -1,7 +1,9 @@
 """How do KV pages cross PCIe? Streams, staging buffers and events of both directions.
 
 Ordering, stream by stream. The *compute* stream is the caller's current stream; *in* carries host-to-device
-copies, *out* device-to-host copies.
+copies, *out* device-to-host copies. Passes of mode verified have a compute stream of their own: uses of a staging buffer
+are chained by `freed` and `ready` whichever stream they come from, one thread reads at a time, and pages change only
+when no pass is under way.
 
 - A staging buffer is written on *in* after *in* waited for `freed`, which compute recorded behind the last
   attention that read the buffer; compute reads it after waiting for `ready`, recorded on *in* behind the copy.
@@ -14,7 +16,7 @@ copies, *out* device-to-host copies.
   for the copy that read it, and *out* waits for compute (`packed`). A prefetch that is still under way may
   read half a page; its staged chunk carries the table's old version and is never used.
 
-On a CPU the same code runs in program order without streams.
+On a CPU the same code runs without streams, in program order but for such passes.
 """
 
 from __future__ import annotations
@@ -109,6 +111,14 @@ class Streams:
         self.on = device.type == "cuda"
         self.host_to_device = torch.cuda.Stream(device) if self.on else None
         self.device_to_host = torch.cuda.Stream(device) if self.on else None
+        self._beside: torch.cuda.Stream | None = None
+
+    @property
+    def beside(self) -> torch.cuda.Stream | None:
+        """A second compute stream, or None on a CPU; always the same, since libraries keep a workspace for each."""
+        if self.on and self._beside is None:
+            self._beside = torch.cuda.Stream(self.device)
+        return self._beside
 
     def event(self) -> torch.cuda.Event | None:
         """A new event, or None on a CPU."""
@@ -203,8 +213,8 @@ class HostReader:
                 yield chunk, self._buffers[slot][:nbytes]
             finally:
                 # Also when the reader's caller raised: the buffer must not stay taken.
-                self._streams.record(self._freed[slot])
                 if self._staged and self._staged[0] is entry:
+                    self._streams.record(self._freed[slot])
                     self._staged.popleft()
                     self._free.append(slot)
             self._top_up()

@@ -1,0 +1,143 @@
+"""`offload generate`: one answer to one prompt, streamed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offload.cli.settings import merged
+from offload.cli.text import encoded, no_bars, printer, progress, read_text
+from offload.errors import InputError
+
+if TYPE_CHECKING:
+    from offload.compare import Comparison
+
+
+def generate(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="A folder, a GGUF file, or a name of the hub. Default: SmolLM2-135M-Instruct.",
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt-file", help="A text file in UTF-8, - for standard input."),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="What is asked; behind the file, if there is one."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")
+    ] = 512,
+    mode: Annotated[str | None, typer.Option("--mode", help="fast, verified or exact.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", help="Device budget for everything, as in 20GiB.")
+    ] = None,
+    cpu_memory: Annotated[
+        str | None, typer.Option("--cpu-memory", help="Host budget for KV, as in 64GiB.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="The TOML file.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0: the most likely token each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0.0, max=1.0, help="With a temperature.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="With a temperature.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="bfloat16, float16 or float32. Default: as fits the device."),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The text as it is, without the model's chat template.")
+    ] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Bytes per tier, times and fallbacks, on stderr.")
+    ] = False,
+    verify: Annotated[
+        int,
+        typer.Option(
+            "--verify", min=0, help="Repeat so many steps exactly and say how close they are."
+        ),
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Answer a prompt, with a KV cache as large as host memory.
+
+    The answer goes to stdout as it comes, everything else to stderr. Nothing of a prompt is ever cut.
+    """
+    from offload.config import OffloadConfig
+
+    parts = [] if prompt_file is None else [read_text(prompt_file)]
+    parts += [] if prompt is None else [prompt]
+    if not parts:
+        raise InputError(
+            "There is no prompt", asked=None, there=None, change="Give --prompt or --prompt-file."
+        )
+    given = {"mode": mode, "gpu_memory": gpu_memory, "cpu_memory": cpu_memory}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    settings = OffloadConfig.build(config, **merged(overrides, sets or []))
+    settings.require_usable()
+
+    progress(f"Loading {model or 'SmolLM2-135M-Instruct'} ...")
+    import torch
+
+    import offload
+    from offload.compare import compare
+    from offload.loading import load
+
+    with no_bars():
+        loaded = load(model, dtype=dtype)
+    chat = not raw and loaded.tokenizer.chat_template is not None
+    inputs = encoded(loaded, "\n\n".join(parts), chat=chat)
+    length = inputs["input_ids"].shape[1]
+    call: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        call |= {"temperature": temperature, "top_p": top_p}
+    if seed is not None:
+        torch.manual_seed(seed)
+    comparison: Comparison | None = None
+    with offload.attach(loaded.model, settings) as runtime:
+        cache = runtime.new_cache(max_tokens=length + max_new_tokens)
+        shown = None if as_json else printer(loaded)
+        sequence = runtime.generate(**inputs, cache=cache, streamer=shown, **call)
+        report = runtime.report()
+        tokens = sequence[0, length:].tolist()
+        if verify:
+            steps = min(verify, len(tokens) - 1)
+            comparison = compare(loaded.model, cache, sequence, steps) if steps > 0 else None
+    if stats and not as_json:
+        print(f"\n{report}", file=sys.stderr)
+    if comparison is not None and not as_json:
+        progress(_closeness(comparison))
+    if as_json:
+        found = {
+            "schema_version": 1,
+            "command": "generate",
+            "model": loaded.source,
+            "prompt_tokens": length,
+            "tokens": tokens,
+            "text": str(loaded.tokenizer.decode(tokens, skip_special_tokens=True)),
+            "report": report.to_dict(),
+            "verified": None if comparison is None else asdict(comparison),
+        }
+        print(json.dumps(found))
+
+
+def _closeness(found: Comparison) -> str:
+    return (
+        f"{found.same_top} of {found.steps} tokens as exact attention has them on top, "
+        f"KL {found.kl_mean:.1e} (at most {found.kl_max:.1e})"
+    )

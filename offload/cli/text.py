@@ -1,0 +1,88 @@
+"""What commands that run a model share: texts, prompts, and what is printed while they run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload.errors import InputError
+
+if TYPE_CHECKING:
+    from offload.loading import Loaded
+
+
+def read_text(file: Path) -> str:
+    """A text file, or standard input for `-`, whole and without white space around it.
+
+    Raises:
+        InputError: It is not there, not UTF-8, or empty.
+    """
+    name = "standard input" if str(file) == "-" else str(file)
+    try:
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        text = data.decode("utf-8").strip()
+    except OSError as error:
+        raise InputError(
+            f"{name} cannot be read", asked=name, there=error.strerror, change="Give a text file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name} is not text in UTF-8",
+            asked=name,
+            there=f"byte 0x{error.object[error.start]:02x} at {error.start:,}",
+            change="Convert it, or give another document.",
+        ) from error
+    if not text:
+        raise InputError(f"{name} is empty", asked=name, change="Give a document with text in it.")
+    return text
+
+
+def encoded(loaded: Loaded, text: str, *, chat: bool) -> dict[str, Any]:
+    """`input_ids` and `attention_mask`, [1, N], on the model's device.
+
+    Args:
+        loaded: Of the model.
+        text: What is asked.
+        chat: By the model's chat template, as a user's message.
+    """
+    tokenizer: Any = loaded.tokenizer
+    if chat:
+        made = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    else:
+        made = tokenizer(text, return_tensors="pt")
+    device = loaded.model.device
+    return {name: made[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def printer(loaded: Loaded) -> Any:
+    """Prints an answer to stdout as it comes."""
+    from transformers import TextStreamer
+
+    return TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def progress(line: str) -> None:
+    """A line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keeps transformers' "Loading weights" bar, which lasts half a second, out of the output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
