@@ -45,7 +45,7 @@ class Drafts:
         if not isinstance(asked, str):
             return cls(asked, False)
         fitting = [n for n in LENGTHS if window is None or window_of_drafts(n) <= window]
-        return cls(fitting[-1], True)
+        return cls(fitting[-1] if fitting else 0, True)  # a short run is all window
 
     @property
     def rows(self) -> int:

@@ -140,6 +140,15 @@ def test_tokens_are_the_stock_caches(
         assert (report.dropped_tokens > 0) == (beside > 1 and report.accepted_tokens < report.drafted_tokens)  # fmt: skip
 
 
+def test_what_is_all_window_is_exact_without_a_draft() -> None:
+    model = build()
+    ids = prompts(1, 20)
+    want = model.generate(ids, **CALL)
+    with offload.attach(model, mode="verified") as runtime:
+        assert torch.equal(runtime.generate(ids, **CALL), want)
+        assert runtime.report().drafted_tokens == 0
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED & set(FAMILIES)))
 def test_layers_that_cannot_forget_are_refused_by_name(name: str) -> None:
     model = build(name)
@@ -611,6 +620,7 @@ def test_a_draft_is_as_long_as_pays() -> None:
     assert settled(0.5, 0.4, 0.35) == 0  # a draft as slow as an exact step
     assert Pace(Drafts.of(5)).next() == 5
     assert Drafts.of("auto", 256) == Drafts(64, True)
+    assert Drafts.of("auto", 64) == Drafts(0, True)
     assert window_of_drafts(LONGEST_DRAFT) <= REPLICA_WINDOW
 
 

@@ -80,6 +80,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     commands = capsys.readouterr().out.partition("Commands:\n")[2].split("\n\n")[0]
     assert [line.split()[0] for line in commands.splitlines() if line[2] != " "] == [
         "demo",
+        "generate",
+        "plan",
         "version",
         "config",
     ]
