@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -86,18 +86,57 @@ def device_memory(device: torch.device) -> DeviceMemory:
     )
 
 
-def local_card() -> tuple[str, int] | None:
-    """Name and bytes of the first NVIDIA card, as the driver says; None without one. Needs no torch."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """An NVIDIA card, as its driver says.
+
+    Attributes:
+        name: As in "NVIDIA GeForce RTX 4090".
+        total: Bytes of its memory.
+        free: Of these, free.
+        driver: Version of the driver.
+        pcie_generation: Of the link; None where it is not known.
+        pcie_width: Lanes that are in use.
+        most_pcie_width: Lanes that the card has.
+    """
+
+    name: str
+    total: int
+    free: int
+    driver: str
+    pcie_generation: int | None = None
+    pcie_width: int | None = None
+    most_pcie_width: int | None = None
+
+
+def local_card() -> Card | None:
+    """The first NVIDIA card of this machine; None without one. Needs no torch."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return None
+
+    def asked(function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except pynvml.NVMLError:
+            return None
+
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        name = pynvml.nvmlDeviceGetName(handle)
-        return str(name), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return Card(
+            name=str(pynvml.nvmlDeviceGetName(handle)),
+            total=int(memory.total),
+            free=int(memory.free),
+            driver=str(pynvml.nvmlSystemGetDriverVersion()),
+            # Of an idle card the link sleeps: what it can do says more than what it does.
+            pcie_generation=asked(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
+            pcie_width=asked(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
+            most_pcie_width=asked(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
+        )
     except pynvml.NVMLError:
         return None
     finally:

@@ -1,10 +1,12 @@
-"""The command line: `offload demo`, `offload generate`, `offload plan`, `offload config`, `offload version`.
+"""The command line: `offload demo`, `offload generate`, `offload plan`, `offload doctor`, `offload config` and
+`offload version`.
 
 | file | command |
 |---|---|
 | `demo` | `offload demo`: a real model, a long document, a small device budget |
 | `generate` | `offload generate`: one answer to one prompt, streamed |
 | `plan` | `offload plan`: what fits a card and how fast it is, without loading anything |
+| `doctor` | `offload doctor`: whether this machine is ready |
 | `config` | `offload config show`, `check` and `init` |
 
 A command parses, calls one function of the library, and renders what comes back. stdout carries the
@@ -26,7 +28,7 @@ from typing import Annotated, Any
 
 import typer
 
-from offload.cli import config, demo, generate, plan
+from offload.cli import config, demo, doctor, generate, plan
 from offload.errors import BudgetError, ConfigError, InputError, OffloadError
 
 FAILED, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED = 1, 2, 3, 130
@@ -52,6 +54,10 @@ app.command(
     short_help="Say what fits a card, how fast it is and what to set.",
     epilog="Example: offload plan --model ./llama-8b --context 128K --gpu rtx4090",
 )(plan.plan)
+app.command(
+    short_help="Say whether this machine is ready, and what would make it faster.",
+    epilog="Example: offload doctor",
+)(doctor.doctor)
 app.add_typer(config.app, name="config")
 
 

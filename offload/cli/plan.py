@@ -115,7 +115,7 @@ def _local() -> str:
             there=None,
             change="Name one: --gpu rtx4090.",
         )
-    return card[0]
+    return card.name
 
 
 def _doubled(tokens: int, output: int) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from offload import cli
+from offload.hardware import Card
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -119,7 +120,8 @@ def test_without_a_card_one_has_to_be_named(
     assert cli.main(["plan", "--model", model]) == 2
     assert "--gpu rtx4090" in capsys.readouterr().err
     monkeypatch.setattr(
-        "offload.hardware.local_card", lambda: ("NVIDIA GeForce RTX 3090", 24 * 2**30)
+        "offload.hardware.local_card",
+        lambda: Card(name="NVIDIA GeForce RTX 3090", total=24 * 2**30, free=2**34, driver="580"),
     )
     assert cli.main(["plan", "--model", model]) == 0
     assert "rtx3090" in capsys.readouterr().out
