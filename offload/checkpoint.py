@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Final
 from offload.demand import activation_bytes, parts_bytes
 from offload.errors import InputError, UnsupportedModelError
 from offload.kinds import FED_WHOLE, REFUSED
-from offload.loading import find
+from offload.loading import ask_hub, find
 
 ITEMSIZES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SLIDING: Final = ("sliding_attention", "chunked_attention")
@@ -38,6 +38,8 @@ _COUNTED: Final = {
     "ministral",
 }  # fmt: skip
 _TORCH_FLOATS: Final = {"F64", "F32", "F16", "BF16"}
+# Weights in an element of what is no float: packed 4-bit codes are the usual kind.
+_PACKED: Final = {"U8": 2, "I8": 1, "I32": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 _SAFETENSORS_BYTES: Final = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -74,9 +76,13 @@ class FileShape:
         hidden: Size of the residual stream.
         vocabulary: Logits of one token.
         max_positions: The context length that the model was made for.
-        parameters: Weights that a token is multiplied with; embeddings that are looked up are not among them.
+        parameters: Weights that a token is multiplied with: neither embeddings that are looked up nor experts that it
+            does not meet.
+        read_bytes: Bytes of them.
         weights: Bytes on the device.
         weights_are: "read" from headers, or "computed" from the config.
+        quantised: How, where a checkpoint says so.
+        longest: Tokens at which a window would slide that was taken for full attention; None without one.
         workspace: Device bytes of a forward pass that do not depend on the number of tokens.
         workspace_per_token: Further device bytes per token, computed.
         fed_whole: Why a prompt must not be cut into chunks.
@@ -92,9 +98,12 @@ class FileShape:
     hidden: int
     vocabulary: int
     max_positions: int | None
-    parameters: int
+    parameters: float
+    read_bytes: float
     weights: int
     weights_are: str
+    quantised: str | None = None
+    longest: int | None = None
     workspace: int = 0
     workspace_per_token: int = 0
     fed_whole: str | None = None
@@ -115,20 +124,31 @@ class _Tensors:
     """Tensors of a checkpoint: elements of those that are floats, bytes of the others, by what they are for."""
 
     floats: int = 0
-    others: int = 0
+    others: int = 0  # bytes
+    packed: int = 0  # weights in these
     embedding: int = 0  # elements of the input embedding, which is looked up
-    has_head: bool = False
+    head: int = 0  # elements of the output embedding; none where it is the input's
+    experts: int = 0  # weights of experts, of which a token meets some
+    expert_bytes: int = 0  # of those that are no floats
 
     def add(self, name: str, shape: list[int], kind: str) -> None:
         """Counts one."""
         n = math.prod(shape)
+        is_expert = ".experts." in name
         if kind in _TORCH_FLOATS:
             self.floats += n
+            self.experts += n * is_expert
         else:
-            self.others += n * _SAFETENSORS_BYTES.get(kind, 1)
+            size = n * _SAFETENSORS_BYTES.get(kind, 1)
+            weights = n * _PACKED.get(kind, 0)
+            self.others += size
+            self.packed += weights
+            self.experts += weights * is_expert
+            self.expert_bytes += size * is_expert
         if any(part in name for part in ("embed_tokens", "wte.", "token_embd")):
             self.embedding = n
-        self.has_head |= name.startswith(("lm_head", "output.weight")) or ".lm_head." in name
+        if name.startswith(("lm_head", "output.weight")) or ".lm_head." in name:
+            self.head = n
 
 
 def describe(source: str | Path, *, dtype: str = "bfloat16") -> FileShape:
@@ -162,15 +182,15 @@ def describe(source: str | Path, *, dtype: str = "bfloat16") -> FileShape:
 
 def _of_hub(repository: str, dtype: str) -> FileShape:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    no_answer = ask_hub(repository)
     try:
-        file = hf_hub_download(repository, "config.json")
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        file = hf_hub_download(repository, "config.json", local_files_only=no_answer is not None)
+    except Exception as error:
         raise InputError(
-            "The model's config cannot be read from the hub",
+            f"{repository!r} is no folder here, and its config cannot be read from the hub",
             asked=repository,
-            there=str(error).strip().split("\n")[0][:160],
+            there=no_answer or str(error).strip().split("\n")[0],
             change="Check the name and the network, or give a folder or a config.json.",
         ) from error
     return _of_config(_json(Path(file)), repository, dtype, None)
@@ -205,6 +225,10 @@ def _of_config(
     config: dict[str, Any], name: str, dtype: str, tensors: _Tensors | None
 ) -> FileShape:
     text = config.get("text_config") or config.get("llm_config") or config
+    if not isinstance(text, dict):
+        raise InputError(
+            "The config's text_config is no object", asked=name, there=text, change=None
+        )
     kind = str(text.get("model_type") or config.get("model_type") or "unknown")
     for each in {kind, str(config.get("model_type"))}:
         if each in REFUSED:
@@ -218,25 +242,44 @@ def _of_config(
     layers = _number(values, "num_hidden_layers", kind)
     heads = _number(values, "num_attention_heads", kind)
     hidden = _number(values, "hidden_size", kind)
-    kv_heads = int(values.get("num_key_value_heads") or heads)
-    size = int(values.get("head_dim") or hidden // heads)
-    inner = values.get("intermediate_size") or 4 * hidden
+    kv_heads = _optional(values, "num_key_value_heads", kind) or heads
+    size = _optional(values, "head_dim", kind) or hidden // heads
+    inner = _optional(values, "intermediate_size", kind) or 4 * hidden
     row = FileRow(kv_heads, size, size, ITEMSIZES[dtype])
-    positions = values.get("max_position_embeddings")
-    window = values.get("sliding_window")
+    positions = _optional(values, "max_position_embeddings", kind)
+    window = _optional(values, "sliding_window", kind)
     types = _layer_types(values, kind, layers)
     slides = [t in _SLIDING and not (window and positions and window >= positions) for t in types]
     if any(slides) and not window:
         raise _unsupported(kind, "its layers slide over a window that its config does not name")
     full = slides.count(False)
+    taken = any(t in _SLIDING and not moves for t, moves in zip(types, slides, strict=True))
     tied = bool(values.get("tie_word_embeddings"))
-    vocabulary = int(values.get("vocab_size") or 0)
+    vocabulary = _optional(values, "vocab_size", kind) or 0
+    itemsize = ITEMSIZES[dtype]
     if tensors is None:
-        floats, others = _counted(values, kind, layers, heads, kv_heads, size, hidden, tied=tied), 0
-        used = floats - (0 if tied else vocabulary * hidden)
+        floats = _counted(values, kind, layers, heads, kv_heads, size, hidden, tied=tied)
+        tensors, are = _Tensors(floats=floats, embedding=vocabulary * hidden), "computed"
+        tensors.head = 0 if tied else vocabulary * hidden
     else:
-        floats, others = tensors.floats, tensors.others
-        used = floats - (tensors.embedding if tensors.has_head else 0)
+        are = "read"
+        if tied:  # a copy that is not loaded
+            tensors.floats -= tensors.head
+            tensors.head = 0
+    looked_up = tensors.embedding if tensors.head else 0
+    met = 1.0
+    every_expert = _optional(values, "num_experts", kind) or _optional(
+        values, "num_local_experts", kind
+    )
+    if every_expert and tensors.experts:
+        met = min(
+            1.0, (_optional(values, "num_experts_per_tok", kind) or every_expert) / every_expert
+        )
+    idle = (1 - met) * tensors.experts
+    parameters = tensors.floats + tensors.packed - looked_up - idle
+    read: float = (tensors.floats - looked_up) * itemsize + tensors.others
+    idle_floats = 0 if tensors.expert_bytes else idle
+    read -= idle_floats * itemsize + (1 - met) * tensors.expert_bytes
     all_heads = ((heads, size),) * full
     rows = (row,) * full
     return FileShape(
@@ -249,10 +292,13 @@ def _of_config(
         windows=((int(window or 0), row.token_bytes),) * (layers - full),
         hidden=hidden,
         vocabulary=vocabulary,
-        max_positions=None if positions is None else int(positions),
-        parameters=used,
-        weights=floats * ITEMSIZES[dtype] + others,
-        weights_are="computed" if tensors is None else "read",
+        max_positions=positions,
+        parameters=parameters,
+        read_bytes=read,
+        weights=tensors.floats * itemsize + tensors.others,
+        weights_are=are,
+        quantised=_quantised(config),
+        longest=window if taken else None,
         workspace_per_token=activation_bytes(hidden, inner, ITEMSIZES[dtype])
         + parts_bytes(all_heads, rows),
         fed_whole=FED_WHOLE.get(kind),
@@ -262,13 +308,25 @@ def _of_config(
 def _layer_types(values: dict[str, Any], kind: str, layers: int) -> list[str]:
     """The type of each layer, as transformers' cache sees it."""
     types = values.get("layer_types")
-    every = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern")
+    every = _optional(values, "sliding_window_pattern", kind)
+    switch = values.get("use_sliding_window")
     if types:
-        types = list(types)[:layers]
-    elif values.get("use_sliding_window"):
-        first = int(values.get("max_window_layers") or 0)
+        if not isinstance(types, list):
+            raise InputError(
+                f"The config of a {kind} needs a list",
+                asked="layer_types",
+                there=types,
+                change=None,
+            )
+        types = [str(each) for each in types][:layers]
+    elif switch is False:
+        types = ["full_attention"] * layers
+    elif switch:
+        if kind not in ("qwen2", "qwen2_moe", "qwen3"):
+            raise _unsupported(kind, "its config does not name the layers that slide (layer_types)")
+        first = _optional(values, "max_window_layers", kind) or 0
         types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    elif isinstance(every, int) and every > 0:
+    elif every:
         types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]  # fmt: skip
     elif values.get("layer_pattern"):
         pattern = values["layer_pattern"]
@@ -289,9 +347,9 @@ def _counted(
     if kind not in _COUNTED:
         raise InputError(
             f"The config of a {kind} does not say how many weights it has",
-            asked="config.json alone",
+            asked="its weights, of which there is no safetensors file",
             there=f"counted are {', '.join(sorted(_COUNTED))}",
-            change="Give the folder with its safetensors files, or a GGUF file.",
+            change="Give a folder that holds its safetensors files, or a GGUF file.",
         )
     inner = _number(values, "intermediate_size", kind)
     attention = hidden * size * (2 * heads + 2 * kv_heads)
@@ -316,6 +374,17 @@ def _number(values: dict[str, Any], key: str, kind: str) -> int:
     return value
 
 
+def _optional(values: dict[str, Any], key: str, kind: str) -> int | None:
+    """As `_number`, where a config may leave it out or take it away."""
+    value = values.get(key)
+    return None if value is None or value == 0 else _number(values, key, kind)
+
+
+def _quantised(config: dict[str, Any]) -> str | None:
+    found = config.get("quantization_config")
+    return str(found.get("quant_method", "quantised")) if isinstance(found, dict) else None
+
+
 def _unsupported(kind: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         "This model cannot be planned", model_type=kind, reason=reason, change="Use the stock cache."
@@ -328,6 +397,8 @@ def _safetensors(folder: Path) -> _Tensors | None:
     if index.is_file():
         names = sorted(set(_json(index).get("weight_map", {}).values()))
         parts = [folder / name for name in names]
+    elif (folder / "model.safetensors").is_file():
+        parts = [folder / "model.safetensors"]
     else:
         parts = sorted(folder.glob("*.safetensors"))
     missing = [part.name for part in parts if not part.is_file()]
@@ -347,13 +418,15 @@ def _safetensors(folder: Path) -> _Tensors | None:
             length = struct.unpack("<Q", front)[0] if len(front) == 8 else 0
             try:
                 header = json.loads(file.read(min(length, part.stat().st_size)))
-            except ValueError as error:
+                entries = [
+                    (n, e["shape"], e["dtype"]) for n, e in header.items() if n != "__metadata__"
+                ]
+            except (ValueError, AttributeError, KeyError, TypeError) as error:
                 raise InputError(
                     "A safetensors file is damaged", asked=part.name, there="no header", change="Download it again."
                 ) from error  # fmt: skip
-        for name, entry in header.items():
-            if name != "__metadata__":
-                tensors.add(name, entry["shape"], entry["dtype"])
+        for entry in entries:
+            tensors.add(*entry)
     return tensors
 
 
@@ -442,6 +515,6 @@ def _gguf(path: Path) -> tuple[dict[str, Any], _Tensors]:
             config[name] = value
     if embedding:
         config["vocab_size"] = embedding[-1]
-    config["tie_word_embeddings"] = not tensors.has_head
+    config["tie_word_embeddings"] = not tensors.head
     config.setdefault("sliding_window", None)
     return config, tensors

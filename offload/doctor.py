@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def diagnose(*, measure: bool = True) -> Diagnosis:
         return Diagnosis(
             checks=checks, verdict=f"blocked: {blocking.name}: {blocking.advice}", ready=False
         )
+    slow = usable and any(check.name == "triton" and check.ok is False for check in checks)
+    if slow:
+        return Diagnosis(
+            checks=checks, verdict="ready, slowly: steps run without kernels", ready=True
+        )
     verdict = "ready: device path" if usable else "ready, without a GPU: everything runs on the CPU, slowly"  # fmt: skip
     return Diagnosis(checks=checks, verdict=verdict, ready=True)
 
@@ -131,8 +137,8 @@ def _transformers() -> Check:
     least = ".".join(map(str, _TRANSFORMERS))
     if found is None:
         return Check(name="transformers", value="not installed", ok=False, advice="pip install transformers", blocks=True)  # fmt: skip
-    parts = [int(part) for part in found.split(".")[:2] if part.isdigit()]
-    if tuple(parts) < _TRANSFORMERS:
+    parts = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if parts < _TRANSFORMERS:
         advice = f"pip install 'transformers>={least}'"
         return Check(name="transformers", value=found, ok=False, advice=advice, blocks=True)
     return Check(name="transformers", value=found)
@@ -178,15 +184,19 @@ def _measured() -> list[Check]:
     device, budget = torch.device("cuda"), PinBudget()
     wanted = min(PIN_PROBE_BYTES, host_memory().available // 4)
     region = HostRegion(_COPY_BYTES, max(wanted, _COPY_BYTES), device, budget)
+    checks: list[Check] = []
     try:
         commit_regions([(region, region.reserve)])
-        pinned = region.pinned
-        checks = [_pinned(pinned, region.reserve, budget.refused)]
-        if pinned >= _COPY_BYTES:
+        checks.append(_pinned(region.pinned, region.reserve, budget.refused))
+        if region.pinned >= _COPY_BYTES:
             checks.append(_copies(region.view(0, _COPY_BYTES), device))
-        return checks
+    except (RuntimeError, MemoryError) as error:  # a full card, say: what a doctor is there to tell
+        reason = str(error).strip().split("\n")[0]
+        advice = "Close other programs that use the card, and try again."
+        checks.append(Check(name="measuring", value=reason, ok=False, advice=advice))
     finally:
         region.close()
+    return checks
 
 
 def _pinned(pinned: int, asked: int, refused: str | None) -> Check:

@@ -167,7 +167,7 @@ def _from_hub(
 
     transformers alone would try each file several times before it gives up.
     """
-    no_answer = _ask_hub(repository)
+    no_answer = ask_hub(repository)
     try:
         return _from_pretrained(repository, dtype, device, local_files_only=no_answer is not None)
     except OSError as error:
@@ -188,7 +188,7 @@ def _from_hub(
         raise _not_a_model(repository, error) from error
 
 
-def _ask_hub(repository: str) -> str | None:
+def ask_hub(repository: str) -> str | None:
     """None if the hub knows the repository, else why it did not answer.
 
     Raises:

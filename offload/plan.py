@@ -6,14 +6,16 @@ The layout is the runtime's own (`offload.demand`, `offload.scheduler.layout`); 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 
-from offload.checkpoint import ITEMSIZES, FileShape
+from offload.checkpoint import FileShape
 from offload.config import OffloadConfig
 from offload.demand import Held, demand_of
-from offload.errors import BudgetError, ConfigError, InputError
+from offload.errors import BudgetError, InputError
 from offload.scheduler import cost
 from offload.scheduler.layout import Demand, Layout, lay_out
+from offload.scheduler.pace import Drafts
 from offload.scheduler.profiles import PROFILES, Profile
 from offload.units import GIB, gib
 
@@ -44,13 +46,11 @@ class Suggestion:
     """A change with which a run fits.
 
     Attributes:
-        setting: What to change.
-        value: To what, as it is written.
+        change: Options of the command line, as they are written; they replace those that were given.
         result: What comes of it.
     """
 
-    setting: str
-    value: str
+    change: str
     result: str
 
 
@@ -83,6 +83,29 @@ class Plan:
     toml: str = ""
 
 
+def machine_of(profile: Profile, config: OffloadConfig) -> Machine:
+    """What a configuration lets a run take of a machine.
+
+    Raises:
+        BudgetError: More device memory was asked for than the card has.
+    """
+    memory = config.memory
+    reserve = memory.reserve.resolve(total=profile.memory, auto=0)
+    device = memory.gpu.resolve(total=profile.memory, auto=profile.memory - reserve)
+    if device > profile.memory:
+        raise BudgetError(
+            "memory.gpu",
+            requested=device,
+            available=profile.memory,
+            setting="memory.gpu",
+            change=f"A {profile.name} has no more. Lower it, or leave it out.",
+        )
+    # Beside the KV a host holds an operating system and the weights while they are loaded.
+    of_host = profile.host * 3 // 4 - memory.reserve.resolve(total=profile.host, auto=0)
+    host = memory.cpu.resolve(total=profile.host, auto=of_host)
+    return Machine(profile=profile, device=max(0, device), host=max(0, host))
+
+
 def plan(
     config: OffloadConfig,
     shape: FileShape,
@@ -107,26 +130,23 @@ def plan(
         InputError: The answer is as long as the context.
     """
     config.require_usable()
-    if output >= context:
+    if not 0 < output < context or batch < 1:
         raise InputError(
-            "The answer leaves no room for a prompt",
-            asked=f"{output:,} tokens of an answer",
+            "The answer leaves no room for a prompt"
+            if output >= context
+            else "There is nothing to plan",
+            asked=f"{batch} sequences, {output:,} tokens of an answer",
             there=f"{context:,} tokens of context",
-            change="Lower --output, or raise --context.",
+            change="Write at least one sequence and one token of an answer, less than --context.",
         )
-    notes = []
-    if shape.max_positions is not None and context > shape.max_positions:
-        notes.append(
-            f"the model was made for {shape.max_positions:,} tokens: expect poor text beyond"
+    if shape.longest is not None and context > shape.longest:
+        raise InputError(
+            "The context is longer than the model's sliding window, which is as long as its positions",
+            asked=context,
+            there=shape.longest,
+            change="Lower --context.",
         )
-    if shape.weights_are == "computed":
-        notes.append(
-            "the weights are computed from the config; give the folder for the exact bytes"
-        )
-    if machine.profile.basis != "calibrated":
-        notes.append(
-            f"times on {machine.profile.name} are predicted from its data sheet and have not been run"
-        )
+    notes = _notes(config, shape, machine, context, batch)
     largest = longest(config, shape, machine, output=output, batch=batch)
     try:
         layout = _laid_out(config, shape, machine, context=context, output=output, batch=batch)
@@ -143,14 +163,8 @@ def plan(
             notes=notes,
             toml="",
         )
-    times = cost.times(
-        layout,
-        work_of(shape),
-        machine.profile,
-        mode=config.mode,
-        batch=batch,
-        prompt=context - output,
-    )
+    way = way_of(config, batch=batch, prompt=context - output)
+    times = cost.times(layout, work_of(shape), machine.profile, way)
     slow = times.token > SLOW_TOKEN_S
     return Plan(
         verdict=SLOW if slow else FITS,
@@ -165,21 +179,57 @@ def plan(
     )
 
 
+def _notes(
+    config: OffloadConfig, shape: FileShape, machine: Machine, context: int, batch: int
+) -> list[str]:
+    """What the reader should know besides."""
+    profile, made_for = machine.profile, shape.max_positions
+    of_experts = shape.parameters < 0.8 * shape.weights / 2 and shape.quantised is None
+    said = {
+        f"the model was made for {made_for:,} tokens: expect poor text beyond": made_for is not None
+        and context > made_for,
+        "the weights are computed from the config; a folder with safetensors files gives the exact bytes": shape.weights_are
+        == "computed",
+        f"the weights are {shape.quantised}: priced as they lie in the files, and times are rougher": shape.quantised
+        is not None,
+        "of its experts a token meets some: a prompt meets all, and times are rougher": of_experts,
+        f"times on {profile.name} are predicted from its data sheet and have not been run": profile.basis
+        != "calibrated",
+        "several sequences are not drafted: mode verified makes exact steps of them": config.mode
+        == "verified"
+        and batch > 1,
+        "steps are launched one by one with decode.capture off, which no time here knows": not config.decode.capture,
+    }
+    return [note for note, holds in said.items() if holds]
+
+
 def work_of(shape: FileShape) -> cost.Work:
     """What the cost model needs of a shape."""
     return cost.Work(
         parameters=shape.parameters,
-        itemsize=ITEMSIZES[shape.dtype],
+        read_bytes=shape.read_bytes,
         heads=shape.heads,
         layers=shape.layers,
-        token_bytes=shape.token_bytes,
+    )
+
+
+def way_of(config: OffloadConfig, *, batch: int, prompt: int) -> cost.Way:
+    """How a configuration makes tokens."""
+    selected, ahead = config.retrieval.tokens, config.decode.look_ahead
+    return cost.Way(
+        mode=config.mode,
+        batch=batch,
+        prompt=prompt,
+        selected=None if isinstance(selected, str) else selected,
+        drafts=Drafts.of(config.decode.draft),
+        looks_ahead=ahead is not False,
     )
 
 
 def longest(
     config: OffloadConfig, shape: FileShape, machine: Machine, *, output: int, batch: int
 ) -> int:
-    """Tokens of the longest context that fits, in whole pages; 0 where none does."""
+    """Tokens of the longest context that fits, in whole pages, 16M at most; 0 where none does."""
 
     def fits(tokens: int) -> bool:
         try:
@@ -190,8 +240,10 @@ def longest(
 
     page = config.cache.page
     low, high = 0, page
-    while high <= _LONGEST and fits(high):
-        low, high = high, 2 * high
+    while high < _LONGEST and fits(high):
+        low, high = high, min(_LONGEST, 2 * high)
+    if high == _LONGEST and fits(high):
+        return high
     while high - low > page:
         middle = (low + high) // 2 // page * page
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -233,79 +285,86 @@ def _suggestions(
     batch: int,
     largest: int,
 ) -> list[Suggestion]:
-    """Up to three changes, one thing each, every one of which was laid out."""
-    found = []
+    """Up to three changes, every one of which was laid out."""
+    found: list[Suggestion] = []
 
-    def lacks(device: int, host: int, of: Machine = machine) -> BudgetError | None:
-        demand = _demand(config, shape, of, context, output, batch)
+    def fits(changed: OffloadConfig, of: Machine) -> Layout | None:
         try:
-            lay_out(demand, device_budget=device, host_budget=host)
-        except BudgetError as error:
-            return error
-        return None
+            return _laid_out(changed, shape, of, context=context, output=output, batch=batch)
+        except BudgetError:
+            return None
 
+    def with_host(change: str, changed: OffloadConfig, of: Machine) -> bool:
+        """Suggests a change, with as much host memory as it then needs."""
+        layout = fits(changed, replace(of, host=2**60))
+        if layout is None:
+            return False
+        if layout.host_bytes > of.host:
+            change = f"{change} --cpu-memory {_up(layout.host_bytes)}".strip()
+        rung = f", rung {layout.rung.name}" if layout.rung else ", every token streamed"
+        found.append(Suggestion(change=change, result=f"fits{rung if layout.host_tokens else ''}"))
+        return True
+
+    with_host("", config, machine)  # only the host is too small
     for key, value in (
         ("replica.rung", "auto"),
         ("cache.window", "auto"),
         ("prefill.chunk", "auto"),
     ):
         section, _, name = key.partition(".")
-        try:
+        if getattr(getattr(config, section), name) != value:
             changed = OffloadConfig.build(config, **{section: {name: value}})
-            demand = _demand(changed, shape, machine, context, output, batch)
-            layout = lay_out(demand, device_budget=machine.device, host_budget=2**60)
-        except (BudgetError, ConfigError):
-            continue
-        if getattr(getattr(config, section), name) == value:
-            continue  # as it is
-        result = (
-            f"fits, rung {layout.rung.name}" if layout.rung else "fits, every token is streamed"
-        )
-        if layout.host_bytes > machine.host:
-            result += f", with memory.cpu at {_up(layout.host_bytes)}"
-        found.append(Suggestion(setting=key, value=f'"{value}"', result=result))
-    of_device, of_host = lacks(machine.device, 2**60), lacks(2**60, machine.host)
-    room = machine.profile.memory - machine.profile.context
-    if of_device is not None and of_device.requested <= room:
-        size, rest = of_device.requested, lacks(of_device.requested, machine.host)
-        result = "fits" if rest is None else f"fits the card; {rest.setting} is too small besides"
-        found.append(Suggestion(setting="memory.gpu", value=_up(size), result=result))
-    if of_host is not None and of_device is None:
-        found.append(Suggestion(setting="memory.cpu", value=_up(of_host.requested), result="fits"))
+            with_host(f"--set {key}={value}", changed, machine)
+    if not found:
+        try:
+            fitting = _demand(config, shape, machine, context, output, batch)
+            lay_out(fitting, device_budget=machine.device, host_budget=2**60)
+        except BudgetError as error:
+            if error.requested <= machine.profile.memory:
+                more = replace(machine, device=_rounded(error.requested))
+                with_host(f"--gpu-memory {_up(error.requested)}", config, more)
     if largest > output:
-        result = f"fits with {largest - output:,} tokens of prompt"
-        found.append(Suggestion(setting="--context", value=f"{largest:,}", result=result))
+        result = f"fits, with {largest - output:,} tokens of prompt"
+        found.append(Suggestion(change=f"--context {largest}", result=result))
     if batch > 1 and longest(config, shape, machine, output=output, batch=1) >= context:
-        found.append(Suggestion(setting="--batch", value="1", result="fits"))
-    if of_device is not None:
-        for card in sorted(PROFILES.values(), key=lambda card: (card.memory, card.name)):
-            of = Machine(profile=card, device=card.memory - GIB, host=max(machine.host, card.host))
-            if card.memory > machine.device and lacks(of.device, of.host, of) is None:
-                result = f"fits its {gib(card.memory)}, with {gib(of.host)} of host memory for KV"
-                found.append(Suggestion(setting="--gpu", value=card.name, result=result))
-                break
+        found.append(Suggestion(change="--batch 1", result="fits"))
+    free = OffloadConfig.build(config, gpu_memory="auto", cpu_memory="auto")
+    for card in sorted(PROFILES.values(), key=lambda card: (card.memory, card.name)):
+        if card.memory > machine.profile.memory and fits(free, machine_of(card, free)):
+            result = f"fits, with the {gib(card.memory)} of that card and {gib(card.host)} of host memory"
+            drop = " without --gpu-memory and --cpu-memory"
+            given = not (config.memory.gpu.is_auto and config.memory.cpu.is_auto)
+            found.append(
+                Suggestion(change=f"--gpu {card.name}{drop if given else ''}", result=result)
+            )
+            break
     return found[:3]
 
 
+def _rounded(size: int) -> int:
+    return -(-size * 100 // GIB) * GIB // 100
+
+
 def _up(size: int) -> str:
-    """Bytes as a setting, not less."""
+    """Bytes as an option, not less."""
     return f"{-(-size * 100 // GIB) / 100:.2f}GiB"
 
 
 def _toml(config: OffloadConfig, machine: Machine) -> str:
-    lines = [f'mode = "{config.mode}"', "", "[memory]"]
-    lines.append(f'gpu = "{machine.device / 2**30:.2f}GiB"')
-    lines.append(f'cpu = "{machine.host / 2**30:.2f}GiB"')
-    set_keys = [
-        s for s in config.settings() if s.is_set and not s.key.startswith(("memory.", "mode"))
+    """What was set, and the budgets, as a file that reads back as them."""
+    values: dict[str, object] = {s.key: s.value for s in config.settings() if s.is_set}
+    values |= {"mode": config.mode, "memory.gpu": machine.device, "memory.cpu": machine.host}
+    sections: dict[str, list[str]] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        shown = (
+            json.dumps(value) if isinstance(value, (bool, int, float)) else json.dumps(str(value))
+        )
+        size = f"  # {gib(value)}" if section == "memory" and isinstance(value, int) else ""
+        sections.setdefault(section, []).append(f"{name} = {shown}{size}")
+    top = sections.pop("", [])
+    parts = [
+        "\n".join(top),
+        *(f"[{name}]\n" + "\n".join(lines) for name, lines in sections.items()),
     ]
-    section = "memory"
-    for setting in set_keys:
-        table, _, name = setting.key.partition(".")
-        if table != section:
-            section = table
-            lines += ["", f"[{table}]"]
-        value = setting.value
-        shown = str(value).lower() if isinstance(value, (bool, int, float)) else f'"{value}"'
-        lines.append(f"{name} = {shown}")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"

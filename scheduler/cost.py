@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload.scheduler.layout import Layout
-from offload.scheduler.pace import LENGTHS, MOST_ROWS
+from offload.scheduler.pace import LENGTHS, MOST_ROWS, Drafts
 from offload.scheduler.profiles import Profile
 
 # Of a layer of a captured step, without what its bytes take: launches, gaps, small kernels.
@@ -29,6 +29,7 @@ _PASS_LAYER_S = (
 # Share of drafted tokens that are kept, by bits of the replica: measured at 4 bits (`benchmarks/verified.json`), for
 # 3 and 2 the share of same best tokens (`benchmarks/fidelity.json`), below that a guess.
 AGREEMENT = {4: 0.999, 3: 0.998, 2: 0.989, 0: 0.9}
+LINK, PASSES = "PCIe", "passes"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,22 +38,41 @@ class Work:
 
     Attributes:
         parameters: That a token is multiplied with.
-        itemsize: Bytes of one of them.
+        read_bytes: Bytes of them, as they lie in memory.
         heads: Query heads and head size of each layer that keeps every token.
         layers: Of all kinds.
-        token_bytes: KV bytes of a token, for each layer that keeps every token.
     """
 
-    parameters: int
-    itemsize: int
+    parameters: float
+    read_bytes: float
     heads: Sequence[tuple[int, int]]
     layers: int
-    token_bytes: Sequence[int]
 
     @property
     def attention_flops(self) -> float:
         """Of one query and one key, in all layers."""
         return float(sum(4 * heads * size for heads, size in self.heads))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """How tokens are made.
+
+    Attributes:
+        mode: fast, verified or exact.
+        batch: Sequences.
+        prompt: Tokens of each.
+        selected: Tokens that a step attends to exactly per KV head; None: as the rung has it.
+        drafts: How long drafts are; None: as is fastest.
+        looks_ahead: Whether a draft goes on beside its pass.
+    """
+
+    mode: str
+    batch: int
+    prompt: int
+    selected: int | None = None
+    drafts: Drafts | None = None
+    looks_ahead: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,54 +82,59 @@ class Times:
     Attributes:
         prefill: Seconds until the first token.
         token: Seconds of a token.
-        engines: Seconds of a token by engine.
-        limit: The engine that sets the time.
+        parts: Of these, by what they go into; the link overlaps with the others.
+        limit: The part that is the largest.
     """
 
     prefill: float
     token: float
-    engines: dict[str, float]
+    parts: dict[str, float]
     limit: str
 
 
-def times(
-    layout: Layout, work: Work, profile: Profile, *, mode: str, batch: int, prompt: int
-) -> Times:
+def times(layout: Layout, work: Work, profile: Profile, way: Way) -> Times:
     """Times of a run.
 
     Args:
         layout: Of the run.
         work: Of the model.
         profile: Of the machine.
-        mode: fast, verified or exact.
-        batch: Sequences.
-        prompt: Tokens of each.
+        way: How tokens are made.
     """
-    engines = step(layout, work, profile, batch=batch)
-    first = prefill(layout, work, profile, batch=batch, prompt=prompt)
-    token = max(engines["device"], engines["PCIe"])
-    if mode == "verified" and layout.rungs:
-        token = verified(layout, work, profile, step_s=token, prompt=prompt)
-        engines["passes"] = token - max(engines["device"], engines["PCIe"])
-    limit = "PCIe" if engines["PCIe"] > engines["device"] else _largest(layout, work, profile)
-    return Times(prefill=first, token=token, engines=engines, limit=limit)
+    first = prefill(layout, work, profile, batch=way.batch, prompt=way.prompt)
+    parts = step(layout, work, profile, way)
+    device = sum(size for part, size in parts.items() if part != LINK)
+    token = max(device, parts.get(LINK, 0.0))
+    if way.mode == "verified" and layout.rungs and way.batch == 1:
+        token = verified(layout, work, profile, way, step_s=device)
+        parts[PASSES] = token - device
+    limit = max(parts, key=lambda part: parts[part])
+    if LINK in parts and parts[LINK] >= device:
+        limit = LINK
+    return Times(prefill=first, token=token, parts=parts, limit=limit)
 
 
-def step(layout: Layout, work: Work, profile: Profile, *, batch: int) -> dict[str, float]:
-    """Seconds of one token by engine: of the device, and of the link where every token is streamed."""
-    read = work.parameters * work.itemsize
-    read += sum(layout.device[part] for part in ("sinks and window", "replica", "other KV"))
-    device = read / profile.bytes_per_s + work.layers * _LAYER_S
-    streamed = 0.0
-    if layout.rungs:
+def step(layout: Layout, work: Work, profile: Profile, way: Way) -> dict[str, float]:
+    """Seconds of one token by part. Where every token is streamed, that is the link's."""
+    rate, batch = profile.bytes_per_s, way.batch
+    parts = {
+        "weights": max(work.read_bytes / rate, 2 * work.parameters * batch / profile.gemm_flops),
+        "window": (layout.device["sinks and window"] + layout.device["other KV"]) / rate,
+        "launches": work.layers * _LAYER_S,
+    }
+    # Several sequences are not drafted: mode verified makes exact steps of them.
+    streams = way.mode == "exact" or (way.mode == "verified" and batch > 1) or not layout.rungs
+    if layout.host_tokens and streams:
+        parts[LINK] = layout.host_bytes / profile.pcie / _STREAM_SHARE
+    elif layout.rungs:
         rung = layout.rung
         assert rung is not None
         replicas = len(layout.rungs) - len(layout.whole)
-        device += replicas * (_PATH_S + batch * layout.replica_tokens * _PATH_TOKEN_S)
-        device += replicas * batch * max(0, rung.tokens - 64) * _ROW_S
-    elif layout.host_tokens:
-        streamed = layout.host_bytes / profile.pcie / _STREAM_SHARE
-    return {"device": device, "PCIe": streamed}
+        selected = rung.tokens if way.selected is None else way.selected
+        parts["replica"] = layout.device["replica"] / rate
+        parts["selection"] = replicas * (_PATH_S + batch * layout.replica_tokens * _PATH_TOKEN_S)
+        parts["selection"] += replicas * batch * max(0, selected - 64) * _ROW_S
+    return parts
 
 
 def prefill(layout: Layout, work: Work, profile: Profile, *, batch: int, prompt: int) -> float:
@@ -117,7 +142,7 @@ def prefill(layout: Layout, work: Work, profile: Profile, *, batch: int, prompt:
     products = 2.0 * work.parameters * prompt * batch / profile.gemm_flops
     attention = work.attention_flops * batch * prompt**2 / 2 / profile.attention_flops
     chunks = -(-prompt // layout.chunk)
-    weights = chunks * work.parameters * work.itemsize / profile.bytes_per_s
+    weights = chunks * work.read_bytes / profile.bytes_per_s
     # On the host at chunk i: what came before, less what the device holds.
     held = max(1, prompt - layout.host_tokens)
     steps = max(0, prompt - held) / layout.chunk
@@ -137,16 +162,21 @@ def slowed(work: Work, profile: Profile, *, tokens: int, copied: float) -> float
     return computes + 2 * copied / profile.bytes_per_s + len(work.heads) * _PASS_LAYER_S
 
 
-def verified(layout: Layout, work: Work, profile: Profile, *, step_s: float, prompt: int) -> float:
-    """Seconds of a verified token, with drafts as long as is fastest."""
+def verified(layout: Layout, work: Work, profile: Profile, way: Way, *, step_s: float) -> float:
+    """Seconds of a verified token, with drafts as long as is fastest, or as asked."""
     copied = float(layout.host_bytes)
-    computes = pass_flops(work, prompt, MOST_ROWS) / profile.attention_flops
+    computes = pass_flops(work, way.prompt, MOST_ROWS) / profile.attention_flops
     taken = max(copied / profile.pcie, computes)
-    late = slowed(work, profile, tokens=prompt, copied=copied)
+    late = slowed(work, profile, tokens=way.prompt, copied=copied)
     rung = layout.rung
     agreement = AGREEMENT[0 if rung is None or rung.clustered else rung.bits]
+    drafts = way.drafts or Drafts(MOST_ROWS - 1, True)
+    lengths = [n for n in LENGTHS if 0 < n <= drafts.most] if drafts.is_auto else []
     return min(
-        verified_token(step_s, taken, late, drafts=n, agreement=agreement) for n in LENGTHS if n
+        verified_token(
+            step_s, taken, late, drafts=n, agreement=agreement, looks_ahead=way.looks_ahead
+        )
+        for n in lengths or [drafts.most]
     )
 
 
@@ -180,13 +210,3 @@ def verified_token(
     all_agree = agreement**drafted
     goes_on = max(drafted * step_s, pass_s) + slowed_s
     return float((all_agree * goes_on + (1 - all_agree) * (waits + slowed_s)) / tokens)
-
-
-def _largest(layout: Layout, work: Work, profile: Profile) -> str:
-    parts = {
-        "weights": work.parameters * work.itemsize / profile.bytes_per_s,
-        "window": layout.device["sinks and window"] / profile.bytes_per_s,
-        "replica": layout.device["replica"] / profile.bytes_per_s,
-        "launches": work.layers * _LAYER_S,
-    }
-    return max(parts, key=lambda part: parts[part])

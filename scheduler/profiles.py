@@ -90,12 +90,14 @@ def profile_of(name: str) -> Profile:
     """
     # As people write it, and as drivers do: "RTX 4090", "NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3".
     words = name.lower().replace("-", " ").replace("_", " ").split()
-    wanted = "".join(word for word in words if word not in ("nvidia", "geforce"))
-    for key, profile in sorted(PROFILES.items(), key=lambda item: -len(item[0])):
-        short = key.replace("-", "")
-        names = (short, short.removesuffix("16gb"), short.removeprefix("rtx"))
-        served = key in ("l4", "a10", "a100", "h100", "h200") and key in words
-        if wanted in names or served:
+    sizes = [int(word[:-2]) for word in words if word.endswith("gb") and word[:-2].isdigit()]
+    dropped = ("nvidia", "geforce", "tesla", "sxm", "sxm4", "sxm5", "hbm3", "hbm3e")
+    rest = [word for word in words if word not in dropped and not word.endswith("gb")]
+    wanted = "".join(rest)
+    for key, profile in PROFILES.items():
+        short = key.removesuffix("-16gb")
+        same = wanted in (short, short.removeprefix("rtx"))
+        if same and all(abs(size - profile.memory / GIB) <= 3 for size in sizes):
             return profile
     raise InputError(
         "There is no profile of this card",

@@ -98,6 +98,30 @@ def write_header(folder: Path, config: dict[str, Any]) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
 
 
+def test_copies_of_the_head_packed_weights_and_idle_experts_are_told_apart(tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen3_moe",
+        "tie_word_embeddings": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    entries = {
+        "model.embed_tokens.weight": ("BF16", [100, 10]),
+        "lm_head.weight": ("BF16", [100, 10]),
+        "model.layers.0.mlp.experts.0.up_proj.weight": ("BF16", [80, 10]),
+        "model.layers.0.self_attn.q_proj.weight": ("U8", [50, 10]),
+    }
+    header = {n: {"dtype": d, "shape": s, "data_offsets": [0, 0]} for n, (d, s) in entries.items()}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    (tmp_path / "other.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    found = describe(tmp_path)
+    assert found.weights == 2 * 1000 + 2 * 800 + 500
+    assert found.parameters == 1000 + 800 * 2 / 8 + 2 * 500
+    assert found.read_bytes == 2 * 1000 + 2 * 800 * 2 / 8 + 500
+
+
 def test_a_window_that_a_file_takes_away_is_none(tmp_path: Path) -> None:
     write_header(tmp_path, {"model_type": "mistral", "sliding_window": None})
     assert len(describe(tmp_path).rows) == 32
@@ -124,6 +148,15 @@ def test_a_gguf_file_says_what_it_becomes() -> None:
         ({"model_type": "nobody_knows"}, UnsupportedModelError, "nobody_knows"),
         ({}, UnsupportedModelError, "unknown"),
         ({"model_type": "llama", "num_hidden_layers": "many"}, InputError, "num_hidden_layers"),
+        ({"model_type": "llama", "num_key_value_heads": "8x"}, InputError, "num_key_value_heads"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, InputError, "sliding_window"),
+        ({"model_type": "llama", "layer_types": 5}, InputError, "layer_types"),
+        ({"model_type": "llama", "text_config": "x"}, InputError, "text_config"),
+        (
+            {"model_type": "smollm3", "use_sliding_window": True},
+            UnsupportedModelError,
+            "layer_types",
+        ),
         ({"model_type": "mixtral"}, InputError, "how many weights"),
     ],
 )

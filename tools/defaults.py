@@ -14,7 +14,7 @@ KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings", "sliding_window",
     "use_sliding_window", "max_window_layers", "sliding_window_pattern",
-    "layer_types", "attention_bias", "num_local_experts", "num_experts", "moe_intermediate_size", "n_embd", "n_layer", "n_head",
+    "layer_types", "attention_bias", "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_embd", "n_layer", "n_head",
     "n_positions",
 )  # fmt: skip
 

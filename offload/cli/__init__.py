@@ -29,7 +29,13 @@ from typing import Annotated, Any
 import typer
 
 from offload.cli import config, demo, doctor, generate, plan
-from offload.errors import BudgetError, ConfigError, InputError, OffloadError
+from offload.errors import (
+    BudgetError,
+    ConfigError,
+    InputError,
+    OffloadError,
+    UnsupportedModelError,
+)
 
 FAILED, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED = 1, 2, 3, 130
 
@@ -137,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _exit_code(error: OffloadError) -> int:
     if isinstance(error, BudgetError):
         return DOES_NOT_FIT
-    return BAD_INPUT if isinstance(error, (ConfigError, InputError)) else FAILED
+    refused = (ConfigError, InputError, UnsupportedModelError)
+    return BAD_INPUT if isinstance(error, refused) else FAILED
 
 
 def _as_object(error: OffloadError) -> dict[str, Any]:

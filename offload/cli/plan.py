@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from offload.errors import InputError
 
 if TYPE_CHECKING:
     from offload.checkpoint import FileShape
+    from offload.config import OffloadConfig
     from offload.plan import Machine, Plan
 
 NOT_FITTING = 3
@@ -31,8 +33,8 @@ def plan(
     context: Annotated[
         str, typer.Option("--context", help="Tokens of prompt and answer, as in 128K.")
     ] = "128K",
-    output: Annotated[int, typer.Option("--output", help="Tokens of the answer.")] = 512,
-    batch: Annotated[int, typer.Option("--batch", help="Sequences.")] = 1,
+    output: Annotated[str, typer.Option("--output", help="Tokens of the answer.")] = "512",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences.")] = 1,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -41,11 +43,17 @@ def plan(
         ),
     ] = None,
     gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", help="Of the card, as in 20GiB. Default: all.")
+        str | None,
+        typer.Option(
+            "--gpu-memory", help="Of the card, as in 20GiB. Default: all but the reserve."
+        ),
     ] = None,
     cpu_memory: Annotated[
         str | None,
-        typer.Option("--cpu-memory", help="For KV, as in 64GiB. Default: of such a host."),
+        typer.Option(
+            "--cpu-memory",
+            help="For KV, as in 64GiB. Default: three quarters of such a host, but for the reserve.",
+        ),
     ] = None,
     mode: Annotated[str | None, typer.Option("--mode", help="fast, verified or exact.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Of weights and KV.")] = "bfloat16",
@@ -76,14 +84,14 @@ def plan(
     overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     settings = OffloadConfig.build(config, **merged(overrides, sets or []))
     shape = describe(model, dtype=dtype)
-    tokens = parse_tokens(context)
-    cards = compare.split(",") if compare else [gpu or _local()]
-    lengths = _doubled(tokens, output) if sweep else [tokens]
+    tokens, answer = parse_tokens(context), parse_tokens(output)
+    names = [name.strip() for name in (compare or gpu or "").split(",") if name.strip()]
+    machines = [_machine(name, settings) for name in names] or [_local_machine(settings)]
+    lengths = _doubled(tokens, answer) if sweep else [tokens]
     found = []
-    for card in cards:
-        machine = _machine(card.strip(), settings)
+    for machine in machines:
         for length in lengths:
-            result = planned(settings, shape, machine, context=length, output=output, batch=batch)
+            result = planned(settings, shape, machine, context=length, output=answer, batch=batch)
             found.append((machine, result))
     if as_json:
         inputs = {
@@ -99,23 +107,9 @@ def plan(
     elif len(found) > 1:
         _print_table(shape, found)
     else:
-        _print_one(shape, *found[0], output=output, batch=batch)
+        _print_one(shape, *found[0], output=answer, batch=batch)
     if all(result.verdict == NOT for _, result in found):
         raise typer.Exit(NOT_FITTING)
-
-
-def _local() -> str:
-    from offload.hardware import local_card
-
-    card = local_card()
-    if card is None:
-        raise InputError(
-            "There is no NVIDIA card here",
-            asked=None,
-            there=None,
-            change="Name one: --gpu rtx4090.",
-        )
-    return card.name
 
 
 def _doubled(tokens: int, output: int) -> list[int]:
@@ -127,20 +121,29 @@ def _doubled(tokens: int, output: int) -> list[int]:
     return [*lengths, tokens]
 
 
-def _machine(card: str, settings: Any) -> Machine:
-    from offload.plan import Machine
+def _machine(card: str, settings: OffloadConfig) -> Machine:
+    from offload.plan import machine_of
     from offload.scheduler.profiles import profile_of
 
-    profile = profile_of(card)
-    memory = settings.memory
-    reserve = memory.reserve.resolve(total=profile.memory, auto=0)
-    host_reserve = memory.reserve.resolve(total=profile.host, auto=0)
-    return Machine(
-        profile=profile,
-        device=memory.gpu.resolve(total=profile.memory, auto=profile.memory - reserve),
-        # Beside the KV a host holds an operating system and the weights while they are loaded.
-        host=memory.cpu.resolve(total=profile.host, auto=profile.host * 3 // 4 - host_reserve),
-    )
+    return machine_of(profile_of(card), settings)
+
+
+def _local_machine(settings: OffloadConfig) -> Machine:
+    """The card that is there, with its own memory and the host's."""
+    from offload.hardware import host_memory, local_card
+    from offload.plan import machine_of
+    from offload.scheduler.profiles import profile_of
+
+    card = local_card()
+    if card is None:
+        raise InputError(
+            "There is no NVIDIA card here",
+            asked=None,
+            there=None,
+            change="Name one: --gpu rtx4090.",
+        )
+    profile = replace(profile_of(card.name), memory=card.total, host=host_memory().total)
+    return machine_of(profile, settings)
 
 
 def _model(shape: FileShape) -> dict[str, Any]:
@@ -163,7 +166,7 @@ def _as_object(machine: Machine, result: Plan) -> dict[str, Any]:
             "requested_bytes": result.missing.requested, "available_bytes": result.missing.available,
         }  # fmt: skip
         found["suggestions"] = [
-            {"setting": s.setting, "value": s.value, "result": s.result} for s in result.suggestions
+            {"change": s.change, "result": s.result} for s in result.suggestions
         ]
         return found
     layout, times = result.layout, result.times
@@ -172,9 +175,9 @@ def _as_object(machine: Machine, result: Plan) -> dict[str, Any]:
     return found | {
         "device_bytes": dict(layout.device), "host_bytes": dict(layout.host),
         "rung": None if layout.rung is None else layout.rung.name, "lifted_layers": layout.lifted_layers,
-        "chunk": layout.chunk, "window_tokens": (layout.sink_blocks + layout.window_blocks) * 64,
+        "chunk": layout.chunk, "device_tokens": result.context - layout.host_tokens,
         "host_tokens": layout.host_tokens, "prefill_s": times.prefill, "token_s": times.token, "band": result.band,
-        "limit": times.limit, "engines_s": times.engines, "toml": result.toml,
+        "limit": times.limit, "parts_s": times.parts, "toml": result.toml,
     }  # fmt: skip
 
 
@@ -215,7 +218,7 @@ def _print_one(
     if result.missing is not None:
         print(f"  {result.missing}")
         for suggestion in result.suggestions:
-            print(f"  {suggestion.setting} {suggestion.value}: {suggestion.result}")
+            print(f"  {suggestion.change}: {suggestion.result}")
         print(f"  largest context at this budget: {result.largest:,} tokens")
     else:
         layout, times = result.layout, result.times
@@ -231,7 +234,9 @@ def _print_one(
         print(f"  P {'pages':18}{gib(pages):>10}  {layout.host_tokens:,} tokens of each sequence")
         print(f"\nfirst token  {duration(times.prefill)}, read in chunks of {layout.chunk:,}")
         print(f"then         {_speed(result)}, most of it {times.limit}")
-        print(f"longest      {result.largest:,} tokens fit this budget")
+        beyond = shape.max_positions is not None and result.largest > shape.max_positions
+        more = ", more than the model was made for" if beyond else ""
+        print(f"longest      {result.largest:,} tokens fit this budget{more}")
         print(f"\n{result.toml}", end="")
     for note in result.notes:
         print(f"note: {note}")
@@ -244,8 +249,7 @@ def _about(name: str, result: Plan) -> str:
         lifted = f", {layout.lifted_layers} layers better" if layout.lifted_layers else ""
         return f"  {layout.rung.name}{lifted}"
     if name == "sinks and window":
-        tokens = (layout.sink_blocks + layout.window_blocks) * 64
-        return f"  {min(tokens, result.context):,} tokens in full precision"
+        return f"  {result.context - layout.host_tokens:,} tokens and more, in full precision"
     if name == "overhead":
         return "  driver, allocator"
     return ""

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from offload.loading import Loaded
 
 
-def read_text(file: Path) -> str:
-    """A text file, or standard input for `-`, whole and without white space around it.
+def read_text(file: Path, *, raw: bool = False) -> str:
+    """A text file, or standard input for `-`, whole.
+
+    Args:
+        file: Which.
+        raw: As it is; otherwise without white space around it.
 
     Raises:
         InputError: It is not there, not UTF-8, or empty.
@@ -23,7 +27,8 @@ def read_text(file: Path) -> str:
     name = "standard input" if str(file) == "-" else str(file)
     try:
         data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        text = data.decode("utf-8").strip()
+        text = data.decode("utf-8")
+        text = text if raw else text.strip()
     except OSError as error:
         raise InputError(
             f"{name} cannot be read", asked=name, there=error.strerror, change="Give a text file."
@@ -35,7 +40,7 @@ def read_text(file: Path) -> str:
             there=f"byte 0x{error.object[error.start]:02x} at {error.start:,}",
             change="Convert it, or give another document.",
         ) from error
-    if not text:
+    if not text.strip():
         raise InputError(f"{name} is empty", asked=name, change="Give a document with text in it.")
     return text
 

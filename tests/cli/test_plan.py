@@ -43,7 +43,7 @@ def test_it_says_what_fits_where_every_byte_goes_and_what_to_set(
         "overhead",
         "a token",
         "longest",
-        'gpu = "',
+        "gpu = ",
     ):
         assert word in shown
     total = re.search(r"^device \[.*\] ([\d.]+) GiB", shown, re.MULTILINE)
@@ -60,12 +60,41 @@ def test_what_does_not_fit_ends_with_3_and_says_what_would(
     assert cli.main([*arguments, "128K"]) == 3
     shown = capsys.readouterr().out
     assert "does not fit" in shown
-    assert re.search(r"memory.gpu \d+\.\d+GiB: fits", shown)
+    assert re.search(r"--gpu-memory \d+\.\d+GiB: fits", shown)
     assert cli.main([*arguments, "128K", "--json"]) == 3
     found = json.loads(capsys.readouterr().out)["plans"][0]
     assert found["verdict"] == "does not fit"
     assert found["missing"]["setting"] == "memory.gpu"
     assert found["suggestions"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--context", "256K", "--set", "replica.rung=4k4v", "--set", "cache.window=8192"],
+        ["--context", "128K", "--gpu-memory", "12GiB"],
+        ["--context", "1M", "--gpu-memory", "12GiB"],
+        ["--context", "128K", "--cpu-memory", "8GiB"],
+        ["--context", "512K"],
+        ["--context", "256K", "--batch", "4"],
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_each_suggestion_fits_when_it_is_followed(
+    given: list[str], model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--model", model, "--gpu", "rtx4090", *given]
+    assert cli.main([*arguments, "--json"]) == 3
+    suggestions = json.loads(capsys.readouterr().out)["plans"][0]["suggestions"]
+    assert 1 <= len(suggestions) <= 3
+    for suggestion in suggestions:
+        change, _, without = suggestion["change"].partition(" without ")
+        kept = list(arguments)
+        for option in re.findall(r"--[a-z-]+", without):
+            if option in kept:
+                del kept[kept.index(option) : kept.index(option) + 2]
+        assert cli.main([*kept, *change.split()]) == 0, suggestion
+        capsys.readouterr()
 
 
 def test_json_has_every_byte(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +129,8 @@ def test_cards_and_lengths_are_compared_in_one_table(
         (["--gpu", "rtx4090", "--set", "memory.gpu"], "key and a value"),
         (["--gpu", "rtx4090", "--set", "retreival.tokens=4"], "retrieval"),
         (["--gpu", "rtx4090", "--output", "200000"], "no room"),
+        (["--gpu", "rtx4090", "--output", "-5"], "-5"),
+        (["--gpu", "rtx4090", "--batch", "0"], "batch"),
         (["--gpu", "rtx4090", "--dtype", "int3"], "bfloat16"),
     ],
 )

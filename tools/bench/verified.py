@@ -22,6 +22,7 @@ import json
 import logging
 import multiprocessing
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -329,10 +330,12 @@ def measure_tokens(record: Record, case: Case, args: Namespace) -> None:
     step = max(1, (case.ids.shape[1] - n) // max(1, args.prompts))
     starts = [i * step for i in range(args.prompts)]
     batch = torch.cat([case.ids[:, at : at + n] for at in starts])
+    began = time.perf_counter()
     want = model.generate(batch, attention_mask=torch.ones_like(batch), **call)
+    record.row(f"stock {case.name}", seconds=time.perf_counter() - began, prompts=args.prompts)
     worst = 0
     for share in (0.0, 0.5):
-        different, report = 0, None
+        different, report, began = 0, None, time.perf_counter()
         with wrong_drafts(share) if share else nullcontext():
             for row in range(args.prompts):
                 with offload.attach(model, **settings_of(args)) as runtime:
@@ -342,7 +345,7 @@ def measure_tokens(record: Record, case: Case, args: Namespace) -> None:
         assert report is not None
         record.row(
             f"greedy {case.name}, {share:.0%} of drafts made wrong", prompts=args.prompts, tokens=args.new_tokens,
-            context=n, different=different, last_run=figures(report),
+            context=n, different=different, seconds=time.perf_counter() - began, last_run=figures(report),
         )  # fmt: skip
         worst = max(worst, different)
     record.bars["greedy_mismatches_fp32"] = worst
