@@ -542,7 +542,7 @@ class Runtime:
         undrafted = undrafted or last.tally.undrafted
         if undrafted is not None and not prompt.is_beams:
             self._notes.add(f"mode verified drafts nothing with {undrafted}: exact steps")
-        if last.tally.exact_tokens:
+        if last.tally.exact_tokens and last.tally.undrafted is None:
             self._notes.add(
                 f"{last.tally.exact_tokens:,} tokens were made one by one: drafts did not pay, of which "
                 f"{last.tally.accepted:,} of {last.tally.examined:,} tokens agreed"

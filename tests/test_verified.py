@@ -525,6 +525,7 @@ def test_steps_that_stream_draft_nothing() -> None:
         report = runtime.report()
         assert report.drafted_tokens == 0
         assert any("not all on the left" in note for note in report.notes)
+        assert not any("did not pay" in note for note in report.notes)
         cache = runtime.new_cache(max_tokens=400)  # of which the replica has room for
         want = model_tokens(model, longer, NEW)
         assert torch.equal(runtime.generate(longer, cache=cache, **CALL), want)
