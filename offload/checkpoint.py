@@ -82,6 +82,7 @@ class FileShape:
         weights: Bytes on the device.
         weights_are: "read" from headers, or "computed" from the config.
         quantised: How, where a checkpoint says so.
+        experts_met: Share of its experts that a token meets; 1 where there are none.
         longest: Tokens at which a window would slide that was taken for full attention; None without one.
         workspace: Device bytes of a forward pass that do not depend on the number of tokens.
         workspace_per_token: Further device bytes per token, computed.
@@ -103,6 +104,7 @@ class FileShape:
     weights: int
     weights_are: str
     quantised: str | None = None
+    experts_met: float = 1.0
     longest: int | None = None
     workspace: int = 0
     workspace_per_token: int = 0
@@ -298,6 +300,7 @@ def _of_config(
         weights=tensors.floats * itemsize + tensors.others,
         weights_are=are,
         quantised=_quantised(config),
+        experts_met=met,
         longest=window if taken else None,
         workspace_per_token=activation_bytes(hidden, inner, ITEMSIZES[dtype])
         + parts_bytes(all_heads, rows),

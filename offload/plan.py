@@ -184,7 +184,6 @@ def _notes(
 ) -> list[str]:
     """What the reader should know besides."""
     profile, made_for = machine.profile, shape.max_positions
-    of_experts = shape.parameters < 0.8 * shape.weights / 2 and shape.quantised is None
     said = {
         f"the model was made for {made_for:,} tokens: expect poor text beyond": made_for is not None
         and context > made_for,
@@ -192,7 +191,8 @@ def _notes(
         == "computed",
         f"the weights are {shape.quantised}: priced as they lie in the files, and times are rougher": shape.quantised
         is not None,
-        "of its experts a token meets some: a prompt meets all, and times are rougher": of_experts,
+        "of its experts a token meets some: a prompt meets all, and times are rougher": shape.experts_met
+        < 1,
         f"times on {profile.name} are predicted from its data sheet and have not been run": profile.basis
         != "calibrated",
         "several sequences are not drafted: mode verified makes exact steps of them": config.mode

@@ -120,6 +120,7 @@ def test_copies_of_the_head_packed_weights_and_idle_experts_are_told_apart(tmp_p
     assert found.weights == 2 * 1000 + 2 * 800 + 500
     assert found.parameters == 1000 + 800 * 2 / 8 + 2 * 500
     assert found.read_bytes == 2 * 1000 + 2 * 800 * 2 / 8 + 500
+    assert found.experts_met == 2 / 8
 
 
 def test_a_window_that_a_file_takes_away_is_none(tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ def test_several_sequences_are_not_drafted_and_each_setting_counts() -> None:
 
 def test_weights_that_are_not_read_cost_no_time() -> None:
     """Of a mixture a token meets some experts; packed weights are read as they lie there."""
-    few = replace(SHAPE, parameters=SHAPE.parameters / 8, read_bytes=SHAPE.read_bytes / 8)
+    few = replace(
+        SHAPE, parameters=SHAPE.parameters / 8, read_bytes=SHAPE.read_bytes / 8, experts_met=1 / 8
+    )
     packed = replace(SHAPE, read_bytes=SHAPE.read_bytes / 4, quantised="bitsandbytes")
     times = []
     for shape in (SHAPE, packed, few):
@@ -161,6 +163,7 @@ def test_weights_that_are_not_read_cost_no_time() -> None:
         times.append(found.times)
     assert times[0].token > times[1].token > times[2].token
     assert times[0].prefill == pytest.approx(times[1].prefill, rel=0.05)
+    assert [any("experts" in note for note in plan(FAST, s, machine(), context=8192).notes) for s in (SHAPE, few)] == [False, True]  # fmt: skip
     assert any("bitsandbytes" in note for note in plan(FAST, packed, machine(), context=8192).notes)
 
 

@@ -97,7 +97,7 @@ def plan(
         inputs = {
             "model": model,
             "context": tokens,
-            "output": output,
+            "output": answer,
             "batch": batch,
             "dtype": dtype,
         }

@@ -35,6 +35,7 @@ def test_it_says_what_fits_where_every_byte_goes_and_what_to_set(
     assert cli.main(["plan", "--model", model, "--gpu", "rtx4090"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^fits$", shown, re.MULTILINE)
+    assert "experts" not in shown
     for word in (
         "weights",
         "replica",
@@ -104,6 +105,7 @@ def test_json_has_every_byte(model: str, capsys: pytest.CaptureFixture[str]) -> 
     printed = json.loads(capsys.readouterr().out)
     assert (printed["schema_version"], printed["command"]) == (1, "plan")
     assert printed["model"]["kv_bytes_per_token"] == 128 * 1024
+    assert printed["inputs"]["output"] == 512
     (found,) = printed["plans"]
     assert found["device_bytes"]["weights"] == printed["model"]["weights_bytes"]
     assert sum(found["device_bytes"].values()) <= found["device_budget_bytes"]
