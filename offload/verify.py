@@ -304,7 +304,6 @@ class _Run:
     def __init__(
         self, cache: OffloadCache, passes: _Passes, chooser: _Chooser, pace: Pace, tally: Tally,
         ids: Tensor, length: int, shadow: Shadow, checker: _Checker, drafts: Drafts, captured: CapturedStep | None,
-        *, looks_ahead: bool,
     ) -> None:  # fmt: skip
         """Before its first token.
 
@@ -320,7 +319,6 @@ class _Run:
             checker: Makes passes.
             drafts: How long they are.
             captured: What makes steps, where they are captured.
-            looks_ahead: Whether a draft goes on while a pass looks at it.
         """
         self.cache = cache
         self.ids = ids
@@ -333,7 +331,6 @@ class _Run:
         self._checker = checker
         self._most = drafts.most
         self._captured = captured
-        self._looks_ahead = looks_ahead
         self._clock = _Clock(ids.device)
         self._ahead = 0  # tokens drafted behind `length`
         self._ended = False  # the last of them ends the sequence
@@ -352,8 +349,8 @@ class _Run:
         on_host = any(store.columns for store in self.cache.layer_stores)
         drafts, n, limit = on_host and not self._pace.gave_up, 0, 0
         if drafts:
-            n = min(max(wanted, self._ahead), self._most, most - 1)
-            limit = min(n + 1 + self._most, most - 1) if self._looks_ahead and self._most else n
+            n = min(max(wanted.drafted, self._ahead), self._most, most - 1)
+            limit = min(n + 1 + self._most, most - 1) if wanted.goes_on and self._most else n
             self._make_way(limit)
             drafts = self._steps_draft()
         if drafts:
@@ -368,7 +365,7 @@ class _Run:
             if on_host:
                 self._tally.exact_tokens += 1
                 with self.cache.streaming(True):
-                    tokens = self._exact()
+                    tokens = self._timed_exact()
             else:
                 tokens = self._exact()  # as steps are while nothing is on the host
         self.ids[0, self.length : self.length + tokens.shape[0]] = tokens
@@ -414,6 +411,14 @@ class _Run:
         logits = self._passes.step(self.ids[:, self.length - 1], self.length, 0)
         return self._chooser.exact(self.ids[:, : self.length], logits, 0)
 
+    def _timed_exact(self) -> Tensor:
+        began = self._clock.now()
+        token = self._exact()
+        ended = self._clock.now()
+        token.cpu()  # the device is past both
+        self._pace.note_exact(self._clock.between(began, ended))
+        return token
+
     def _steps_draft(self) -> bool:
         """Whether steps go by the device path. Those that stream would take turns with a pass at the same buffers."""
         for store in self.cache.layer_stores:
@@ -438,15 +443,15 @@ class _Run:
         before = self._ahead
         while self._ahead < n and not self._ended:
             self._draft(ends)
-        n = min(n, self._ahead)
+        first, n = self._ahead - before, min(n, self._ahead)
         self._shadow.look(length - 1)
         tokens = self.ids[0, length - 1 : length + n]
-        drafted = clock.now()
+        launched = drafted = clock.now()
         self._checker.begin(self._passes.of_all(tokens, length, self._shadow.cache))
         while self._ahead < limit and not self._ended and not self._checker.is_over():
             self._draft(ends)
             drafted = clock.now()
-        steps = self._ahead - before
+        more = self._ahead - before - first
         logits = self._checker.result()[: n + 1].to(torch.float32)
         ended = clock.now()
         compared = min(self._ahead, n + 1)
@@ -458,8 +463,10 @@ class _Run:
         draft_s = clock.between(began, drafted)  # the device is past all: tokens were compared
         verify_s = self._checker.seconds()
         self._pace.note(
-            compared, agreed, draft_s / steps if steps and not compiled_s else None, verify_s
-        )
+            compared, agreed, verify_s, beside=more > 0,
+            step_s=clock.between(began, launched) / first if first and not compiled_s else None,
+            step_beside_s=clock.between(launched, drafted) / more if more and not compiled_s else None,
+        )  # fmt: skip
         self._tally.add(compared, agreed)
         self._tally.dropped += 0 if self._lives else self._ahead - compared
         self._tally.draft_s += draft_s - compiled_s
@@ -557,7 +564,7 @@ def decode_verified(
         captured.before_capture = checker.join
     run = _Run(
         cache, _Passes(model, inputs, mask, drafts.rows), chooser, Pace(drafts, looks_ahead=looks_ahead), tally,
-        ids, length, Shadow(cache, drafts.rows), checker, drafts, captured, looks_ahead=looks_ahead,
+        ids, length, Shadow(cache, drafts.rows), checker, drafts, captured,
     )  # fmt: skip
     over = False
     try:

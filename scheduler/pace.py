@@ -11,10 +11,9 @@ MOST_ROWS = 128  # of a pass, where nobody asks for more
 ROW_STEP = 16  # rows of a pass are a multiple
 LENGTHS = (0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, MOST_ROWS - 1)  # drafts to choose from
 FIRST = 8  # tokens of the first draft
-# Share of a pass by which the draft beside it comes later: both read device memory and over PCIe. Steps of 9.9 ms took
-# 11.9 on an H100 with passes beside them 82 % of the time.
-SLOWED = 0.2
 REST = 64  # exact tokens after which it is tried anew whether drafts pay
+TRIAL = 3  # exact tokens that show what one takes
+FEW = 3.0  # tokens a pass: with fewer, exact ones may come faster
 
 
 def window_of_drafts(draft: int) -> int:
@@ -102,6 +101,40 @@ class Tally:
             self.by_position[at] = (seen + 1, kept + (at < accepted))
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What comes next.
+
+    Attributes:
+        drafted: Tokens to draft before a pass; 0 for an exact token instead.
+        goes_on: Whether the draft goes on beside the pass.
+    """
+
+    drafted: int
+    goes_on: bool
+
+
+@dataclass(slots=True)
+class _Times:
+    """Seconds, while no pass is under way and while one is; None where nothing was measured."""
+
+    alone: float | None = None
+    beside: float | None = None
+
+    def note(self, seconds: float | None, *, beside: bool) -> None:
+        if seconds is None:
+            return
+        if beside:
+            self.beside = _smoothed(self.beside, seconds)
+        else:
+            self.alone = _smoothed(self.alone, seconds)
+
+    def of(self, *, beside: bool) -> float | None:
+        """As measured, or as measured in the other case."""
+        first, second = (self.beside, self.alone) if beside else (self.alone, self.beside)
+        return second if first is None else first
+
+
 class Pace:
     """How many tokens are drafted at once: as many as make tokens come fastest, by what was measured so far."""
 
@@ -110,72 +143,122 @@ class Pace:
 
         Args:
             drafts: As asked.
-            looks_ahead: Whether a draft goes on while a pass looks at it.
+            looks_ahead: Whether a draft may go on while a pass looks at it; where lengths are asked for, it does.
         """
         self._drafts = drafts
         self._looks_ahead = looks_ahead
-        # Exact tokens since drafts did not pay, and how many there shall be.
-        self._rested, self._rest = 0, REST
+        self._resting = 0  # exact tokens to come
+        self._rest = REST
+        self._tries = False  # those are to show what one takes
         self._last = FIRST // 2
         # Agreement of a token, from what was examined; old passes count less and less. To begin with, good.
         self._kept, self._seen = 4.0, 4.5
-        self._draft_s: float | None = None  # of a token
-        self._verify_s: float | None = None  # of a pass
+        self._step, self._pass = _Times(), _Times()
+        self._exact_s: float | None = None
 
     @property
     def gave_up(self) -> bool:
         """Whether exact tokens come faster than any draft makes them."""
         return self._drafts.is_auto and self._last == 0
 
-    def note(self, drafted: int, accepted: int, draft_s: float | None, verify_s: float) -> None:
+    def note(
+        self,
+        drafted: int,
+        accepted: int,
+        verify_s: float,
+        *,
+        step_s: float | None,
+        step_beside_s: float | None = None,
+        beside: bool = False,
+    ) -> None:
         """Learns from a pass.
 
         Args:
             drafted: Tokens that it was asked about.
             accepted: That agreed.
-            draft_s: Seconds of drafting a token; None where nothing is known (none was, or a graph was captured).
             verify_s: Seconds of the pass.
+            step_s: Seconds of drafting a token before it; None where nothing is known (none was, or a graph was
+                captured).
+            step_beside_s: Likewise, beside it.
+            beside: Whether the draft went on.
         """
         if drafted:
             self._kept = 0.95 * self._kept + accepted
             self._seen = 0.95 * self._seen + min(drafted, accepted + 1)
-        if draft_s is not None:
-            self._draft_s = _smoothed(self._draft_s, draft_s)
-        self._verify_s = _smoothed(self._verify_s, verify_s)
+        self._step.note(step_s, beside=False)
+        self._step.note(step_beside_s, beside=True)
+        self._pass.note(verify_s, beside=beside)
 
-    def next(self) -> int:
-        """Tokens of the next draft."""
+    def note_exact(self, seconds: float) -> None:
+        """Learns from an exact token.
+
+        Args:
+            seconds: That it took.
+        """
+        self._exact_s = _smoothed(self._exact_s, seconds)
+
+    def next(self) -> Turn:
+        """What comes next."""
         if not self._drafts.is_auto:
-            return self._drafts.most
-        if self.gave_up:
-            self._rested += 1
-            if self._rested < self._rest:
-                return 0
+            return Turn(self._drafts.most, self._looks_ahead)
+        if self._resting:
+            self._resting -= 1
+            return Turn(0, False)
+        if self.gave_up and not self._tries:
             # What was slow may be over: one short draft says so. If not, the next one comes later.
-            self._rested, self._rest = 0, 2 * self._rest
             self._last = FIRST // 2
-            return min(FIRST, self._drafts.most)
+            return Turn(min(FIRST, self._drafts.most), False)
+        self._tries = False
         # A short answer does not wait for a long draft.
         most = min(self._drafts.most, max(FIRST, 2 * self._last))
-        draft, verify = self._draft_s, self._verify_s
-        if draft is None or verify is None:
+        if self._step.of(beside=False) is None or self._pass.of(beside=False) is None:
             self._last = min(most, FIRST)
-            return self._last
-        agreement = min(self._kept / self._seen, 0.9999)
+            return Turn(self._last, self._looks_ahead)
+        beside = (False, True) if self._looks_ahead else (False,)
+        turns = [Turn(n, goes_on) for n in LENGTHS if n <= most for goes_on in beside if n or not goes_on]  # fmt: skip
+        best = max(turns, key=self._rate)
+        if best.drafted and self._exact_s is None and self._tokens(best.drafted) < FEW:
+            self._tries, best = True, Turn(0, False)
+            self._resting = TRIAL - 1
+        elif best.drafted:
+            self._rest = REST
+        else:
+            self._resting, self._rest = self._rest - 1, 2 * self._rest
+        self._last = best.drafted
+        return best
 
-        def rate(drafted: int) -> float:
-            tokens = (1 - agreement ** (drafted + 1)) / (1 - agreement)
-            cost = drafted * draft + verify
-            if self._looks_ahead and drafted:  # where all agree, the next draft is there by then
-                all_agree = agreement ** (drafted + 1)
-                cost = all_agree * max((drafted + 1) * draft, verify) + (1 - all_agree) * cost
-                cost += SLOWED * verify
-            return tokens / cost
+    @property
+    def _agreement(self) -> float:
+        return min(self._kept / self._seen, 0.9999)
 
-        self._last = max((n for n in LENGTHS if n <= most), key=rate)
-        return self._last
+    def _tokens(self, drafted: int) -> float:
+        """Of a draft and a pass, in the mean."""
+        return (1 - self._agreement ** (drafted + 1)) / (1 - self._agreement)
+
+    def _rate(self, turn: Turn) -> float:
+        """Tokens per second."""
+        step, alone = self._step.of(beside=False), self._pass.of(beside=False)
+        assert step is not None
+        assert alone is not None
+        if not turn.drafted:
+            return 1 / (alone if self._exact_s is None else self._exact_s)
+        if not turn.goes_on:
+            return self._tokens(turn.drafted) / (turn.drafted * step + alone)
+        beside, taken = self._step.of(beside=True), self._pass.of(beside=True)
+        assert beside is not None
+        assert taken is not None
+        # Where all agree, the next draft is there as far as the pass took.
+        more = max(0.0, turn.drafted + 1 - taken / beside) * step
+        all_agree = self._agreement ** (turn.drafted + 1)
+        cost = taken + all_agree * more + (1 - all_agree) * turn.drafted * step
+        return self._tokens(turn.drafted) / cost
 
 
 def _smoothed(old: float | None, new: float) -> float:
-    """The mean of what was measured, new ones first; a single stall counts as a bit slower."""
-    return new if old is None else 0.7 * old + 0.3 * min(new, 2 * old)
+    """The mean of what was measured, new ones first.
+
+    A single stall counts as a bit slower. The first measurement may be one, of compiling: less than half is believed.
+    """
+    if old is None or new < old / 2:
+        return new
+    return 0.7 * old + 0.3 * min(new, 2 * old)

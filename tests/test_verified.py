@@ -20,7 +20,7 @@ from offload.config import LONGEST_DRAFT
 from offload.errors import ConfigError, UnsupportedModelError
 from offload.kernels import reference
 from offload.scheduler.layout import REPLICA_WINDOW
-from offload.scheduler.pace import LENGTHS, Drafts, Pace, Tally, window_of_drafts
+from offload.scheduler.pace import LENGTHS, Drafts, Pace, Tally, Turn, window_of_drafts
 from offload.tiers.store import LayerStore
 
 N, NEW = 600, 70
@@ -608,10 +608,13 @@ def test_a_draft_is_as_long_as_pays() -> None:
         pace, random = Pace(Drafts.of("auto")), torch.Generator().manual_seed(1)
         drafted = []
         for _ in range(60):
-            n = pace.next()
+            n = pace.next().drafted
             drafted.append(n)
+            if not n:
+                pace.note_exact(verify_s)
+                continue
             same = torch.rand(n, generator=random) < agreement
-            pace.note(n, int(same.long().cumprod(0).sum()), draft_s if n else None, verify_s)
+            pace.note(n, int(same.long().cumprod(0).sum()), verify_s, step_s=draft_s)
         assert drafted[0] == 8  # a short answer is not late
         return max(set(drafted[-20:]), key=drafted[-20:].count)
 
@@ -619,43 +622,65 @@ def test_a_draft_is_as_long_as_pays() -> None:
     assert 8 <= settled(0.9, 0.009, 0.35) <= 64
     assert settled(0.0, 0.009, 0.35) == 0
     assert settled(0.5, 0.4, 0.35) == 0  # a draft as slow as an exact step
-    assert Pace(Drafts.of(5)).next() == 5
+    assert Pace(Drafts.of(5)).next() == Turn(5, False)
     assert Drafts.of("auto", 256) == Drafts(64, True)
     assert Drafts.of("auto", 64) == Drafts(0, True)
     assert window_of_drafts(LONGEST_DRAFT) <= REPLICA_WINDOW
 
 
 def test_a_draft_that_goes_on_beside_its_pass_need_not_be_long() -> None:
-    def settled(agreement: float, verify_s: float) -> int:
-        pace, n = Pace(Drafts.of("auto"), looks_ahead=True), 0
+    def settled(agreement: float, verify_s: float) -> Turn:
+        pace, turn = Pace(Drafts.of("auto"), looks_ahead=True), Turn(0, False)
         for _ in range(40):
-            n = pace.next()
+            turn = pace.next()
+            n = turn.drafted
             if not n:
-                return 0
-            kept = round(agreement * (n + 1))
-            pace.note(n + 1, kept, 0.010, verify_s)
-        return n
+                pace.note_exact(verify_s)
+                continue
+            pace.note(n + 1, round(agreement * (n + 1)), verify_s, step_s=0.010, step_beside_s=0.012, beside=True)  # fmt: skip
+        return turn
 
     # A pass of ten steps costs nothing behind a draft of sixteen; one of a hundred does.
-    assert settled(1.0, 0.1) >= 16
-    assert settled(1.0, 1.0) >= 96
-    assert settled(0.0, 0.05) == 0
+    assert settled(1.0, 0.1).drafted >= 16
+    assert settled(1.0, 1.0).drafted >= 96
+    assert settled(1.0, 1.0).goes_on
+    assert settled(0.0, 0.05) == Turn(0, False)
+
+
+def test_what_makes_a_pass_late_is_not_done_in_vain() -> None:
+    # With steps beside it, a pass of a small model takes seven times as long, and an exact token a fifth of that.
+    pace, random = Pace(Drafts.of("auto"), looks_ahead=True), torch.Generator().manual_seed(1)
+    seconds = tokens = 0.0
+    for _ in range(400):
+        turn = pace.next()
+        n = turn.drafted
+        if not n:
+            pace.note_exact(0.02)
+            seconds, tokens = seconds + 0.02, tokens + 1
+            continue
+        takes = 0.21 if turn.goes_on else 0.03
+        kept = int((torch.rand(n, generator=random) < 0.5).long().cumprod(0).sum())
+        pace.note(n, kept, takes, step_s=0.004, step_beside_s=0.004 if turn.goes_on else None, beside=turn.goes_on)  # fmt: skip
+        seconds, tokens = seconds + 0.004 * n + takes, tokens + kept + 1
+    assert seconds / tokens < 0.024  # 0.021 are exact tokens and a short draft now and then
 
 
 def test_a_stall_is_no_reason_to_draft_no_more() -> None:
     pace, drafted = Pace(Drafts.of("auto")), []
     for turn in range(40):
-        n = pace.next()
+        n = pace.next().drafted
         drafted.append(n)
-        pace.note(n, n, 0.009 + (1.0 / n if turn == 6 else 0.0), 0.1)
+        pace.note(n, n, 0.1, step_s=0.009 + (1.0 / n if turn == 6 else 0.0))
     assert min(drafted) >= 8
     # Where drafts do not pay, one is tried now and then.
     pace, drafted = Pace(Drafts.of("auto")), []
     for _ in range(400):
-        n = pace.next()
+        n = pace.next().drafted
         drafted.append(n)
         if n:
-            pace.note(n, 0, 0.009, 0.1)
+            pace.note(n, 0, 0.1, step_s=0.009)
+        else:
+            pace.note_exact(0.1)
     assert 4 < sum(n > 0 for n in drafted) < 40
 
 
