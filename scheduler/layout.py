@@ -374,11 +374,13 @@ def _block_bytes(demand: Demand) -> int:
 def _full_staging(demand: Demand) -> int:
     """Bytes beyond which a staging buffer gains nothing, in whole pages.
 
-    Copies overlap with attention only if a layer comes in several chunks: a quarter of it is enough.
+    A quarter of a layer is enough, for copies to overlap with attention to it; the whole of a small one, whose chunks
+    would be launched more slowly than they are copied. The next layer is copied meanwhile.
     """
     limit = STAGING_BYTES
     if demand.tokens is not None:
-        limit = min(limit, demand.batch * demand.tokens * max(demand.token_bytes, default=0) // 4)
+        layer = demand.batch * demand.tokens * max(demand.token_bytes, default=0)
+        limit = min(limit, max(layer // 4, min(layer, USEFUL_STAGING_BYTES)))
     return max(1, limit // max(1, _page_bytes(demand))) * _page_bytes(demand)
 
 

@@ -149,6 +149,10 @@ class PageTable:
         ids = self._ids[row, start:stop]
         if ids.size == 0:
             return []
+        first, last = int(ids[0]), int(ids[-1])
+        side_by_side = last - first == ids.size - 1 and bool((ids[1:] - ids[:-1] == 1).all())
+        if side_by_side and not any(first < edge <= last for edge in edges):
+            return [Run(page=first, column=start, count=ids.size)]  # nearly always
         cut = np.flatnonzero(np.diff(ids) != 1) + 1
         if edges:
             region = np.searchsorted(np.asarray(edges), ids, side="right")

@@ -245,6 +245,7 @@ def measure_flips(record: Record, case: Case, tokens: Tensor, rows: int) -> None
 
 
 VOCABULARY, PLACES = 6, 3
+TOKEN_WORKERS = 4  # processes that compare tokens: each spends its time on launches
 
 
 def sampling_p_value(sampling: dict[str, Any], draws: int) -> float:
@@ -323,46 +324,72 @@ def tiny_model() -> tuple[Any, Any]:
     return LlamaForCausalLM(config), config
 
 
-def measure_tokens(record: Record, case: Case, args: Namespace) -> None:
-    """Tokens that are not the stock cache's."""
+def different_tokens(args: Namespace, worker: int, workers: int) -> dict[str, dict[str, Any]]:
+    """Tokens that are not the stock cache's, of every so many prompts and settings.
+
+    Args:
+        args: Of the command line.
+        worker: Which of them: the first begins with 0.
+        workers: How many share the work.
+
+    Returns:
+        By what was compared: tokens that differ, and what else a row says.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source, _, context = args.short.partition("@")
+    case = prepare(source, int(context), 64 * args.prompts, torch.float32, device)
     model, n = case.model, case.context
     call: dict[str, Any] = {"max_new_tokens": args.new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
     step = max(1, (case.ids.shape[1] - n) // max(1, args.prompts))
-    starts = [i * step for i in range(args.prompts)]
-    batch = torch.cat([case.ids[:, at : at + n] for at in starts])
+    prompts = [case.ids[:, i * step : i * step + n] for i in range(args.prompts)]
+    mine = prompts[worker::workers]
+    found: dict[str, dict[str, Any]] = {}
+
+    def verified(ids: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Report]:
+        with offload.attach(model, **settings_of(args)) as runtime:
+            return runtime.generate(ids, **settings), runtime.report()
+
     began = time.perf_counter()
-    want = model.generate(batch, attention_mask=torch.ones_like(batch), **call)
-    record.row(f"stock {case.name}", seconds=time.perf_counter() - began, prompts=args.prompts)
-    worst = 0
+    want = [model.generate(ids, attention_mask=torch.ones_like(ids), **call) for ids in mine]
+    found["stock"] = {"seconds": time.perf_counter() - began}
     for share in (0.0, 0.5):
-        different, report, began = 0, None, time.perf_counter()
+        one = found[f"greedy, {share:.0%} of drafts made wrong"] = {"different": 0}
+        began = time.perf_counter()
         with wrong_drafts(share) if share else nullcontext():
-            for row in range(args.prompts):
-                with offload.attach(model, **settings_of(args)) as runtime:
-                    got = runtime.generate(batch[row : row + 1], **call)
-                    report = runtime.report()
-                different += int((got != want[row : row + 1]).sum())
-        assert report is not None
-        record.row(
-            f"greedy {case.name}, {share:.0%} of drafts made wrong", prompts=args.prompts, tokens=args.new_tokens,
-            context=n, different=different, seconds=time.perf_counter() - began, last_run=figures(report),
-        )  # fmt: skip
-        worst = max(worst, different)
-    record.bars["greedy_mismatches_fp32"] = worst
-    different = 0
-    for sampling in SAMPLED:
+            for ids, tokens in zip(mine, want, strict=True):
+                got, report = verified(ids, call)
+                one["different"] += int((got != tokens).sum())
+                one["last_run"] = figures(report)
+        one["seconds"] = time.perf_counter() - began
+    for sampling in SAMPLED[worker::workers]:
         sampled = call | {"do_sample": True} | sampling
-        ids = batch[:1]
         torch.manual_seed(7)
-        stock = model.generate(ids, attention_mask=torch.ones_like(ids), **sampled)
-        with wrong_drafts(0.2), offload.attach(model, **settings_of(args)) as runtime:
-            torch.manual_seed(7)
-            got = runtime.generate(ids, **sampled)
-            report = runtime.report()
-        apart = int((got != stock).sum())
-        record.row(f"seeded {case.name} {json.dumps(sampling)}", different=apart, **figures(report))
-        different += apart
-    record.bars["seeded_mismatches_fp32"] = different
+        stock = model.generate(prompts[0], attention_mask=torch.ones_like(prompts[0]), **sampled)
+        torch.manual_seed(7)
+        with wrong_drafts(0.2):
+            got, report = verified(prompts[0], sampled)
+        different = int((got != stock).sum())
+        found[f"seeded, {json.dumps(sampling)}"] = {"different": different, "last_run": figures(report)}  # fmt: skip
+    return found
+
+
+def record_tokens(record: Record, found: list[dict[str, dict[str, Any]]], args: Namespace) -> None:
+    """Writes what the workers of `different_tokens` found."""
+    source, _, context = args.short.partition("@")
+    name, worst = Path(source).name, {"greedy": 0, "seeded": 0}
+    for what in dict.fromkeys(what for one in found for what in one):
+        rows = [one[what] for one in found if what in one]
+        row = {**rows[0], "prompts": 1 if what.startswith("seeded") else args.prompts}
+        for key in ("different", "seconds"):
+            if key in row:
+                row[key] = sum(one[key] for one in rows)
+        record.row(f"{what}, {name}", context=int(context), tokens=args.new_tokens, **row)
+        kind = what.partition(",")[0]
+        if kind in worst:
+            worst[kind] += row["different"]
+    record.bars["greedy_mismatches_fp32"] = worst["greedy"]
+    record.bars["seeded_mismatches_fp32"] = worst["seeded"]
 
 
 def cycles_per_second() -> float:
@@ -487,6 +514,13 @@ def main() -> None:
         # Beside what is no matter of time; over before what is.
         pool = ProcessPoolExecutor(len(SAMPLED), mp_context=multiprocessing.get_context("spawn"))
         p_values = [pool.submit(sampling_p_value, sampling, args.draws) for sampling in SAMPLED]
+    tokens_found: list[Future[dict[str, dict[str, Any]]]] = []
+    if "tokens" in args.only:
+        workers = TOKEN_WORKERS if device.type == "cuda" else 1
+        comparing = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        tokens_found = [
+            comparing.submit(different_tokens, args, at, workers) for at in range(workers)
+        ]
     if "agreement" in args.only:
         source, _, context = args.long.partition("@")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -499,14 +533,8 @@ def main() -> None:
         del case
         free()
         record.write(args.out)
-    if "tokens" in args.only:
-        source, _, context = args.short.partition("@")
-        case = prepare(source, int(context), 64 * args.prompts, torch.float32, str(device))
-        case.name = Path(source).name
-        torch.backends.cuda.matmul.allow_tf32 = False
-        measure_tokens(record, case, args)
-        del case
-        free()
+    if tokens_found:
+        record_tokens(record, [found.result() for found in tokens_found], args)
         record.write(args.out)
     for sampling, p_value in zip(SAMPLED, p_values, strict=False):
         record.row(f"sampling {json.dumps(sampling)}", p_value=p_value.result(), draws=args.draws)
