@@ -50,7 +50,7 @@ from offload.prompt import (
 )
 from offload.report import Notes, Report
 from offload.scheduler.layout import Layout, budget_for
-from offload.scheduler.pace import Drafts, Tally
+from offload.scheduler.pace import TRIAL, Drafts, Tally
 from offload.verify import decode_verified
 
 logger = logging.getLogger(__name__)
@@ -542,7 +542,7 @@ class Runtime:
         undrafted = undrafted or last.tally.undrafted
         if undrafted is not None and not prompt.is_beams:
             self._notes.add(f"mode verified drafts nothing with {undrafted}: exact steps")
-        if last.tally.exact_tokens and last.tally.undrafted is None:
+        if last.tally.exact_tokens > TRIAL and last.tally.undrafted is None:
             self._notes.add(
                 f"{last.tally.exact_tokens:,} tokens were made one by one: drafts did not pay, of which "
                 f"{last.tally.accepted:,} of {last.tally.examined:,} tokens agreed"

@@ -24,7 +24,7 @@ _STREAM_SHARE = 0.94
 # Launching what one staged chunk needs, where chunks are small.
 _CHUNK_S = 0.3e-3
 _PASS_LAYER_S = (
-    0.5e-3  # that a layer of a pass costs the draft beside it, besides what it reads and computes
+    0.5e-3  # costs the draft beside it a layer of a pass, besides what it reads and computes
 )
 # Share of drafted tokens that are kept, by bits of the replica: measured at 4 bits (`benchmarks/verified.json`), for
 # 3 and 2 the share of same best tokens (`benchmarks/fidelity.json`), below that a guess.
@@ -159,7 +159,19 @@ def pass_flops(work: Work, tokens: int, rows: int) -> float:
 def slowed(work: Work, profile: Profile, *, tokens: int, copied: float) -> float:
     """Seconds by which a pass makes the draft beside it later: what it computes, reads and launches."""
     computes = pass_flops(work, tokens, MOST_ROWS) / profile.attention_flops
-    return computes + 2 * copied / profile.bytes_per_s + len(work.heads) * _PASS_LAYER_S
+    return slowed_by(computes, copied, profile.bytes_per_s, len(work.heads))
+
+
+def slowed_by(computes_s: float, copied: float, bytes_per_s: float, layers: int) -> float:
+    """As `slowed`, by what a pass takes of the card.
+
+    Args:
+        computes_s: Seconds of its matrix products.
+        copied: Bytes that it streams: written to the card's memory, and read there.
+        bytes_per_s: Of that memory.
+        layers: Of the model.
+    """
+    return computes_s + 2 * copied / bytes_per_s + layers * _PASS_LAYER_S
 
 
 def verified(layout: Layout, work: Work, profile: Profile, way: Way, *, step_s: float) -> float:

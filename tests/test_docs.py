@@ -200,6 +200,24 @@ def test_the_figures_of_the_three_modes_are_those_of_the_benchmarks() -> None:
     assert f"differs from itself in {flips['flips_of_the_stock_cache_by_itself']}." in text
 
 
+def test_no_token_was_another() -> None:
+    file = ROOT / "benchmarks" / "verified_tokens.json"
+    if not file.is_file():
+        pytest.skip("the record is not in this checkout")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    compared = [row for row in record["rows"] if "different" in row]
+    assert len([row for row in compared if row["what"].startswith("seeded")]) == 5
+    greedy = [row for row in compared if row["what"].startswith("greedy")]
+    assert [(row["prompts"], row["context"], row["tokens"]) for row in greedy] == [
+        (16, 3072, 256)
+    ] * 2
+    assert not any(row["different"] for row in compared)
+    assert not any(record["bars"].values())
+    assert "16 prompts of 3,072 tokens, 256 tokens each, gave no other token" in " ".join(
+        README.split()
+    )
+
+
 def test_what_mode_verified_takes_elsewhere_is_what_is_predicted() -> None:
     files = [ROOT / "benchmarks" / name for name in ("verified.json", "decode.json")]
     if not all(file.is_file() for file in files):

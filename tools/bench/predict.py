@@ -8,8 +8,8 @@ its data sheet on both. Launches and selection are left as they were measured.
 
 **A verified token**: its share of a draft and of a pass. A pass takes as long as its copies, or as what it computes.
 Where all tokens of a draft agree, the next one is drafted beside the pass and comes later by what the pass takes of the
-card; where one does not, the pass is waited for and what was drafted beside it is lost. On the measured card that
-is 60 ms a pass at 131,072 tokens, half of it matrix products. Printed beside what was measured.
+card; where one does not, the pass is waited for and what was drafted beside it is lost. `offload.scheduler.cost.slowed_by`
+says what that is: 58 ms a pass at 131,072 tokens on the measured card, half of it matrix products. Printed beside what was measured.
 
 Predictions, nothing that was run. The data sheets, dense bfloat16 with float32 sums: H100 SXM 3,350 GB/s; RTX 4090 1,008
 GB/s, 165 TFLOP/s; RTX 3090 936 GB/s, 71 TFLOP/s. Copies from pinned memory reach about 25 GB/s on PCIe 4 (53 on PCIe 5).
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offload.scheduler.cost import verified_token
+from offload.scheduler.cost import slowed_by, verified_token
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LENGTHS = (8, 16, 32, 64, 127)
@@ -49,7 +49,7 @@ CARDS = {
     "RTX 3090": Card(0.936e12, 25e9, 0.85 * 71e12),
 }
 PASS_FLOPS = 11e12  # 128 rows of an 8B model over 131,072 tokens
-SLOWED_MS = 60.0  # a pass costs the draft beside it, on the H100
+LAYERS = 32  # of that model
 
 
 def step_ms(row: dict[str, Any], measured_bytes_per_s: float, card: Card) -> float:
@@ -71,6 +71,7 @@ def verified_ms(
     step: float,
     copies: float,
     *,
+    host_bytes: float,
     drafts: float,
     agreement: float,
     card: Card = H100,
@@ -81,17 +82,17 @@ def verified_ms(
     Args:
         step: Milliseconds of a step of mode fast.
         copies: Milliseconds of the copies of a pass.
+        host_bytes: That a pass streams.
         drafts: Tokens drafted before a pass.
         agreement: Share of drafted tokens that are kept.
         card: Where it runs.
         looks_ahead: Whether the draft goes on beside the pass.
     """
-    computes = 1000 * PASS_FLOPS / card.flops
-    slowed = SLOWED_MS + computes - 1000 * PASS_FLOPS / H100.flops
+    computes = PASS_FLOPS / card.flops
     return 1000 * verified_token(
         step / 1000,
-        max(copies, computes) / 1000,
-        slowed / 1000,
+        max(copies / 1000, computes),
+        slowed_by(computes, host_bytes, card.bytes_per_s, LAYERS),
         drafts=drafts,
         agreement=agreement,
         looks_ahead=looks_ahead,
@@ -113,6 +114,7 @@ def measured_and_predicted(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[f
         predicted = verified_ms(
             step,
             row["verify_ms_per_token"] * row["new_tokens"] / row["verify_passes"],
+            host_bytes=row["decode_h2d_bytes"] / row["verify_passes"],
             drafts=row["drafted"] / row["verify_passes"],
             agreement=row["accepted"] / (row["accepted"] + rejected),
             looks_ahead="waits" not in what,
@@ -131,7 +133,10 @@ def best_verified_ms(step: float, host_bytes: float, agreement: float, card: Car
         card: Where it runs.
     """
     copies = 1000 * host_bytes / card.pcie
-    return min(verified_ms(step, copies, drafts=n, agreement=agreement, card=card) for n in LENGTHS)
+    return min(
+        verified_ms(step, copies, host_bytes=host_bytes, drafts=n, agreement=agreement, card=card)
+        for n in LENGTHS
+    )
 
 
 def main() -> None:
@@ -159,7 +164,14 @@ def main() -> None:
         links.append((f"{name}, {card.pcie / 1e9:.0f} GB/s", card, slower, card.pcie))
     for name, card, of_step, pcie in links:
         each = [
-            verified_ms(of_step, 1000 * streamed / pcie, drafts=n, agreement=agreed, card=card)
+            verified_ms(
+                of_step,
+                1000 * streamed / pcie,
+                host_bytes=streamed,
+                drafts=n,
+                agreement=agreed,
+                card=card,
+            )
             for n in LENGTHS
         ]
         print(f"{name:28}" + "".join(f"{ms:10.1f}" for ms in each))

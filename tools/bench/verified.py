@@ -352,9 +352,12 @@ def different_tokens(args: Namespace, worker: int, workers: int) -> dict[str, di
 
     began = time.perf_counter()
     want = [model.generate(ids, attention_mask=torch.ones_like(ids), **call) for ids in mine]
-    found["stock"] = {"seconds": time.perf_counter() - began}
+    found["stock"] = {"seconds": time.perf_counter() - began, "prompts": len(mine)}
     for share in (0.0, 0.5):
-        one = found[f"greedy, {share:.0%} of drafts made wrong"] = {"different": 0}
+        one = found[f"greedy, {share:.0%} of drafts made wrong"] = {
+            "different": 0,
+            "prompts": len(mine),
+        }
         began = time.perf_counter()
         with wrong_drafts(share) if share else nullcontext():
             for ids, tokens in zip(mine, want, strict=True):
@@ -362,15 +365,18 @@ def different_tokens(args: Namespace, worker: int, workers: int) -> dict[str, di
                 one["different"] += int((got != tokens).sum())
                 one["last_run"] = figures(report)
         one["seconds"] = time.perf_counter() - began
-    for sampling in SAMPLED[worker::workers]:
-        sampled = call | {"do_sample": True} | sampling
+    for at in range(worker, args.prompts, workers):  # each prompt in one of the ways
+        sampling = SAMPLED[at % len(SAMPLED)]
+        sampled, ids = call | {"do_sample": True} | sampling, prompts[at]
         torch.manual_seed(7)
-        stock = model.generate(prompts[0], attention_mask=torch.ones_like(prompts[0]), **sampled)
+        stock = model.generate(ids, attention_mask=torch.ones_like(ids), **sampled)
         torch.manual_seed(7)
         with wrong_drafts(0.2):
-            got, report = verified(prompts[0], sampled)
-        different = int((got != stock).sum())
-        found[f"seeded, {json.dumps(sampling)}"] = {"different": different, "last_run": figures(report)}  # fmt: skip
+            got, report = verified(ids, sampled)
+        one = found.setdefault(f"seeded, {json.dumps(sampling)}", {"different": 0, "prompts": 0})
+        one["different"] += int((got != stock).sum())
+        one["prompts"] += 1
+        one["last_run"] = figures(report)
     return found
 
 
@@ -380,8 +386,8 @@ def record_tokens(record: Record, found: list[dict[str, dict[str, Any]]], args: 
     name, worst = Path(source).name, {"greedy": 0, "seeded": 0}
     for what in dict.fromkeys(what for one in found for what in one):
         rows = [one[what] for one in found if what in one]
-        row = {**rows[0], "prompts": 1 if what.startswith("seeded") else args.prompts}
-        for key in ("different", "seconds"):
+        row = dict(rows[0])
+        for key in ("different", "seconds", "prompts"):
             if key in row:
                 row[key] = sum(one[key] for one in rows)
         record.row(f"{what}, {name}", context=int(context), tokens=args.new_tokens, **row)
@@ -515,6 +521,7 @@ def main() -> None:
         pool = ProcessPoolExecutor(len(SAMPLED), mp_context=multiprocessing.get_context("spawn"))
         p_values = [pool.submit(sampling_p_value, sampling, args.draws) for sampling in SAMPLED]
     tokens_found: list[Future[dict[str, dict[str, Any]]]] = []
+    comparing: ProcessPoolExecutor | None = None
     if "tokens" in args.only:
         workers = TOKEN_WORKERS if device.type == "cuda" else 1
         comparing = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
@@ -533,8 +540,9 @@ def main() -> None:
         del case
         free()
         record.write(args.out)
-    if tokens_found:
+    if comparing is not None:
         record_tokens(record, [found.result() for found in tokens_found], args)
+        comparing.shutdown()  # what they hold of the card is not to be missed at the 8B shape
         record.write(args.out)
     for sampling, p_value in zip(SAMPLED, p_values, strict=False):
         record.row(f"sampling {json.dumps(sampling)}", p_value=p_value.result(), draws=args.draws)
