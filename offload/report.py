@@ -46,6 +46,7 @@ class Report:
         tokens_on_host: Tokens per sequence in host pages.
         budget: Device bytes allowed, weights included.
         planned: Device bytes of the layout, by purpose, workspace and overhead included.
+        planned_host: Bytes of host pages of the layout.
         chunk: Prompt tokens computed together.
         prompt_tokens: Of the last prompt, per sequence.
         reused_tokens: Of these, in the cache already.
@@ -92,6 +93,7 @@ class Report:
     tokens_on_host: int
     budget: int
     planned: dict[str, int]
+    planned_host: int
     chunk: int
     prompt_tokens: int
     reused_tokens: int

@@ -329,6 +329,7 @@ class Runtime:
             tokens_on_host=last.tokens_on_host,
             budget=self.budgets.device_budget(),
             planned=dict(layout.device) if layout else {},
+            planned_host=layout.host_bytes if layout else 0,
             chunk=layout.chunk if layout else 0,
             prompt_tokens=last.prompt_tokens,
             reused_tokens=last.reused_tokens,

@@ -1,11 +1,13 @@
-"""The command line: `offload demo`, `offload generate`, `offload plan`, `offload doctor`, `offload config` and
-`offload version`.
+"""The command line: `offload demo`, `offload generate`, `offload plan`, `offload profile`, `offload doctor`,
+`offload config` and `offload version`.
 
 | file | command |
 |---|---|
 | `demo` | `offload demo`: a real model, a long document, a small device budget |
 | `generate` | `offload generate`: one answer to one prompt, streamed |
 | `plan` | `offload plan`: what fits a card and how fast it is, without loading anything |
+| `profile` | `offload profile`: where every byte and millisecond of a run went, beside the plan |
+| `page` | the HTML page of a profile |
 | `doctor` | `offload doctor`: whether this machine is ready |
 | `config` | `offload config show`, `check` and `init` |
 
@@ -28,7 +30,7 @@ from typing import Annotated, Any
 
 import typer
 
-from offload.cli import config, demo, doctor, generate, plan
+from offload.cli import config, demo, doctor, generate, plan, profile
 from offload.errors import (
     BudgetError,
     ConfigError,
@@ -60,6 +62,10 @@ app.command(
     short_help="Say what fits a card, how fast it is and what to set.",
     epilog="Example: offload plan --model ./llama-8b --context 128K --gpu rtx4090",
 )(plan.plan)
+app.command(
+    short_help="Run a prompt and say where every byte and millisecond went.",
+    epilog="Example: offload profile --prompt-file book.txt --html profile.html --trace run.json.gz",
+)(profile.profile)
 app.command(
     short_help="Say whether this machine is ready, and what would make it faster.",
     epilog="Example: offload doctor",

@@ -82,6 +82,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "demo",
         "generate",
         "plan",
+        "profile",
         "doctor",
         "version",
         "config",

@@ -1,0 +1,214 @@
+"""`offload profile`: where every byte and every millisecond of a run went, beside what was planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from offload.cli.settings import merged
+from offload.cli.text import encoded, no_bars, progress, read_text
+from offload.errors import InputError, OffloadError
+
+if TYPE_CHECKING:
+    from offload.config import OffloadConfig
+    from offload.plan import Plan
+    from offload.profile import Part, Profile
+
+_SHOWN = 8  # kernels
+
+
+def profile(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="A folder, a GGUF file, or a name of the hub. Default: SmolLM2-135M-Instruct.",
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt-file", help="A text file in UTF-8, - for standard input."),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="What is asked; behind the file, if there is one."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Tokens of the answer, all of them made.")
+    ] = 128,
+    mode: Annotated[str | None, typer.Option("--mode", help="fast, verified or exact.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", help="Device budget for everything, as in 20GiB.")
+    ] = None,
+    cpu_memory: Annotated[
+        str | None, typer.Option("--cpu-memory", help="Host budget for KV, as in 64GiB.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="The TOML file.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="bfloat16, float16 or float32. Default: as fits the device."),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The text as it is, without the model's chat template.")
+    ] = False,
+    steps: Annotated[
+        int,
+        typer.Option("--steps", min=0, help="Tokens behind the answer whose kernels are timed."),
+    ] = 16,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page to this file.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", help="Write a trace for ui.perfetto.dev, as in run.json.gz."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run a prompt and say where every byte and every millisecond went.
+
+    Bytes are planned, measured and unaccounted, by purpose. The answer is not shown and does not end early.
+    """
+    from offload.config import OffloadConfig
+
+    parts = [] if prompt_file is None else [read_text(prompt_file, raw=raw)]
+    parts += [] if prompt is None else [prompt]
+    if not parts:
+        raise InputError(
+            "There is no prompt", asked=None, there=None, change="Give --prompt or --prompt-file."
+        )
+    given = {"mode": mode, "gpu_memory": gpu_memory, "cpu_memory": cpu_memory}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    settings = OffloadConfig.build(config, **merged(overrides, sets or []))
+    settings.require_usable()
+    for file in (html, trace):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise InputError(
+                f"{file} cannot be written: its folder is not there",
+                asked=str(file),
+                change="Give a path in a folder that exists.",
+            )
+
+    progress(f"Loading {model or 'SmolLM2-135M-Instruct'} ...")
+    from offload.loading import load
+    from offload.profile import profile as run
+
+    with no_bars():
+        loaded = load(model, dtype=dtype)
+    chat = not raw and loaded.tokenizer.chat_template is not None
+    ids = encoded(loaded, "\n\n".join(parts), chat=chat)["input_ids"]
+    progress(f"Running {ids.shape[1]:,} tokens of prompt and {max_new_tokens:,} of an answer ...")
+    found = run(loaded.model, settings, ids, max_new_tokens=max_new_tokens, looked_at=steps)
+    planned = _planned(loaded.source, settings, ids.shape[1], max_new_tokens)
+    if html is not None:
+        _write_page(html, loaded.source, found, planned)
+    if trace is not None:
+        _write_trace(trace, found)
+    if as_json:
+        inputs = {
+            "model": loaded.source, "prompt_tokens": ids.shape[1],
+            "max_new_tokens": max_new_tokens, "steps": steps,
+        }  # fmt: skip
+        top = {"schema_version": 1, "command": "profile", "inputs": inputs}
+        times = None if planned is None or planned.times is None else {
+            "prefill_s": planned.times.prefill, "token_s": planned.times.token, "band": planned.band,
+            "source": "computed",
+        }  # fmt: skip
+        print(json.dumps({**top, "planned_times": times, "profile": found.to_dict()}))
+    else:
+        _print(found, planned)
+
+
+def _planned(source: str, settings: OffloadConfig, prompt: int, output: int) -> Plan | None:
+    """The plan of this run on the card that is there; None where there is none, or the files do not say enough."""
+    from dataclasses import replace
+
+    from offload.checkpoint import describe
+    from offload.hardware import host_memory, local_card
+    from offload.plan import machine_of
+    from offload.plan import plan as planned
+    from offload.scheduler.profiles import profile_of
+
+    card = local_card()
+    if card is None:
+        return None
+    try:
+        known = replace(profile_of(card.name), memory=card.total, host=host_memory().total)
+        machine = machine_of(known, settings)
+        return planned(settings, describe(source), machine, context=prompt + output, output=output)
+    except OffloadError:
+        return None
+
+
+def _write_page(file: Path, source: str, found: Profile, planned: Plan | None) -> None:
+    from offload.cli.page import page
+
+    ms = None if planned is None or planned.times is None else 1000 * planned.times.token
+    title = f"{source}: {found.report.prompt_tokens:,} tokens, mode {found.report.mode}"
+    file.write_text(page(title, found, planned_ms=ms), encoding="utf-8")
+    progress(f"wrote {file}")
+
+
+def _write_trace(file: Path, found: Profile) -> None:
+    from offload.trace import perfetto
+
+    data = perfetto(found.events, found.samples, found.token_at, prefill_until=found.prefill_until)
+    file.write_bytes(data)
+    progress(f"wrote {file}; ui.perfetto.dev opens it")
+
+
+def _print(found: Profile, planned: Plan | None) -> None:
+    from offload.units import duration
+
+    print(found.report)
+    _print_bytes("device", found.device, found.unaccounted)
+    _print_bytes("host", found.host, None)
+    if found.peak is None:
+        print(
+            "\nA CPU has no driver that counts: what passes take, and what is unaccounted, is not known."
+        )
+    times = sorted(found.token_ms)
+    if times:
+        middle = times[len(times) // 2] / 1000
+        more = ""
+        if planned is not None and planned.times is not None:
+            low, high = (planned.times.token * (1 + sign * planned.band) for sign in (-1, 1))
+            more = (
+                f"; planned {duration(planned.times.token)} ({duration(low)} to {duration(high)})"
+            )
+        print(
+            f"\na token      {duration(middle)} in the middle, {duration(times[-1] / 1000)} at most{more}"
+        )
+    if found.looked_at:
+        _print_steps(found)
+
+
+def _print_bytes(tier: str, parts: list[Part], unaccounted: int | None) -> None:
+    from offload.units import gib
+
+    print(f"\n{tier:22}{'planned':>12}{'measured':>12}")
+    for part in parts:
+        measured = "-" if part.measured is None else gib(part.measured)
+        print(f"  {part.purpose:20}{gib(part.planned):>12}{measured:>12}")
+    if unaccounted is not None:
+        whole = sum(part.measured or 0 for part in parts) + unaccounted
+        print(
+            f"  {'unaccounted':20}{'':12}{gib(unaccounted):>12}  {unaccounted / max(1, whole):.1%}"
+        )
+
+
+def _print_steps(found: Profile) -> None:
+    from offload.units import duration
+
+    each = duration(found.looked_s / found.looked_at)
+    print(f"\n{found.looked_at} further tokens were looked at, {each} each; engines overlap")
+    for engine, ms in found.engines.items():
+        print(f"  {engine:24}{ms:10.2f} ms a token")
+    print("the slowest kernels")
+    for kernel in found.kernels[:_SHOWN]:
+        ms, calls = (value / found.looked_at for value in (1000 * kernel.seconds, kernel.calls))
+        print(f"  {kernel.name[:60]:60}{ms:10.3f} ms a token, {calls:,.0f} calls")

@@ -1,0 +1,225 @@
+"""Where did every byte and every millisecond of a run go, and was it planned? One generate, measured.
+
+Bytes are compared purpose by purpose: what the layout planned, what was there at the peak, and what nobody accounts for.
+A second, short generate behind the first answer is looked at by torch's profiler, so that the first one is not slowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.config import OffloadConfig
+from offload.demand import ALLOCATOR_SLACK
+from offload.errors import InputError
+from offload.hardware import DeviceMemory, device_memory
+from offload.prefill import Progress
+from offload.report import Report
+from offload.runtime import Runtime, attach
+from offload.trace import Event, Kernel, Recorder, Sample, Steps, Watch
+
+LEAD, LOOKED_AT = (
+    8,
+    16,
+)  # tokens of the second generate before those that are looked at, and of those
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of one purpose.
+
+    Attributes:
+        purpose: As the plan names it.
+        planned: Bytes.
+        measured: At the peak; None where this device has no way to tell.
+    """
+
+    purpose: str
+    planned: int
+    measured: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """What a run took.
+
+    Attributes:
+        report: Of the generate.
+        device: Bytes of the device, by purpose.
+        host: Bytes of the host, likewise.
+        peak: The most bytes of the device that were in use, as its driver counts; None on a CPU.
+        unaccounted: Of these, what no purpose explains; negative where purposes explain more. None on a CPU.
+        samples: Memory over time.
+        prefill_until: Seconds from the first sample to the end of the prefill.
+        token_at: Seconds from the first sample to each token.
+        kernels: Of the steps that were looked at, the slowest first.
+        events: Likewise, all of them, by time.
+        looked_at: How many tokens those steps made.
+        looked_s: Seconds that they took, the profiler's share included.
+    """
+
+    report: Report
+    device: list[Part]
+    host: list[Part]
+    peak: int | None
+    unaccounted: int | None
+    samples: list[Sample]
+    prefill_until: float
+    token_at: list[float]
+    kernels: list[Kernel] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    looked_at: int = 0
+    looked_s: float = 0.0
+
+    @property
+    def engines(self) -> dict[str, float]:
+        """Milliseconds per token that was looked at, by what kernels are for, the largest first."""
+        found: dict[str, float] = {}
+        for kernel in self.kernels:
+            ms = 1000 * kernel.seconds / self.looked_at
+            found[kernel.engine] = found.get(kernel.engine, 0.0) + ms
+        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+    @property
+    def token_ms(self) -> list[float]:
+        """Milliseconds from each token to the next."""
+        return [1000 * (after - before) for before, after in pairwise(self.token_at)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; events are left out, which are a trace's."""
+        return {
+            "report": self.report.to_dict(),
+            "device": [asdict(part) for part in self.device],
+            "host": [asdict(part) for part in self.host],
+            "peak_bytes": self.peak, "unaccounted_bytes": self.unaccounted,
+            "samples": [asdict(sample) for sample in self.samples],
+            "prefill_until_s": self.prefill_until, "token_at_s": self.token_at,
+            "engines_ms_per_token": self.engines, "kernels": [asdict(kernel) for kernel in self.kernels],
+            "looked_at_tokens": self.looked_at, "looked_s": self.looked_s,
+        }  # fmt: skip
+
+
+def profile(
+    model: Any,
+    config: OffloadConfig,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    looked_at: int = LOOKED_AT,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Profile:
+    """Runs a generate, greedy and not ended by an end-of-sequence token, and says what it took.
+
+    Args:
+        model: Of transformers, not attached.
+        config: As for `attach`.
+        input_ids: [1, N].
+        max_new_tokens: Tokens of the answer.
+        looked_at: Tokens of a second generate behind it whose kernels are timed; 0 for none.
+        on_progress: As for `Runtime.generate`.
+
+    Raises:
+        InputError: More than one sequence, or no token to make.
+    """
+    if input_ids.shape[0] != 1 or max_new_tokens < 1:
+        raise InputError(
+            "A profile is of one sequence and at least one token",
+            asked=f"{input_ids.shape[0]} sequences, {max_new_tokens} tokens",
+            there=None,
+            change="Give one prompt, and max_new_tokens over 0.",
+        )
+    more = LEAD + looked_at if looked_at else 0
+    with attach(model, config) as runtime:
+        device = runtime.shape.device
+        before = device_memory(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        watch = Watch()
+        with Recorder(device) as recorder:
+            cache = runtime.new_cache(max_tokens=input_ids.shape[1] + max_new_tokens + more)
+            sequence = _generate(
+                runtime, input_ids, cache, watch, max_new_tokens, on_progress=on_progress
+            )
+        report = runtime.report()
+        parts, peak, unaccounted = _device_parts(report, before, recorder, device)
+        steps = Steps(device, first=LEAD, count=looked_at)
+        if looked_at:
+            second = Watch(steps.on_token)
+            _generate(runtime, sequence, cache, second, more)
+            steps.close(len(second.at))
+        cache.close("its profile is over")
+    token_at = [at - recorder.began for at in watch.at]
+    return Profile(
+        report=report,
+        device=parts,
+        host=[Part("pages", report.planned_host, _on_host(report))],
+        peak=peak,
+        unaccounted=unaccounted,
+        samples=recorder.samples,
+        prefill_until=token_at[0] if token_at else 0.0,
+        token_at=token_at,
+        kernels=steps.kernels(),
+        events=steps.events(),
+        looked_at=steps.tokens,
+        looked_s=steps.seconds,
+    )
+
+
+def _generate(
+    runtime: Runtime, ids: Tensor, cache: Any, watch: Watch, tokens: int, **more: Any
+) -> Tensor:
+    """[1, N + tokens], whatever tokens end a sequence."""
+    made: Tensor = runtime.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        cache=cache,
+        streamer=watch,
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        **more,
+    )
+    return made
+
+
+def _on_host(report: Report) -> int:
+    return report.bytes["host_pinned"] + report.bytes["host_pageable"]
+
+
+def _device_parts(
+    report: Report, before: DeviceMemory, recorder: Recorder, device: torch.device
+) -> tuple[list[Part], int | None, int | None]:
+    """Planned and measured, the driver's peak, and what is unaccounted."""
+    planned, there = report.planned, report.bytes
+    held = {
+        "weights": (planned["weights"], there["weights"]),
+        "sinks, window, tail": (planned["sinks and window"] + planned["tail"], there["window"]),
+        "replica": (planned["replica"], there["replica"]),
+        "cached rows": (planned["cached rows"], there["cached rows"]),
+        "staging": (planned["staging"], there["staging"]),
+        "eviction": (planned["eviction"], there["eviction"]),
+    }
+    passes = planned["workspace"] + planned["decode step"] + planned["other KV"]
+    if device.type != "cuda":
+        parts = [Part(name, *pair) for name, pair in held.items() if any(pair)]
+        return [*parts, Part("passes and states", passes, None)], None, None
+    if before.allocated:  # what the allocator counts, other live tensors included
+        held["weights"] = (planned["weights"], before.allocated)
+    allocated = torch.cuda.max_memory_allocated(device)
+    reserved = torch.cuda.max_memory_reserved(device)
+    last = recorder.samples[-1]
+    driver = max(0, last.used - (last.reserved or 0))
+    parts = [Part(name, *pair) for name, pair in held.items() if any(pair)]
+    parts.append(
+        Part("passes and states", passes, allocated - sum(pair[1] for pair in held.values()))
+    )
+    parts.append(Part("allocator", ALLOCATOR_SLACK, reserved - allocated))
+    parts.append(Part("driver", planned["overhead"] - ALLOCATOR_SLACK, driver))
+    peak = recorder.most_used
+    return parts, peak, peak - sum(part.measured or 0 for part in parts)
