@@ -1,5 +1,5 @@
-"""The command line: `offload demo`, `offload generate`, `offload plan`, `offload profile`, `offload doctor`,
-`offload config` and `offload version`.
+"""The command line: `offload demo`, `offload generate`, `offload plan`, `offload profile`, `offload tune`,
+`offload doctor`, `offload config` and `offload version`.
 
 | file | command |
 |---|---|
@@ -7,6 +7,7 @@
 | `generate` | `offload generate`: one answer to one prompt, streamed |
 | `plan` | `offload plan`: what fits a card and how fast it is, without loading anything |
 | `profile` | `offload profile`: where every byte and millisecond of a run went, beside the plan |
+| `tune` | `offload tune`: better settings, by plans and short runs |
 | `page` | the HTML page of a profile |
 | `doctor` | `offload doctor`: whether this machine is ready |
 | `config` | `offload config show`, `check` and `init` |
@@ -30,7 +31,7 @@ from typing import Annotated, Any
 
 import typer
 
-from offload.cli import config, demo, doctor, generate, plan, profile
+from offload.cli import config, demo, doctor, generate, plan, profile, tune
 from offload.errors import (
     BudgetError,
     ConfigError,
@@ -66,6 +67,10 @@ app.command(
     short_help="Run a prompt and say where every byte and millisecond went.",
     epilog="Example: offload profile --prompt-file book.txt --html profile.html --trace run.json.gz",
 )(profile.profile)
+app.command(
+    short_help="Find better settings by plans and short runs.",
+    epilog="Example: offload tune --prompt-file book.txt --time 5m",
+)(tune.tune)
 app.command(
     short_help="Say whether this machine is ready, and what would make it faster.",
     epilog="Example: offload doctor",

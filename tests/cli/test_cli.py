@@ -83,6 +83,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "generate",
         "plan",
         "profile",
+        "tune",
         "doctor",
         "version",
         "config",

@@ -1,0 +1,266 @@
+"""`offload tune`: the settings that make a model, a prompt and a machine fastest, found by plans and short runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offload.cli.settings import merged
+from offload.cli.text import encoded, no_bars, progress, read_text
+from offload.errors import InputError, OffloadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from offload.config import OffloadConfig
+    from offload.loading import Loaded
+    from offload.tune import Outcome, Predicted, Tuned
+
+_RUN_TOKENS = 48  # of a run: enough for the mean of a token
+_OBJECTIVES = ("speed", "fidelity", "context")
+
+
+def tune(
+    prompt_file: Annotated[
+        Path,
+        typer.Option(
+            "--prompt-file", help="A text as long as those to come, - for standard input."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="A folder, a GGUF file, or a name of the hub. Default: SmolLM2-135M-Instruct.",
+        ),
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            "--objective",
+            help="speed at equal fidelity, fidelity at equal speed, or the longest context.",
+        ),
+    ] = "speed",
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", help="Tokens of an answer, which weigh a token against the prompt."
+        ),
+    ] = "512",
+    limit: Annotated[str, typer.Option("--time", help="No run begins later, as in 5m.")] = "5m",
+    mode: Annotated[str | None, typer.Option("--mode", help="fast, verified or exact.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", help="Device budget for everything, as in 20GiB.")
+    ] = None,
+    cpu_memory: Annotated[
+        str | None, typer.Option("--cpu-memory", help="Host budget for KV, as in 64GiB.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The TOML file to begin with.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any key of the file, which then stays: --set replica.rung=4k4v."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="bfloat16, float16 or float32. Default: as fits the device."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path(
+        "offload.tuned.toml"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Find better settings, by what the cost model says and by short runs.
+
+    What is set already stays. Runs are kept beside the file to write: the same command goes on where it was stopped.
+    """
+    from offload.config import OffloadConfig
+    from offload.units import parse_tokens
+
+    if objective not in _OBJECTIVES:
+        raise InputError(
+            "There is no such objective", asked=objective, there=", ".join(_OBJECTIVES),
+            change="Write one of these.",
+        )  # fmt: skip
+    until = time.monotonic() + _seconds(limit)
+    tokens = parse_tokens(output)
+    text = read_text(prompt_file)
+    given = {"mode": mode, "gpu_memory": gpu_memory, "cpu_memory": cpu_memory}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    settings = OffloadConfig.build(config, **merged(overrides, sets or []))
+    settings.require_usable()
+    if not out.absolute().parent.is_dir():
+        raise InputError(
+            f"{out} cannot be written: its folder is not there", asked=str(out),
+            change="Give a path in a folder that exists.",
+        )  # fmt: skip
+
+    progress(f"Loading {model or 'SmolLM2-135M-Instruct'} ...")
+    from offload.loading import load
+    from offload.tune import Runs
+    from offload.tune import tune as search
+
+    with no_bars():
+        loaded = load(model, dtype=dtype)
+    chat = loaded.tokenizer.chat_template is not None
+    ids = encoded(loaded, text, chat=chat)["input_ids"]
+    kept = out.with_name(out.name + ".runs.json")
+    runs = Runs(kept, _fingerprint(loaded, ids, settings, tokens))
+    if runs.kept:
+        progress(f"{runs.kept} runs are in {kept} already")
+    try:
+        found = search(
+            settings, _measurer(loaded, ids, tokens), runs, objective=objective,  # type: ignore[arg-type]
+            output=tokens, predict=_predictor(loaded.source, ids.shape[1], tokens, settings),
+            until=until, tell=progress,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        progress(f"stopped; the same command goes on from {kept}")
+        raise
+    _write(out, config, settings, found, tokens)
+    _say(found, out, tokens, as_json=as_json, objective=objective)
+
+
+def _seconds(text: str) -> float:
+    """A time: 90, 90s, 5m or 1h."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise InputError("--time is no time", asked=text, there=None, change="Write 90s, 5m or 1h.")
+    return seconds
+
+
+def _fingerprint(
+    loaded: Loaded, ids: Tensor, settings: OffloadConfig, output: int
+) -> dict[str, Any]:
+    """What outcomes depend on."""
+    import zlib
+
+    import torch
+    import transformers
+
+    from offload import __version__
+    from offload.hardware import local_card
+
+    card = local_card()
+    return {
+        "model": loaded.source, "dtype": str(loaded.model.dtype), "settings": settings.to_toml(),
+        "prompt_tokens": ids.shape[1], "prompt": zlib.crc32(ids.cpu().numpy().tobytes()), "output": output,
+        "card": None if card is None else card.name, "driver": None if card is None else card.driver,
+        "offload": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
+def _measurer(loaded: Loaded, ids: Tensor, output: int) -> Callable[[OffloadConfig], Outcome]:
+    from offload.profile import profile
+    from offload.tune import Outcome
+
+    tokens = max(2, min(_RUN_TOKENS, output))
+    warm: set[str] = set()
+
+    def measure(config: OffloadConfig) -> Outcome:
+        kernels = (config.mode, config.replica, config.retrieval, config.decode.compile)
+        if str(kernels) not in warm:  # what is compiled for the first time is not what is measured
+            warm.add(str(kernels))
+            profile(loaded.model, config, ids, max_new_tokens=2, looked_at=0)
+        report = profile(loaded.model, config, ids, max_new_tokens=tokens, looked_at=0).report
+        return Outcome(
+            prefill_s=report.prefill_s,
+            token_s=(report.decode_s - report.capture_s) / report.new_tokens,
+            error=0.0 if report.mode != "fast" else report.error_estimate,
+            device_bytes=sum(n for what, n in report.bytes.items() if not what.startswith("host_")),
+        )
+
+    return measure
+
+
+def _predictor(
+    source: str, prompt: int, output: int, settings: OffloadConfig
+) -> Callable[[OffloadConfig], Predicted] | None:
+    """What the cost model says; None without a card, or where the files do not say enough."""
+    from dataclasses import replace
+
+    from offload.checkpoint import describe
+    from offload.hardware import host_memory, local_card
+    from offload.plan import machine_of, plan
+    from offload.scheduler.profiles import profile_of
+    from offload.tune import Predicted
+
+    card = local_card()
+    if card is None:
+        return None
+    try:
+        known = replace(profile_of(card.name), memory=card.total, host=host_memory().total)
+        machine, shape = machine_of(known, settings), describe(source)
+    except OffloadError:
+        return None
+
+    def predict(config: OffloadConfig) -> Predicted:
+        found = plan(config, shape, machine, context=prompt + output, output=output)
+        if found.times is None:
+            return Predicted(fits=False, longest=found.largest)
+        seconds = found.times.prefill + output * found.times.token
+        return Predicted(fits=True, seconds=seconds, band=found.band, longest=found.largest)
+
+    return predict
+
+
+def _write(
+    out: Path, base: Path | None, settings: OffloadConfig, found: Tuned, output: int
+) -> None:
+    """The file: as it was, with what is better and with what was given on the command line."""
+    from offload.tune import tuned_toml
+
+    text = "" if base is None else base.read_text(encoding="utf-8")
+    before, after = found.before.seconds(output), found.after.seconds(output)
+    why = f"tuned: {before:.1f} s became {after:.1f} s" if found.longest is None else "tuned: a longer context"  # fmt: skip
+    given: dict[str, Any] = {}
+    if base is None:
+        given = {s.key: s.value for s in settings.settings() if s.is_set and "." in s.key}
+    plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in given.items()}
+    changed = tuned_toml(text, plain | found.settings, dict.fromkeys(found.settings, why))
+    if base is None and settings.mode != "fast":
+        changed = f'mode = "{settings.mode}"\n\n{changed}'
+    out.write_text(changed or "# Nothing was better than the defaults.\n", encoding="utf-8")
+
+
+def _say(found: Tuned, out: Path, output: int, *, as_json: bool, objective: str) -> None:
+    if as_json:
+        top = {"schema_version": 1, "command": "tune", "inputs": {"objective": objective, "output": output}}  # fmt: skip
+        print(json.dumps({**top, **asdict(found), "file": str(out)}))
+        return
+    print(f"{found.runs} runs, {len(found.skipped)} settings not run")
+    if not found.is_over:
+        print("the time was up: the same command with more --time goes on")
+    if not found.settings:
+        print("nothing is better than the settings as they are")
+    for key, value in found.settings.items():
+        print(f"  {key} = {value}")
+    before, after = found.before, found.after
+    if found.longest is not None:
+        print(f"longest context {found.longest[0]:,} -> {found.longest[1]:,} tokens")
+    elif found.settings:
+        print(
+            f"{before.seconds(output):.2f} s -> {after.seconds(output):.2f} s for the prompt and {output:,} tokens, "
+            f"{1000 * before.token_s:.2f} -> {1000 * after.token_s:.2f} ms a token; expected error "
+            f"{_percent(before.error)} -> {_percent(after.error)}"
+        )
+    print(f"wrote {out}")
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.2%}"
