@@ -17,6 +17,7 @@ from offload.scheduler import cost
 from offload.scheduler.layout import Demand, Layout, lay_out
 from offload.scheduler.pace import Drafts
 from offload.scheduler.profiles import PROFILES, Profile
+from offload.scheduler.rungs import Fidelity, fidelity_of
 from offload.units import GIB, gib
 
 FITS, SLOW, NOT = "fits", "fits but slow", "does not fit"
@@ -66,6 +67,8 @@ class Plan:
         band: Share by which times may be off either way.
         missing: What does not fit, as an error says it; None where it does.
         largest: Tokens of the longest context that fits.
+        fidelity: How close its tokens are to those of the stock cache; None where it does not fit, or where nobody
+            measured it.
         suggestions: The smallest changes with which it fits.
         notes: What else the reader should know.
         toml: The settings, to paste.
@@ -78,6 +81,7 @@ class Plan:
     band: float
     missing: BudgetError | None
     largest: int
+    fidelity: Fidelity | None = None
     suggestions: list[Suggestion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     toml: str = ""
@@ -174,6 +178,9 @@ def plan(
         band=BAND[machine.profile.basis],
         missing=None,
         largest=largest,
+        fidelity=fidelity_of(
+            layout.rung if config.mode == "fast" else None, config.retrieval.tokens
+        ),
         notes=notes,
         toml=_toml(config, machine),
     )

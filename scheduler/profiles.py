@@ -9,6 +9,7 @@ comes nearer to the data sheet on cards before Hopper, since the kernel is of th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from offload.errors import InputError
 
@@ -99,9 +100,12 @@ def profile_of(name: str) -> Profile:
         same = wanted in (short, short.removeprefix("rtx"))
         if same and all(abs(size - profile.memory / GIB) <= 3 for size in sizes):
             return profile
+    near = get_close_matches(wanted, PROFILES, n=1)
     raise InputError(
         "There is no profile of this card",
         asked=name,
         there=", ".join(PROFILES),
-        change="Name one of these, or the nearest one and --gpu-memory.",
+        change=f"Did you mean {near[0]}?"
+        if near
+        else "Name one of these, or the nearest one and --gpu-memory.",
     )

@@ -116,6 +116,40 @@ RUNGS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How close mode fast stays to attention over everything.
+
+    Attributes:
+        kl: Kullback-Leibler divergence of the next token in nats, mean.
+        same_top: Share of steps in which the most likely token is the same.
+    """
+
+    kl: float
+    same_top: float
+
+
+# By rung, with as many exact tokens as it has by itself: the worse of two real models over 7,168 and 16,384 tokens, each
+# the mean of 1,000 steps in float32 (`benchmarks/fidelity.json`; a test compares the two). Others were not measured so.
+FIDELITY = {
+    "4k4v": Fidelity(2.6e-5, 0.998),
+    "3k3v": Fidelity(2.2e-4, 0.998),
+    "2k2v": Fidelity(1.5e-3, 0.989),
+}
+
+
+def fidelity_of(rung: Rung | None, asked: int | str) -> Fidelity | None:
+    """What was measured of a rung; None where nothing was.
+
+    Args:
+        rung: In use; None where every token is attended to exactly.
+        asked: Exact tokens per KV head, as in the config. More than were measured come at least as close.
+    """
+    if rung is None:
+        return Fidelity(0.0, 1.0)
+    return FIDELITY.get(rung.name) if rung.selected(asked) >= rung.tokens else None
+
+
 def scratch_bytes(query_heads: int, value_dim: int, tokens: int) -> int:
     """Device bytes of one sequence that a decode step needs besides: parts that wait to be merged, a logarithm each.
 

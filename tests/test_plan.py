@@ -26,6 +26,7 @@ from offload.plan import BAND, FITS, NOT, SLOW, Machine, longest, machine_of, pl
 from offload.scheduler import cost
 from offload.scheduler.layout import lay_out
 from offload.scheduler.profiles import PROFILES, profile_of
+from offload.scheduler.rungs import FIDELITY, RUNGS, Fidelity, fidelity_of
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -215,3 +216,20 @@ def test_more_of_anything_is_never_slower_by_much() -> None:
         assert found.times is not None
         times.append(found.times.token)
     assert times == sorted(times, reverse=True)
+
+
+def test_the_fidelity_of_a_rung_is_what_was_measured_of_the_worse_model() -> None:
+    file = ROOT / "benchmarks" / "fidelity.json"
+    if not file.is_file():
+        pytest.skip("the record is not in this checkout")
+    rows = {row["what"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    for name, said in FIDELITY.items():
+        tokens = next(rung.tokens for rung in RUNGS if rung.name == name)
+        found = [rows[f"{model}: {name}:{tokens}"] for model in ("smollm2", "q.gguf")]
+        assert said.kl == pytest.approx(max(row["kl_mean"] for row in found), rel=0.03)
+        assert said.same_top == pytest.approx(min(row["same_top"] for row in found), abs=1e-6)
+    four = RUNGS[0]
+    assert fidelity_of(four, "auto") == fidelity_of(four, 128) == FIDELITY["4k4v"]
+    assert fidelity_of(four, 16) is None  # fewer exact tokens than were measured
+    assert fidelity_of(RUNGS[-1], "auto") is None
+    assert fidelity_of(None, "auto") == Fidelity(0.0, 1.0)

@@ -178,7 +178,25 @@ def _as_object(machine: Machine, result: Plan) -> dict[str, Any]:
         "chunk": layout.chunk, "device_tokens": result.context - layout.host_tokens,
         "host_tokens": layout.host_tokens, "prefill_s": times.prefill, "token_s": times.token, "band": result.band,
         "limit": times.limit, "parts_s": times.parts, "toml": result.toml,
+        "fidelity": None if result.fidelity is None else {
+            "kl": result.fidelity.kl, "same_top": result.fidelity.same_top, "source": "measured",
+        },
+        "sources": {"device_bytes": "computed", "host_bytes": "computed", "times": machine.profile.basis},
     }  # fmt: skip
+
+
+def _closeness(result: Plan) -> str:
+    """How close the tokens are to those of the stock cache, in words."""
+    found, layout = result.fidelity, result.layout
+    assert layout is not None
+    if found is None:
+        return "not measured for this rung and so many exact tokens: offload generate --verify says"
+    if not found.kl:
+        return "the tokens of the stock cache"
+    return (
+        f"the most likely token is the same in {found.same_top:.1%} of steps, KL {found.kl:.1e} "
+        "(measured on small models)"
+    )
 
 
 def _bar(parts: dict[str, int], whole: int) -> str:
@@ -236,6 +254,7 @@ def _print_one(
         print(f"then         {_speed(result)}, most of it {times.limit}")
         beyond = shape.max_positions is not None and result.largest > shape.max_positions
         more = ", more than the model was made for" if beyond else ""
+        print(f"fidelity     {_closeness(result)}")
         print(f"longest      {result.largest:,} tokens fit this budget{more}")
         print(f"\n{result.toml}", end="")
     for note in result.notes:

@@ -179,3 +179,26 @@ def test_the_example_of_its_help_works_and_nothing_heavy_is_loaded(model: str) -
         line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()
     }
     assert not {"torch", "transformers", "numba", "faiss"} & loaded
+
+
+def test_it_says_how_close_the_tokens_are_and_where_each_number_is_from(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*more: str) -> str:
+        assert cli.main(["plan", "--model", model, "--gpu", "rtx4090", *more]) == 0
+        return capsys.readouterr().out
+
+    assert "fidelity     the most likely token is the same in 99.8% of steps, KL 2.6e-05" in shown()
+    assert "fidelity     the tokens of the stock cache" in shown("--mode", "verified")
+    assert "fidelity     not measured" in shown("--set", "retrieval.tokens=16")
+    (found,) = json.loads(shown("--json"))["plans"]
+    assert found["fidelity"] == {"kl": 2.6e-5, "same_top": 0.998, "source": "measured"}
+    assert found["sources"] == {"device_bytes": "computed", "host_bytes": "computed", "times": "data_sheet"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("card", "change"), [("rtx4900", "Did you mean rtx4090?"), ("voodoo2", "Name one of these")])  # fmt: skip
+def test_a_card_that_nobody_knows_is_refused_with_the_nearest(
+    model: str, card: str, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--model", model, "--gpu", card]) == 2
+    assert change in capsys.readouterr().err
