@@ -34,6 +34,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from offload import places
 from offload.errors import ConfigError
 from offload.scheduler.pace import window_of_drafts
 from offload.units import Size, parse_tokens
@@ -518,7 +519,7 @@ class OffloadConfig(_Table):
         data: Mapping[str, Any],
         problems: Iterable[ConfigError],
         *,
-        file: str | None,
+        file: _File | None,
         given: Mapping[str, Any],
         spelled: Mapping[str, str],
     ) -> OffloadConfig:
@@ -536,16 +537,42 @@ class OffloadConfig(_Table):
         try:
             config = cls(**data)
         except ConfigError as error:
+            in_file: list[tuple[places.Place, ConfigError]] = []
             for problem in error.problems or (error,):
                 key = problem.key or ""
                 section, _, name = key.partition(".")
                 table = given.get(section)
                 overridden = name in table if isinstance(table, Mapping) else section in given
-                place = "" if overridden or file is None else f"{file}: "
-                found.append(problem.under(place + spelled.get(key, key)))
+                if overridden or file is None:
+                    found.append(problem.under(spelled.get(key, key)))
+                else:
+                    in_file.append(file.locate(problem))
+            found += [problem for _, problem in sorted(in_file, key=lambda each: each[0])]
         if config is None or found:
             raise _one_error(found)
         return config
+
+
+class _File(NamedTuple):
+    """A file that was read, for messages about it."""
+
+    name: str
+    text: str
+
+    def locate(self, problem: ConfigError) -> tuple[places.Place, ConfigError]:
+        """Where a problem stands, and the problem with its place and its line."""
+        key = problem.key or ""
+        entry = places.entries(self.text).get(key)
+        if entry is None:
+            return places.Place(0, 0, 0), problem.at(self.name)
+        # A key that is unknown was asked for by its name; of any other the value is wrong.
+        place = entry.key if problem.asked == key.rpartition(".")[2] else entry.value
+        return place, self.at(place, problem)
+
+    def at(self, place: places.Place, problem: ConfigError) -> ConfigError:
+        return problem.at(
+            f"{self.name}:{place.line}:{place.column}", places.excerpt(self.text, place)
+        )
 
 
 def _default_sinks(page: int) -> int:
@@ -565,8 +592,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(known)}."
 
 
-def _tables(config: object) -> tuple[dict[str, Any], str | None]:
-    """The tables that were given, and the name of the file that they come from."""
+def _tables(config: object) -> tuple[dict[str, Any], _File | None]:
+    """The tables that were given, and the file that they come from."""
     if config is None:
         return {}, None
     if isinstance(config, OffloadConfig):
@@ -574,7 +601,7 @@ def _tables(config: object) -> tuple[dict[str, Any], str | None]:
     if isinstance(config, Mapping):
         return {str(name): _plain(value) for name, value in config.items()}, None
     if isinstance(config, Path) or (isinstance(config, str) and _is_file_name(config)):
-        return _load(Path(config).expanduser()), str(config)
+        return _load(Path(config))
     if isinstance(config, str):
         try:
             return tomllib.loads(config), None
@@ -603,9 +630,10 @@ def _exists(text: str) -> bool:
         return False
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> tuple[dict[str, Any], _File]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        file = _File(str(path), path.expanduser().read_text(encoding="utf-8"))
+        return tomllib.loads(file.text), file
     except FileNotFoundError:
         raise ConfigError(
             "No such file",
@@ -620,13 +648,18 @@ def _load(path: Path) -> dict[str, Any]:
             asked=str(path),
             change="Give the path of a TOML file.",
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"This is not TOML: {error}",
-            key=str(path),
-            asked=str(path),
-            change='Write tables and keys, for example [memory], then gpu = "20GiB".',
-        ) from None
+    except UnicodeDecodeError as error:
+        raise _not_toml(str(error)).at(str(path)) from None
+    except tomllib.TOMLDecodeError as error:
+        what, place = places.place_of_mistake(str(error), file.text)
+        raise file.at(place, _not_toml(what)) from None
+
+
+def _not_toml(what: str) -> ConfigError:
+    return ConfigError(
+        f"This is not TOML: {what}",
+        change='Write tables and keys, for example [memory], then gpu = "20GiB".',
+    )
 
 
 def _abridged(text: str, length: int = 40) -> str:

@@ -72,6 +72,8 @@ class ConfigError(OffloadError, ValueError):
 
     Attributes:
         key: As given.
+        place: Where it stands: the file, its line and column (`offload.toml:4:7`), or as much of this
+            as is known. None if it comes from no file.
         problems: As given, a tuple. Empty where this error is itself the problem.
     """
 
@@ -88,8 +90,10 @@ class ConfigError(OffloadError, ValueError):
         named = what if key is None else f"{key}: {what}"
         super().__init__(named, asked=asked, there=there, change=change)
         self.key = key
+        self.place: str | None = None
         self.problems = tuple(problems)
-        self.args = ("\n  ".join([str(self.args[0]), *map(str, self.problems)]),)
+        listed = [str(problem).replace("\n", "\n  ") for problem in self.problems]
+        self.args = ("\n  ".join([str(self.args[0]), *listed]),)
 
     def under(self, key: str) -> ConfigError:
         """The same problem under another name, for example a key seen from the whole file."""
@@ -99,6 +103,19 @@ class ConfigError(OffloadError, ValueError):
             message = message.removeprefix(f"{self.key}: ")
         other.key = key
         other.args = (f"{key}: {message}",)
+        return other
+
+    def at(self, place: str, excerpt: str = "") -> ConfigError:
+        """The same problem with where it stands.
+
+        Args:
+            place: The attribute.
+            excerpt: Lines of the file, for below the message.
+        """
+        other = copy.copy(self)
+        other.place = place
+        message = f"{place}: {self}"
+        other.args = (f"{message}\n{excerpt}" if excerpt else message,)
         return other
 
 

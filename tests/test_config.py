@@ -212,11 +212,28 @@ def test_mistakes_name_the_file_or_the_keyword_that_they_come_from(tmp_path: Pat
         "4 settings cannot be used.\n"
         "  gpu_memory: '80%%' is not a size. "
         'Write bytes ("20GiB", "24GB") or, for a budget, a share ("80%") or "auto".\n'
-        f"  {file}: memory.cpu: '0' is no memory at all. "
+        f"  {file}:2:1: memory.gpuu: unknown key. Did you mean 'gpu'?\n"
+        "    2 | gpuu = 1\n"
+        "      | ^^^^\n"
+        f"  {file}:3:7: memory.cpu: '0' is no memory at all. "
         'Write a size above zero, for example "20GiB".\n'
-        f"  {file}: memory.gpuu: unknown key. Did you mean 'gpu'?\n"
-        f"  {file}: retreival: unknown section. Did you mean 'retrieval'?"
+        '    3 | cpu = "0"\n'
+        "      |       ^^^\n"
+        f"  {file}:5:2: retreival: unknown section. Did you mean 'retrieval'?\n"
+        "    5 | [retreival]\n"
+        "      |  ^^^^^^^^^"
     )
+
+
+def test_a_mistake_in_a_file_has_its_key_and_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text("cache.window = 100\n")
+    with pytest.raises(ConfigError) as caught:
+        OffloadConfig.from_toml(file)
+    assert (caught.value.key, caught.value.place) == ("cache.window", f"{file}:1:16")
+    with pytest.raises(ConfigError) as caught:
+        OffloadConfig.from_toml("cache.window = 100\n")
+    assert (caught.value.key, caught.value.place) == ("cache.window", None)
 
 
 @pytest.mark.parametrize(
@@ -292,8 +309,22 @@ def test_what_cannot_be_read_is_refused(given: Any, says: str) -> None:
     assert refused(given).startswith(says)
 
 
-@pytest.mark.parametrize("content", [b"[memory\n", b"\xff\xfe", b"mode = exact"])
-def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "place", "excerpt"),
+    [
+        (b"\n[memory\n", ":2:8", "  2 | [memory\n    |        ^"),
+        (b"mode = exact", ":1:8", "  1 | mode = exact\n    |        ^"),
+        (b"mode = \n\n", ":1:8", "  1 | mode =\n    |        ^"),
+        (b"mode", ":1:5", "  1 | mode\n    |     ^"),
+        (b"\x1b[31m = 1", ":1:1", "  1 |  [31m = 1\n    | ^"),  # not sent to the terminal
+        (b"\xff\xfe", "", None),
+    ],
+)
+def test_a_file_that_is_not_toml_is_named(
+    tmp_path: Path, content: bytes, place: str, excerpt: str | None
+) -> None:
     file = tmp_path / "my.toml"
     file.write_bytes(content)
-    assert refused(file).startswith(f"{file}: This is not TOML:")
+    message = refused(file)
+    assert message.startswith(f"{file}{place}: This is not TOML:")
+    assert excerpt is None or message.endswith(f"\n{excerpt}")

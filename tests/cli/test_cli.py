@@ -172,11 +172,17 @@ def test_config_check_lists_everything_that_is_wrong() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: 3 settings cannot be used.\n"
-        "  my.toml: memory.gpu: 'gigs' in '24 gigs' is not a unit of memory. Write \"24GiB\" "
+        "  my.toml:2:7: memory.gpu: 'gigs' in '24 gigs' is not a unit of memory. Write \"24GiB\" "
         '(1 GiB = 1024^3 bytes) or "24GB" (1 GB = 1000^3).\n'
-        "  my.toml: cache.window: page size 64 does not divide the window of 100 tokens. "
+        '    2 | gpu = "24 gigs"\n'
+        "      |       ^^^^^^^^^\n"
+        "  my.toml:3:2: retreival: unknown section. Did you mean 'retrieval'?\n"
+        "    3 | [retreival]\n"
+        "      |  ^^^^^^^^^\n"
+        "  my.toml:5:10: cache.window: page size 64 does not divide the window of 100 tokens. "
         "Write 64 or 128.\n"
-        "  my.toml: retreival: unknown section. Did you mean 'retrieval'?\n"
+        "    5 | window = 100\n"
+        "      |          ^^^\n"
     )
 
 
@@ -195,9 +201,9 @@ def test_an_error_with_json_is_an_object_too(capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr()
     error = json.loads(printed.out)["error"]
     assert error["code"] == "ConfigError"
-    assert [(p["key"], p["asked"], p["there"]) for p in error["problems"]] == [
-        ("my.toml: cache.window", 100, 64),
-        ("my.toml: cache.pgae", "pgae", None),
+    assert [(p["key"], p["place"], p["asked"], p["there"]) for p in error["problems"]] == [
+        ("cache.window", "my.toml:2:10", 100, 64),
+        ("cache.pgae", "my.toml:3:1", "pgae", None),
     ]
     assert printed.err.startswith("error: 2 settings cannot be used.")
 
