@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
 
@@ -39,6 +40,7 @@ from offload.errors import ConfigError
 from offload.scheduler.pace import window_of_drafts
 from offload.units import Size, parse_tokens
 
+FILE_NAME: Final = "offload.toml"
 SMALLEST_PAGE: Final = 16  # one tile of the tensor cores: no kernel reads fewer tokens at a time
 FAST_PAGE: Final = 64  # tokens that share the scales of their keys in a replica
 LONGEST_DRAFT: Final = 192  # tokens: two fit the window beside a replica
@@ -365,6 +367,20 @@ class Setting(NamedTuple):
     description: str
 
 
+class Given(NamedTuple):
+    """One value that stands above the file, and how the user gave it.
+
+    Attributes:
+        key: As in the file, `memory.gpu`.
+        value: As TOML would have it.
+        name: What the user wrote, for messages: `OFFLOAD_MEMORY__GPU`, `--gpu-memory`.
+    """
+
+    key: str
+    value: object
+    name: str
+
+
 class OffloadConfig(_Table):
     """The whole configuration of one attached model.
 
@@ -482,19 +498,81 @@ class OffloadConfig(_Table):
         """
         return cls.build(path_or_text)
 
-    def to_toml(self, *, origin: str | None = None) -> str:
+    @classmethod
+    def layered(
+        cls,
+        file: Path | None,
+        given: Sequence[Given],
+        problems: Sequence[ConfigError] = (),
+    ) -> OffloadConfig:
+        """One file with single values above it, as the command line has them.
+
+        Args:
+            file: The TOML file. None: the defaults.
+            given: Values of keys that exist. Of two for one key the later one is taken.
+            problems: What is already known to be wrong.
+
+        Raises:
+            ConfigError: Naming all problems, those given, those of the file and those of the values.
+        """
+        try:
+            data, source = _tables(file)
+        except ConfigError as error:
+            raise _one_error([*problems, error]) from None
+        above: dict[str, Any] = {}
+        for each in given:
+            section, _, name = each.key.rpartition(".")
+            table = above.setdefault(section, {}) if section else above
+            table[name] = each.value
+        for section, value in above.items():
+            below = data.get(section, {})
+            if not isinstance(value, dict):
+                data[section] = value
+            elif isinstance(below, dict):  # else it is no table, and reported
+                data[section] = below | value
+        spelled = {each.key: each.name for each in given}
+        return cls._checked(data, problems, file=source, given=above, spelled=spelled)
+
+    @staticmethod
+    def find() -> Path | None:
+        """The file that the command line reads when none is named.
+
+        Nothing in the library calls it: a script that wants the same says
+        `offload.attach(model, OffloadConfig.find())`.
+
+        Returns:
+            The file that the variable `OFFLOAD_CONFIG` names, else the nearest `offload.toml` in the
+            current folder or above it, else `offload.toml` in the user's config folder, else None.
+
+        Raises:
+            ConfigError: `OFFLOAD_CONFIG` names no file.
+        """
+        if named := os.environ.get("OFFLOAD_CONFIG"):
+            if _exists(named):
+                return Path(named).expanduser()
+            raise ConfigError(
+                f"There is no file {named!r}",
+                key="OFFLOAD_CONFIG",
+                asked=named,
+                change="Let the variable name a TOML file, or unset it.",
+            )
+        import platformdirs
+
+        here = Path(os.path.abspath("."))
+        users = Path(platformdirs.user_config_dir("offload", appauthor=False))
+        files = [folder / FILE_NAME for folder in (here, *here.parents, users)]
+        return next((file for file in files if os.path.isfile(file)), None)
+
+    def to_toml(self, *, origins: Mapping[str, str] | None = None) -> str:
         """Every key with the value in effect, as TOML that `from_toml` reads back as an equal.
 
         Args:
-            origin: What the keys that were set come from. Given, each line says in a comment
-                whether it has its value from there or by default.
+            origins: Where each key has its value from, for a comment at the end of its line.
         """
 
         def entry(setting: Setting) -> list[str]:
             line = _assignment(setting.key, setting.value)
-            if origin is not None:
-                line = f"{line:<24}  # {origin if setting.is_set else 'default'}"
-            return [line]
+            return [line if origins is None else f"{line:<24}  # {origins[setting.key]}"]
 
         return _toml(self.settings(), entry)
 
@@ -512,6 +590,21 @@ class OffloadConfig(_Table):
     def settings(self) -> list[Setting]:
         """Every key, in the order of the file."""
         return list(_settings(self))
+
+    @classmethod
+    def every_key(cls) -> list[str]:
+        """The name of every key, `memory.gpu`, in the order of the file."""
+        return [setting.key for setting in cls().settings()]
+
+    @classmethod
+    def nearest_key(cls, key: str) -> str | None:
+        """The key that was probably meant by one that does not exist. None if there is no telling."""
+        keys = cls.every_key()
+        last = key.lower().rpartition(".")[2]
+        same = [known for known in keys if known.rpartition(".")[2] == last]
+        near = difflib.get_close_matches(key.lower(), [*keys, *cls.SHORT_NAMES], n=1, cutoff=0.6)
+        found = same if len(same) == 1 else near
+        return cls.SHORT_NAMES.get(found[0], found[0]) if found else None
 
     @classmethod
     def _checked(
@@ -631,9 +724,17 @@ def _exists(text: str) -> bool:
 
 
 def _load(path: Path) -> tuple[dict[str, Any], _File]:
+    file = _File(str(path), _text(path))
     try:
-        file = _File(str(path), path.expanduser().read_text(encoding="utf-8"))
         return tomllib.loads(file.text), file
+    except tomllib.TOMLDecodeError as error:
+        what, place = places.place_of_mistake(str(error), file.text)
+        raise file.at(place, _not_toml(what)) from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
             "No such file",
@@ -650,9 +751,6 @@ def _load(path: Path) -> tuple[dict[str, Any], _File]:
         ) from error
     except UnicodeDecodeError as error:
         raise _not_toml(str(error)).at(str(path)) from None
-    except tomllib.TOMLDecodeError as error:
-        what, place = places.place_of_mistake(str(error), file.text)
-        raise file.at(place, _not_toml(what)) from None
 
 
 def _not_toml(what: str) -> ConfigError:

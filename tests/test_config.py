@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.config import CacheConfig, MemoryConfig, OffloadConfig
+from offload.config import CacheConfig, Given, MemoryConfig, OffloadConfig
 from offload.errors import ConfigError
 from offload.units import GIB, Size
 
@@ -94,7 +94,12 @@ def test_the_defaults_are_the_documented_ones() -> None:
 @given(configs())
 def test_toml_reads_back_equal(config: OffloadConfig) -> None:
     assert OffloadConfig.from_toml(config.to_toml()) == config
-    assert OffloadConfig.from_toml(config.to_toml(origin="some.toml")) == config
+    assert (
+        OffloadConfig.from_toml(
+            config.to_toml(origins=dict.fromkeys(config.every_key(), "some.toml"))
+        )
+        == config
+    )
     assert OffloadConfig.build(config, mode="fast") == config
 
 
@@ -169,6 +174,99 @@ def test_a_file_is_read_by_path_and_by_name(tmp_path: Path, monkeypatch: Any) ->
         Path(name).write_text('[memory]\ngpu = "3GiB"\n')
         for path in (Path(name), name, str(tmp_path / name)):
             assert OffloadConfig.from_toml(path).memory.gpu.bytes == 3 * GIB
+
+
+def test_values_above_a_file_replace_it_and_the_later_one_counts(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text('mode = "exact"\n[memory]\ngpu = "1GiB"\ncpu = "1GiB"\n')
+    given = [Given("memory.gpu", "2GiB", "VARIABLE"), Given("memory.gpu", "3GiB", "--gpu-memory")]
+    config = OffloadConfig.layered(file, [*given, Given("cache.page", 32, "--set cache.page")])
+    assert (config.mode, config.cache.page) == ("exact", 32)
+    assert config.memory == MemoryConfig(gpu=Size(bytes=3 * GIB), cpu=Size(bytes=GIB))
+    assert OffloadConfig.layered(None, []) == OffloadConfig()
+
+
+def test_values_above_a_file_are_refused_under_the_name_the_user_wrote(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text("memory = 5\n")
+    given = [Given("memory.gpu", "x", "VARIABLE"), Given("mode", "y", "--mode")]
+    with pytest.raises(ConfigError) as caught:
+        OffloadConfig.layered(file, given, [ConfigError("known before", key="--set z")])
+    assert [problem.key for problem in caught.value.problems] == ["--set z", "--mode", "memory"]
+    file.write_text("memory.gpu = 'also wrong, but replaced'\n")
+    with pytest.raises(ConfigError) as caught:
+        OffloadConfig.layered(file, given)
+    assert [problem.key for problem in caught.value.problems] == ["--mode", "VARIABLE"]
+    with pytest.raises(ConfigError) as caught:
+        OffloadConfig.layered(tmp_path / "none", given, [ConfigError("before", key="--set z")])
+    assert len(caught.value.problems) == 2
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The current folder, two below one that may have a file, and the user's config folder."""
+    here, users = tmp_path / "project" / "a" / "b", tmp_path / "users"
+    here.mkdir(parents=True)
+    users.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("OFFLOAD_CONFIG", raising=False)
+    monkeypatch.setattr("platformdirs.user_config_dir", lambda *_, **__: str(users))
+    return here, users
+
+
+def test_the_file_is_that_of_the_variable_then_the_nearest_then_the_users(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, users = folders
+    assert OffloadConfig.find() is None
+    (here / "offload.toml").mkdir()  # no file, and passed over
+    for folder in (users, here.parent.parent, here.parent):
+        file = folder / "offload.toml"
+        file.touch()
+        assert OffloadConfig.find() == file
+    monkeypatch.setenv("OFFLOAD_CONFIG", "named")
+    Path("named").touch()
+    assert OffloadConfig.find() == Path("named")
+    monkeypatch.setenv("OFFLOAD_CONFIG", "")
+    assert OffloadConfig.find() == here.parent / "offload.toml"
+
+
+@pytest.mark.parametrize("named", ["none.toml", "."])
+def test_a_variable_that_names_no_file_is_refused_by_its_name(
+    named: str, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folders[1] / "offload.toml").touch()
+    monkeypatch.setenv("OFFLOAD_CONFIG", named)
+    with pytest.raises(ConfigError, match=r"^OFFLOAD_CONFIG: ") as caught:
+        OffloadConfig.find()
+    assert caught.value.asked == named
+
+
+def test_the_library_reads_no_file_that_it_was_not_given(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folders[0] / "offload.toml").write_text('mode = "exact"')
+    monkeypatch.setenv("OFFLOAD_MODE", "exact")
+    assert OffloadConfig.build() == OffloadConfig.build(None) == OffloadConfig()
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("memory.gup", "memory.gpu"),
+        ("memroy.gpu", "memory.gpu"),
+        ("gpu", "memory.gpu"),
+        ("cache.gpu", "memory.gpu"),
+        ("MEMORY.GPU", "memory.gpu"),
+        ("gpu_memroy", "memory.gpu"),
+        ("moed", "mode"),
+        ("xyz", None),
+    ],
+)
+def test_a_key_that_does_not_exist_is_answered_with_the_nearest(
+    key: str, nearest: str | None
+) -> None:
+    assert OffloadConfig.nearest_key(key) == nearest
 
 
 def test_a_config_is_frozen() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from offload.cli.settings import CONFIG_HELP, asked
 from offload.errors import InputError
 
 app = typer.Typer(
@@ -21,29 +22,37 @@ app = typer.Typer(
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@app.command(epilog="Example: offload config show --config offload.toml")
+@app.command(epilog="Example: offload config show --set memory.gpu=20GiB")
 def show(
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", help="The TOML file. Without it, the defaults are shown."),
+    config: Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP)] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
     ] = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Print every value and where it comes from.
+    """Print every value and where it comes from: the file, a variable, the command line, or nowhere.
 
     As TOML, which can be saved as a file.
     """
-    from offload.config import OffloadConfig
-
-    effective = OffloadConfig.build(config)
+    found = asked(config, sets)
+    settings = found.config.settings()
     if not as_json:
-        print(effective.to_toml(origin=str(config or "file")), end="")
+        print(f"# file: {found.file or 'none'}")
+        origins = {setting.key: str(found.origin(setting)) for setting in settings}
+        print(found.config.to_toml(origins=origins), end="")
         return
-    settings = [
-        {**s._asdict(), "origin": "file" if s.is_set else "default"} for s in effective.settings()
+    shown = [
+        {
+            **setting._asdict(),
+            "origin": found.origin(setting).kind,
+            "from": found.origin(setting).name,
+        }
+        for setting in settings
     ]
-    inputs = {"config": None if config is None else str(config)}
-    print(_object("config show", inputs=inputs, settings=settings))
+    inputs = {"config": None if config is None else str(config), "set": sets or []}
+    file = None if found.file is None else str(found.file)
+    print(_object("config show", inputs=inputs, file=file, settings=shown))
 
 
 @app.command(epilog="Example: offload config check offload.toml")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offload.cli.settings import merged
+from offload.cli.settings import CONFIG_HELP, asked
 from offload.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def plan(
     ] = None,
     mode: Annotated[str | None, typer.Option("--mode", help="fast, verified or exact.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Of weights and KV.")] = "bfloat16",
-    config: Annotated[Path | None, typer.Option("--config", help="The TOML file.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP)] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
@@ -75,14 +75,11 @@ def plan(
     Bytes are those that the runtime would take; times are predicted. The exit code is 3 if it does not fit.
     """
     from offload.checkpoint import describe
-    from offload.config import OffloadConfig
     from offload.plan import NOT
     from offload.plan import plan as planned
     from offload.units import parse_tokens
 
-    given = {"mode": mode, "gpu_memory": gpu_memory, "cpu_memory": cpu_memory}
-    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    settings = OffloadConfig.build(config, **merged(overrides, sets or []))
+    settings = asked(config, sets, mode=mode, gpu_memory=gpu_memory, cpu_memory=cpu_memory).config
     shape = describe(model, dtype=dtype)
     tokens, answer = parse_tokens(context), parse_tokens(output)
     names = [name.strip() for name in (compare or gpu or "").split(",") if name.strip()]

@@ -99,7 +99,8 @@ def test_a_misspelt_command_is_bad_usage_and_is_answered_with_the_nearest() -> N
 def test_config_show_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "show"]) == 0
     printed = capsys.readouterr()
-    assert printed.out == OffloadConfig().to_toml(origin="file")
+    origins = dict.fromkeys(OffloadConfig.every_key(), "default")
+    assert printed.out == "# file: none\n" + OffloadConfig().to_toml(origins=origins)
     assert printed.err == ""
 
 
@@ -107,6 +108,7 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
     Path("my.toml").write_text('[memory]\ngpu = "24gb"\n[cache]\nwindow = "4K"\n')
     assert cli.main(["config", "show", "--config", "my.toml"]) == 0
     assert capsys.readouterr().out == (
+        "# file: my.toml\n"
         'mode = "fast"             # default\n'
         "\n"
         "[memory]\n"
@@ -150,12 +152,14 @@ def test_config_show_as_json_has_every_key(capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["config", "show", "--config", "my.toml", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["schema_version"], printed["command"]) == (1, "config show")
-    assert printed["inputs"] == {"config": "my.toml"}
+    assert printed["inputs"] == {"config": "my.toml", "set": []}
+    assert printed["file"] == "my.toml"
     by_key = {setting.pop("key"): setting for setting in printed["settings"]}
     assert list(by_key) == [setting.key for setting in OffloadConfig().settings()]
     gpu = by_key["memory.gpu"]
-    assert (gpu["value"], gpu["default"], gpu["origin"]) == ("24GB", "auto", "file")
-    assert by_key["cache.page"]["origin"] == "default"
+    assert (gpu["value"], gpu["default"]) == ("24GB", "auto")
+    assert (gpu["origin"], gpu["from"]) == ("file", "my.toml")
+    assert (by_key["cache.page"]["origin"], by_key["cache.page"]["from"]) == ("default", None)
 
 
 def test_config_check_accepts_a_good_file(capsys: pytest.CaptureFixture[str]) -> None:
