@@ -30,6 +30,7 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
 )
 from pydantic.fields import FieldInfo
@@ -77,6 +78,14 @@ def _tokens_or_none(value: Any) -> int:
     return parse_tokens(value, at_least=0)
 
 
+def _no_switch(value: Any) -> Any:
+    if isinstance(value, bool):  # a number to Python, and to pydantic
+        raise ConfigError(
+            f"{value!r} is not a number", asked=value, change="Write for example 0.001."
+        )
+    return value
+
+
 def _definite(value: Any) -> Size:
     size = Size.parse(value)
     if size.is_auto:
@@ -97,15 +106,51 @@ def _auto_or_bytes(value: Any) -> Size:
     return size
 
 
+# How the parsers above are described in the JSON schema. These patterns take all that the parsers read,
+# and a few things that they refuse (a size of less than 1 MiB without its unit).
+_NUMBER: Final = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?"
+_BYTES: Final = _NUMBER + r"\s*([KMGTkmgt][iI]?B|[kmgt][iI]?b|[KMGT]Ib|[Bb])?"
+_SHARE: Final = _NUMBER + r"\s*%"
+_LENGTH: Final = _NUMBER + r"\s*[KMkm]?"
+_AUTO: Final = "[aA][uU][tT][oO]"
+
+
+def _reads(bare: Mapping[str, Any], *patterns: str) -> WithJsonSchema:
+    """A text that is one of the patterns, or a value without quotes; "auto" is offered as a word."""
+    word = [{"const": "auto"}] if _AUTO in patterns else []
+    text = {"type": "string", "pattern": rf"^\s*({'|'.join(patterns)})\s*$"}
+    return WithJsonSchema({"anyOf": [*word, text, {**bare}]})
+
+
+_ABOVE_ZERO: Final = {"type": "integer", "minimum": 1}
+_FROM_ZERO: Final = {"type": "integer", "minimum": 0}
+_WHOLE: Final = {"type": "number", "minimum": 1}  # 1e9 is a float in TOML
 _AsText = PlainSerializer(str, return_type=str)
-_Budget = Annotated[InstanceOf[Size], BeforeValidator(Size.parse), _AsText]
-_DefiniteSize = Annotated[InstanceOf[Size], BeforeValidator(_definite), _AsText]
-_BufferSize = Annotated[InstanceOf[Size], BeforeValidator(_auto_or_bytes), _AsText]
-_Tokens = Annotated[int, BeforeValidator(_tokens)]
-_TokensOrNone = Annotated[int, BeforeValidator(_tokens_or_none)]
-_AutoOrTokens = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_tokens)]
-_AutoOrSwitch = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_switch)]
-_AutoOrTokensOrNone = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_tokens_or_none)]
+_Budget = Annotated[
+    InstanceOf[Size],
+    BeforeValidator(Size.parse),
+    _AsText,
+    _reads(_WHOLE, _BYTES, _SHARE, _AUTO),
+]
+_DefiniteSize = Annotated[
+    InstanceOf[Size], BeforeValidator(_definite), _AsText, _reads(_WHOLE, _BYTES, _SHARE)
+]
+_BufferSize = Annotated[
+    InstanceOf[Size], BeforeValidator(_auto_or_bytes), _AsText, _reads(_WHOLE, _BYTES, _AUTO)
+]
+_Tokens = Annotated[int, BeforeValidator(_tokens), _reads(_ABOVE_ZERO, _LENGTH)]
+_TokensOrNone = Annotated[int, BeforeValidator(_tokens_or_none), _reads(_FROM_ZERO, _LENGTH)]
+_AutoOrTokens = Annotated[
+    Literal["auto"] | int, BeforeValidator(_auto_or_tokens), _reads(_ABOVE_ZERO, _LENGTH, _AUTO)
+]
+_AutoOrTokensOrNone = Annotated[
+    Literal["auto"] | int,
+    BeforeValidator(_auto_or_tokens_or_none),
+    _reads(_FROM_ZERO, _LENGTH, _AUTO),
+]
+_AutoOrSwitch = Annotated[
+    Literal["auto"] | bool, BeforeValidator(_auto_or_switch), _reads({"type": "boolean"}, _AUTO)
+]
 
 
 def _unit(unit: str) -> dict[str, Any]:
@@ -255,7 +300,7 @@ class ReplicaConfig(_Table):
         "ones first: for models that low bits hurt there. A cache whose length is not known has none.",
         json_schema_extra=_unit("layers"),
     )
-    skipped_mass: float = Field(
+    skipped_mass: Annotated[float, BeforeValidator(_no_switch)] = Field(
         default=0.001,
         ge=0.0,
         lt=1.0,
@@ -577,15 +622,20 @@ class OffloadConfig(_Table):
         return _toml(self.settings(), entry)
 
     @classmethod
-    def template(cls) -> str:
-        """A TOML file with every key commented out, and what it does, its unit and its default."""
+    def template(cls, *, schema: str | None = None) -> str:
+        """A TOML file with every key commented out, and what it does, its unit and its default.
+
+        Args:
+            schema: Where the JSON schema is, seen from the file. Its first line tells editors.
+        """
 
         def entry(setting: Setting) -> list[str]:
             what = _comment(f"{setting.description} [{setting.unit}]")
             return ["", *what, f"# {_assignment(setting.key, setting.default)}"]
 
         head = "Configuration of offload. Every key is here with its default: uncomment to change."
-        return "\n".join([*_comment(head), "", _toml(cls().settings(), entry)])
+        first = [] if schema is None else [f"#:schema {schema}", ""]
+        return "\n".join([*first, *_comment(head), "", _toml(cls().settings(), entry)])
 
     def settings(self) -> list[Setting]:
         """Every key, in the order of the file."""

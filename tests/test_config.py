@@ -354,6 +354,7 @@ def test_a_mistake_in_a_file_has_its_key_and_its_place(tmp_path: Path) -> None:
             {"page": 8},
             "page: a page of 8 tokens is not a power of two of at least 16. Write 16.",
         ),
+        ({"skipped_mass": True}, "skipped_mass: True is not a number. Write for example 0.001."),
         ({"chunk": 0}, "chunk: 0 tokens are too few. Write 1 or more."),
         (
             {"staging": "10%"},

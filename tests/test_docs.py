@@ -82,7 +82,9 @@ def test_the_toml_of_the_readme_is_a_configuration(tmp_path: Path) -> None:
 
 
 def test_the_readme_shows_commands() -> None:
-    assert {"demo", "config check", "config init", "config show"} <= set(commands())
+    assert {"demo", "config check", "config init", "config schema", "config show"} <= set(
+        commands()
+    )
 
 
 @pytest.mark.parametrize("command", commands())

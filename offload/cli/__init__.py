@@ -10,7 +10,7 @@
 | `tune` | `offload tune`: better settings, by plans and short runs |
 | `page` | the HTML page of a profile |
 | `doctor` | `offload doctor`: whether this machine is ready |
-| `config` | `offload config show`, `check` and `init` |
+| `config` | `offload config show`, `check`, `schema` and `init` |
 
 A command parses, calls one function of the library, and renders what comes back. stdout carries the
 result and nothing else. `main` alone turns errors into a line on stderr and an exit code: 0 done,

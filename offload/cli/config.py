@@ -1,15 +1,15 @@
-"""`offload config`: what is in effect, whether a file is right, and a file to start from."""
+"""`offload config`: what is in effect, whether a file is right, its schema, and a file to start from."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from offload.cli.settings import CONFIG_HELP, asked
+from offload.cli.text import progress
 from offload.errors import InputError
 
 app = typer.Typer(
@@ -72,33 +72,59 @@ def check(
     )
 
 
+@app.command(epilog="Example: offload config schema > offload.schema.json")
+def schema() -> None:
+    """Print the JSON schema of the file, from which editors complete and explain its keys."""
+    print(_schema_text(), end="")
+
+
 @app.command(epilog="Example: offload config init offload.toml")
 def init(
     file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("offload.toml"),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    with_schema: Annotated[
+        bool,
+        typer.Option("--schema/--no-schema", help="And its JSON schema beside it, for editors."),
+    ] = True,
 ) -> None:
     """Write a file to start from.
 
-    Every key is in it, commented out, with what it does, its unit and its default.
+    Every key is in it, commented out, with what it does, its unit and its default. Its first line names
+    its JSON schema, which is written beside it: an editor needs no network to complete its keys.
     """
     from offload.config import OffloadConfig
 
+    beside = file.with_suffix(".schema.json")
+    texts = {file: OffloadConfig.template(schema=f"./{beside.name}" if with_schema else None)}
+    if with_schema:
+        texts[beside] = _schema_text()
+    for path in texts:
+        if path.exists() and not force:
+            raise InputError(
+                f"{path} is already there",
+                asked=str(path),
+                change="Give another name, or --force to replace it.",
+            )
+    for path, text in texts.items():
+        _write(path, text)
+    progress(f"wrote {' and '.join(map(str, texts))}")
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        with file.open("w" if force else "x", encoding="utf-8") as out:
-            out.write(OffloadConfig.template())
-    except FileExistsError:
-        raise InputError(
-            f"{file} is already there",
-            asked=str(file),
-            change="Give another name, or --force to replace it.",
-        ) from None
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(
-            f"{file} cannot be written: {error.strerror}",
-            asked=str(file),
+            f"{path} cannot be written: {error.strerror}",
+            asked=str(path),
             change="Give a path in a folder that exists and can be written.",
         ) from error
-    print(f"wrote {file}", file=sys.stderr)
+
+
+def _schema_text() -> str:
+    from offload.schema import schema
+
+    return json.dumps(schema(), indent=2) + "\n"
 
 
 def _object(command: str, **fields: object) -> str:

@@ -14,6 +14,7 @@ import offload
 from offload import cli
 from offload.config import OffloadConfig
 from offload.errors import BudgetError, CacheError, InputError, OffloadError
+from offload.schema import schema
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,7 @@ def test_version_names_what_offload_stands_on(capsys: pytest.CaptureFixture[str]
         ["config"],
         ["config", "show"],
         ["config", "check"],
+        ["config", "schema"],
         ["config", "init"],
     ],
     ids=" ".join,
@@ -212,22 +214,37 @@ def test_an_error_with_json_is_an_object_too(capsys: pytest.CaptureFixture[str])
     assert printed.err.startswith("error: 2 settings cannot be used.")
 
 
-def test_config_init_writes_a_file_that_means_the_defaults() -> None:
+def test_config_init_writes_a_file_that_means_the_defaults_and_its_schema() -> None:
     done = run("config", "init")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "wrote offload.toml\n")
-    assert Path("offload.toml").read_text() == OffloadConfig.template()
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "wrote offload.toml and offload.schema.json\n"
+    text = Path("offload.toml").read_text()
+    assert text == OffloadConfig.template(schema="./offload.schema.json")
+    assert text.splitlines()[0] == "#:schema ./offload.schema.json"
+    assert Path("offload.schema.json").read_text() == run("config", "schema").stdout
     assert cli.main(["config", "check", "offload.toml"]) == 0
 
 
-def test_config_init_replaces_a_file_only_when_forced(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("my.toml").write_text("mine")
+def test_config_init_without_a_schema_writes_one_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "init", "my.toml", "--no-schema"]) == 0
+    assert capsys.readouterr().err == "wrote my.toml\n"
+    assert Path("my.toml").read_text() == OffloadConfig.template()
+    assert not Path("my.schema.json").exists()
+
+
+@pytest.mark.parametrize("there", ["my.toml", "my.schema.json"])
+def test_config_init_replaces_a_file_only_when_forced(
+    there: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(there).write_text("mine")
     assert cli.main(["config", "init", "my.toml"]) == 2
     assert capsys.readouterr().err == (
-        "error: my.toml is already there. Give another name, or --force to replace it.\n"
+        f"error: {there} is already there. Give another name, or --force to replace it.\n"
     )
-    assert Path("my.toml").read_text() == "mine"
+    assert [(path.name, path.read_text()) for path in Path().iterdir()] == [(there, "mine")]
     assert cli.main(["config", "init", "my.toml", "--force"]) == 0
-    assert Path("my.toml").read_text() == OffloadConfig.template()
+    assert Path("my.toml").read_text() == OffloadConfig.template(schema="./my.schema.json")
+    assert json.loads(Path("my.schema.json").read_text()) == schema()
     assert cli.main(["config", "init", "no/such/folder.toml"]) == 2
 
 
