@@ -14,7 +14,7 @@
 
 A command parses, calls one function of the library, and renders what comes back. stdout carries the
 result and nothing else. `main` alone turns errors into a line on stderr and an exit code: 0 done,
-1 failed, 2 bad usage or configuration, 3 does not fit, 130 interrupted.
+1 failed, 2 bad usage or configuration, 3 does not fit, 130 interrupted, 141 nobody reads on.
 
 Help is answered without torch, transformers or pydantic: what is heavy is imported by the function
 that needs it.
@@ -24,14 +24,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from offload.cli import config, demo, doctor, generate, plan, profile, tune
+from offload.cli.text import PROGRESS
 from offload.errors import (
     BudgetError,
     ConfigError,
@@ -41,6 +43,9 @@ from offload.errors import (
 )
 
 FAILED, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED = 1, 2, 3, 130
+# As a shell says of a program that SIGPIPE ended (128 + 13): under `set -o pipefail` a script sees that
+# the output was cut off, as it does with cat or grep, and can tell it from a failure of ours.
+NOBODY_READS = 141
 
 app = typer.Typer(
     name="offload",
@@ -97,8 +102,11 @@ def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error, and debug logs.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Leave progress and notes out of stderr.")
+    ] = False,
 ) -> None:
-    """Declares the options of every command; `main` has already acted on --debug."""
+    """Declares the options of every command; `main` has already acted on --debug and --quiet."""
 
 
 @app.command(epilog="Example: offload version --json")
@@ -124,13 +132,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Taken out here, so that it may stand before or after the command.
-    debug = "--debug" in given
-    given = [argument for argument in given if argument != "--debug"]
+    # Taken out here, so that they may stand before or after the command.
+    debug, quiet = "--debug" in given, "--quiet" in given or "-q" in given
+    given = [argument for argument in given if argument not in ("--debug", "--quiet", "-q")]
     _log_to_stderr(logging.DEBUG if debug else logging.WARNING)
+    PROGRESS.setLevel(logging.WARNING if quiet else logging.INFO)
+    streams = sys.stdout, sys.stderr
+    try:
+        code = _run(given, debug=debug)
+        sys.stdout.flush()  # here: at the end of the process Python itself would complain
+    except BrokenPipeError as error:
+        sys.stdout, sys.stderr = streams  # Typer has wrapped them
+        unread = [_give_up(stream) for stream in streams]
+        return NOBODY_READS if any(unread) else _unforeseen(error, debug=debug)
+    return code
+
+
+def _run(given: list[str], *, debug: bool) -> int:
+    """Runs one command and returns its exit code. A pipe that is closed is raised."""
     try:
         app(given, prog_name="offload")
     except SystemExit as leaving:  # how Typer ends, also in success
+        if isinstance(leaving.__context__, BrokenPipeError):
+            raise leaving.__context__ from None
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -142,13 +166,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps({"schema_version": 1, "error": _as_object(error)}))
         return _exit_code(error)
     except Exception as error:  # noqa: BLE001 (the last stop: a user gets a line, not a traceback)
-        if debug:
-            traceback.print_exc()
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        if not debug:
-            print("This was not foreseen. Add --debug to see where it comes from.", file=sys.stderr)
-        return FAILED
+        return _unforeseen(error, debug=debug)
     return 0
+
+
+def _unforeseen(error: Exception, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+    if not debug:
+        print("This was not foreseen. Add --debug to see where it comes from.", file=sys.stderr)
+    return FAILED
+
+
+def _give_up(stream: TextIO) -> bool:
+    """Whether nobody reads a stream. What is still to be written to it then goes nowhere."""
+    import select
+
+    try:
+        there = stream.fileno()
+    except (OSError, ValueError):  # it is no file, but what a test reads
+        return False
+    # Asked of the system: whether a flush still fails depends on how the stream is buffered.
+    poll = select.poll()
+    poll.register(there, 0)  # errors and hang-ups, which are always told
+    if not poll.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, there)
+    os.close(nowhere)
+    return True
 
 
 def _exit_code(error: OffloadError) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
 
-from offload.cli.text import encoded, no_bars, printer, progress, read_text
+from offload.cli.text import encoded, no_bars, printer, progress, read_text, shows_progress
 from offload.errors import InputError
 from offload.units import duration, gib
 
@@ -305,7 +305,9 @@ def _answer_offloaded(
             budget = runtime.budget_for(
                 kv_share=KV_SHARE, prompt_tokens=n_prompt, new_tokens=max_new_tokens
             )
-    with offload.attach(loaded.model, mode="exact", gpu_memory=budget) as runtime:
+    with offload.attach(
+        loaded.model, mode="exact", gpu_memory=budget, progress=shows_progress()
+    ) as runtime:
         if show:
             shown = f"{gib(budget, digits=2)} of" if isinstance(budget, int) else f"{budget} as"
             print(f"Budget     {shown} device memory, for weights, work and KV cache")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offload.cli.settings import CONFIG_HELP, asked
-from offload.cli.text import encoded, no_bars, printer, progress, read_text
+from offload.cli.text import encoded, no_bars, printer, progress, read_text, shows_progress
 from offload.errors import InputError
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
     comparison: Comparison | None = None
-    with offload.attach(loaded.model, settings) as runtime:
+    bar = {} if shows_progress() else {"progress": False}
+    with offload.attach(loaded.model, settings, **bar) as runtime:
         cache = runtime.new_cache(max_tokens=length + max_new_tokens)
         shown = None if as_json else printer(loaded)
         sequence = runtime.generate(**inputs, cache=cache, streamer=shown, **call)
@@ -121,11 +122,11 @@ def generate(
             except InputError as error:  # the answer is there all the same
                 said = str(error)
     if said:
-        progress(f"not verified: {said}")
+        print(f"not verified: {said}", file=sys.stderr)
     if stats and not as_json:
         print(f"\n{report}", file=sys.stderr)
     if comparison is not None and not as_json:
-        progress(_closeness(comparison))
+        print(_closeness(comparison), file=sys.stderr)
     if as_json:
         found = {
             "schema_version": 1,

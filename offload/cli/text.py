@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,10 @@ from offload.errors import InputError
 
 if TYPE_CHECKING:
     from offload.loading import Loaded
+
+# Its level is whether progress is shown: `main` sets it for each run.
+PROGRESS = logging.getLogger("offload.cli.progress")
+PROGRESS.setLevel(logging.INFO)
 
 
 def read_text(file: Path, *, raw: bool = False) -> str:
@@ -74,20 +79,39 @@ def printer(loaded: Loaded) -> Any:
     return TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
+def shows_progress() -> bool:
+    """Whether progress is shown: not with --quiet."""
+    return PROGRESS.isEnabledFor(logging.INFO)
+
+
 def progress(line: str) -> None:
-    """A line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """A line on stderr that --quiet leaves out."""
+    if shows_progress():
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Keeps transformers' "Loading weights" bar, which lasts half a second, out of the output."""
+    """Keeps transformers' "Loading weights" bar, which lasts half a second, out of the output.
+
+    With --quiet also the bars of downloads.
+    """
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
+    downloads = not shows_progress() and not are_progress_bars_disabled()
     logging.disable_progress_bar()
+    if downloads:
+        disable_progress_bars()
     try:
         yield
     finally:
         if shown:
             logging.enable_progress_bar()
+        if downloads:
+            enable_progress_bars()

@@ -16,6 +16,8 @@ from offload.config import OffloadConfig
 from offload.errors import BudgetError, CacheError, InputError, OffloadError
 from offload.schema import schema
 
+NO_SUCH_FILE = "error: none.toml: No such file. Write one with: offload config init.\n"
+
 
 @pytest.fixture(autouse=True)
 def _plain_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -27,6 +29,21 @@ def _plain_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "offload", *arguments]
     return subprocess.run(command, text=True, capture_output=True, check=False, env=os.environ)
+
+
+def run_unread(arguments: list[str], unbuffered: str, *, stderr: int) -> tuple[int, str]:
+    """Exit code and stderr of a command whose stdout is a pipe that nobody reads."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "offload", *arguments]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    try:
+        done = subprocess.run(
+            command, stdout=writes, stderr=stderr, text=True, check=False, env=env
+        )
+    finally:
+        os.close(writes)
+    return done.returncode, done.stderr or ""
 
 
 def raise_from_version(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -289,3 +306,59 @@ def test_warnings_of_the_library_go_to_stderr(capsys: pytest.CaptureFixture[str]
 
     logging.getLogger("offload.cache").warning("pinned less than asked")
     assert capsys.readouterr().err == "WARNING: pinned less than asked\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-q", "config", "init"], ["config", "init", "--quiet"]], ids=" ".join
+)
+def test_quiet_leaves_progress_out_wherever_it_stands(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr() == ("", "")
+    assert cli.main(["config", "init", "--force"]) == 0  # the next run is not quiet
+    assert capsys.readouterr().err == "wrote offload.toml and offload.schema.json\n"
+
+
+def test_quiet_keeps_results_warnings_and_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OFFLOAD_MEMORY_GPU", "1GiB")
+    assert cli.main(["config", "show"]) == 0
+    loud = capsys.readouterr()
+    assert cli.main(["config", "show", "-q"]) == 0
+    assert capsys.readouterr() == loud
+    assert loud.err.startswith("WARNING: OFFLOAD_MEMORY_GPU is not read")
+    assert cli.main(["config", "check", "none.toml", "-q"]) == 2
+    assert capsys.readouterr().err.startswith("error: none.toml: No such file.")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGPIPE")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["config", "show"],  # fits the buffer of stdout: found when that is flushed
+        ["config", "schema"],  # does not: found while the command prints
+        ["config", "check", "none.toml", "--json"],  # an error, printed by main
+        ["--help"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_a_command_without_a_word(arguments: list[str], unbuffered: str) -> None:
+    code, said = run_unread(arguments, unbuffered, stderr=subprocess.PIPE)
+    assert (code, said.removeprefix(NO_SUCH_FILE)) == (141, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGPIPE")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_stderr_may_be_closed_too(unbuffered: str) -> None:
+    assert run_unread(["config", "init"], unbuffered, stderr=subprocess.STDOUT) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raise_from_version(monkeypatch, BrokenPipeError(32, "Broken pipe"))
+    assert cli.main(["version"]) == 1
+    assert capsys.readouterr().err.startswith("error: BrokenPipeError: [Errno 32] Broken pipe")

@@ -74,9 +74,13 @@ class FakeAttach:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.progress = True
         self.wrong_from: int | None = None
 
-    def __call__(self, model: Any, *, mode: str, gpu_memory: int | str) -> FakeRuntime:
+    def __call__(
+        self, model: Any, *, mode: str, gpu_memory: int | str, progress: bool = True
+    ) -> FakeRuntime:
+        self.progress = progress
         assert mode == "exact"  # its promise is the same tokens
         self.calls.append(("attach", gpu_memory))
         return FakeRuntime(model, gpu_memory, self.share, self.wrong_from, self.calls)
@@ -133,6 +137,16 @@ def test_progress_goes_to_stderr(
         f"Loading {model} (the first time takes longer) ...",
         "The same with the in-memory cache of transformers, to compare ...",
     ]
+
+
+def test_quiet_leaves_the_result_alone(
+    model: str, document: str, attach: FakeAttach, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(model, document, "--quiet") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.splitlines()[-1] == "same tokens as the in-memory cache: yes (8 of 8)"
+    assert not attach.progress  # no bar either
 
 
 def test_the_default_budget_holds_three_tenths_of_the_kv_cache(

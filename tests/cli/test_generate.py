@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_lm import save_tiny_lm
 
+import offload
 from offload import cli
+from offload.config import OffloadConfig
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,27 @@ def test_the_answer_is_the_stock_models_and_alone_on_stdout(
     assert printed.out.strip() == want.strip()
     assert "mode fast" in printed.err
     assert "tokens" in printed.err
+
+
+def test_quiet_keeps_the_answer_and_what_was_asked_to_be_said(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[object] = []
+    attach = offload.attach
+
+    def watched(model: Any, config: OffloadConfig, **overrides: Any) -> Any:
+        bars.append(OffloadConfig.build(config, **overrides).trace.progress)
+        return attach(model, config, **overrides)
+
+    monkeypatch.setattr(offload, "attach", watched)
+    assert ask(model, "--prompt", "Say anything.", "--mode", "exact", "--verify", "2") == 0
+    loud = capsys.readouterr()
+    assert loud.err.startswith("Loading ")
+    assert ask(model, "-q", "--prompt", "Say anything.", "--mode", "exact", "--verify", "2") == 0
+    quiet = capsys.readouterr()
+    assert quiet.out == loud.out
+    assert quiet.err == "not verified: every step was exact\n"
+    assert bars == [True, False]
 
 
 def test_json_has_text_tokens_report_and_how_close_it_was(
