@@ -120,7 +120,14 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["demo", "--help"], ["config", "show"], ["--version"], ["version"]],
+    [
+        ["--help"],
+        ["demo", "--help"],
+        ["config", "show"],
+        ["config", "schema"],
+        ["--version"],
+        ["version"],
+    ],
     ids=" ".join,
 )
 def test_the_command_line_loads_nothing_heavy_to_answer(arguments: list[str]) -> None:
