@@ -391,10 +391,10 @@ def tuned_toml(base: str, settings: Settings, said: Mapping[str, str]) -> str:
 
     document = tomlkit.parse(base)
     for key, value in settings.items():
-        section, _, name = key.partition(".")
-        if section not in document:
+        section, _, name = key.rpartition(".")
+        if section and section not in document:
             document[section] = tomlkit.table()
-        table: Any = document[section]
+        table: Any = document[section] if section else document
         item = tomlkit.item(value)
         if key in said:
             item.comment(said[key])

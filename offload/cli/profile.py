@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offload.cli.settings import merged
+from offload.cli.settings import CONFIG_HELP, asked
 from offload.cli.text import encoded, no_bars, progress, read_text
 from offload.errors import InputError, OffloadError
 
@@ -46,7 +46,7 @@ def profile(
     cpu_memory: Annotated[
         str | None, typer.Option("--cpu-memory", help="Host budget for KV, as in 64GiB.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="The TOML file.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP)] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
@@ -73,17 +73,13 @@ def profile(
 
     Bytes are planned, measured and unaccounted, by purpose. The answer is not shown and does not end early.
     """
-    from offload.config import OffloadConfig
-
     parts = [] if prompt_file is None else [read_text(prompt_file, raw=raw)]
     parts += [] if prompt is None else [prompt]
     if not parts:
         raise InputError(
             "There is no prompt", asked=None, there=None, change="Give --prompt or --prompt-file."
         )
-    given = {"mode": mode, "gpu_memory": gpu_memory, "cpu_memory": cpu_memory}
-    overrides = {name: value for name, value in given.items() if value is not None}
-    settings = OffloadConfig.build(config, **merged(overrides, sets or []))
+    settings = asked(config, sets, mode=mode, gpu_memory=gpu_memory, cpu_memory=cpu_memory).config
     settings.require_usable()
     for file in (html, trace):
         if file is not None and not file.absolute().parent.is_dir():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offload.cli.settings import merged
+from offload.cli.settings import CONFIG_HELP, asked
 from offload.cli.text import encoded, no_bars, progress, read_text
 from offload.errors import InputError, OffloadError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from offload.cli.settings import Asked
     from offload.config import OffloadConfig
     from offload.loading import Loaded
     from offload.tune import Outcome, Predicted, Tuned
@@ -62,9 +63,7 @@ def tune(
     cpu_memory: Annotated[
         str | None, typer.Option("--cpu-memory", help="Host budget for KV, as in 64GiB.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="The TOML file to begin with.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP)] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,7 +83,6 @@ def tune(
 
     What is set already stays. Runs are kept beside the file to write: the same command goes on where it was stopped.
     """
-    from offload.config import OffloadConfig
     from offload.units import parse_tokens
 
     if objective not in _OBJECTIVES:
@@ -95,9 +93,8 @@ def tune(
     until = time.monotonic() + _seconds(limit)
     tokens = parse_tokens(output)
     text = read_text(prompt_file)
-    given = {"mode": mode, "gpu_memory": gpu_memory, "cpu_memory": cpu_memory}
-    overrides = {name: value for name, value in given.items() if value is not None}
-    settings = OffloadConfig.build(config, **merged(overrides, sets or []))
+    given = asked(config, sets, mode=mode, gpu_memory=gpu_memory, cpu_memory=cpu_memory)
+    settings = given.config
     settings.require_usable()
     if not out.absolute().parent.is_dir():
         raise InputError(
@@ -127,7 +124,7 @@ def tune(
     except KeyboardInterrupt:
         progress(f"stopped; the same command goes on from {kept}")
         raise
-    _write(out, config, settings, found, tokens)
+    _write(out, given, found, tokens)
     _say(found, out, tokens, as_json=as_json, objective=objective)
 
 
@@ -219,22 +216,19 @@ def _predictor(
     return predict
 
 
-def _write(
-    out: Path, base: Path | None, settings: OffloadConfig, found: Tuned, output: int
-) -> None:
-    """The file: as it was, with what is better and with what was given on the command line."""
+def _write(out: Path, given: Asked, found: Tuned, output: int) -> None:
+    """The file that was read, with what is better, and with what variables and options say."""
     from offload.tune import tuned_toml
 
-    text = "" if base is None else base.read_text(encoding="utf-8")
+    text = "" if given.file is None else given.file.read_text(encoding="utf-8")
     before, after = found.before.seconds(output), found.after.seconds(output)
-    why = f"tuned: {before:.1f} s became {after:.1f} s" if found.longest is None else "tuned: a longer context"  # fmt: skip
-    given: dict[str, Any] = {}
-    if base is None:
-        given = {s.key: s.value for s in settings.settings() if s.is_set and "." in s.key}
-    plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in given.items()}
+    why = f"tuned: {before:.1f} s became {after:.1f} s"
+    if found.longest is not None:
+        why = f"tuned: {found.longest[0]:,} tokens became {found.longest[1]:,}"
+    values = {setting.key: setting.value for setting in given.config.settings()}
+    above = {key: values[key] for key in given.above}
+    plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in above.items()}
     changed = tuned_toml(text, plain | found.settings, dict.fromkeys(found.settings, why))
-    if base is None and settings.mode != "fast":
-        changed = f'mode = "{settings.mode}"\n\n{changed}'
     out.write_text(changed or "# Nothing was better than the defaults.\n", encoding="utf-8")
 
 
