@@ -98,6 +98,9 @@ class Card:
         pcie_generation: Of the link; None where it is not known.
         pcie_width: Lanes that are in use.
         most_pcie_width: Lanes that the card has.
+        power_limit_w: Watts that the driver lets it take.
+        most_clock_mhz: Of its multiprocessors, the highest.
+        most_memory_clock_mhz: Of its memory, the highest.
     """
 
     name: str
@@ -107,6 +110,9 @@ class Card:
     pcie_generation: int | None = None
     pcie_width: int | None = None
     most_pcie_width: int | None = None
+    power_limit_w: float | None = None
+    most_clock_mhz: int | None = None
+    most_memory_clock_mhz: int | None = None
 
 
 def local_card() -> Card | None:
@@ -127,6 +133,8 @@ def local_card() -> Card | None:
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        limit = asked(pynvml.nvmlDeviceGetPowerManagementLimit, handle)
+        clock = pynvml.nvmlDeviceGetMaxClockInfo
         return Card(
             name=str(pynvml.nvmlDeviceGetName(handle)),
             total=int(memory.total),
@@ -136,6 +144,10 @@ def local_card() -> Card | None:
             pcie_generation=asked(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
             pcie_width=asked(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
             most_pcie_width=asked(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
+            power_limit_w=None if limit is None else limit / 1000,
+            # Likewise its clocks.
+            most_clock_mhz=asked(clock, handle, pynvml.NVML_CLOCK_SM),
+            most_memory_clock_mhz=asked(clock, handle, pynvml.NVML_CLOCK_MEM),
         )
     except pynvml.NVMLError:
         return None

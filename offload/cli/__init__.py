@@ -228,16 +228,6 @@ def _log_to_stderr(level: int) -> None:
 
 
 def _versions() -> dict[str, str | None]:
-    """Read from the installed metadata: importing torch to ask for its version takes seconds."""
-    import importlib.metadata
-    import platform
+    from offload.environment import versions
 
-    from offload import __version__
-
-    found: dict[str, str | None] = {"offload": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "triton", "numpy", "numba", "faiss-cpu"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return versions()

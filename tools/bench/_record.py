@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -14,12 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from offload.environment import environment as machine
 
 GIB = 2**30
 
@@ -72,34 +71,7 @@ class Record:
 
 def environment() -> dict[str, Any]:
     """Commit, versions, card and host."""
-    facts: dict[str, Any] = {
-        "commit": os.environ.get("OFFLOAD_COMMIT") or _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "cpu_cores": os.cpu_count(),
-    }
-    for package in ("torch", "transformers", "triton", "numpy"):
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = None
-    if torch.cuda.is_available():
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        facts |= {
-            "card": torch.cuda.get_device_name(0),
-            "card_bytes": torch.cuda.mem_get_info()[1],
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "cuda": torch.version.cuda,
-            "pcie_generation": pynvml.nvmlDeviceGetCurrPcieLinkGeneration(handle),
-            "pcie_width": pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle),
-            "power_limit_w": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
-        }
-    else:
-        facts["card"] = None
-    return facts
+    return {"commit": os.environ.get("OFFLOAD_COMMIT") or _commit(), **machine()}
 
 
 def _commit() -> str | None:
