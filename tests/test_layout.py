@@ -123,6 +123,7 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
     [
         ["--help"],
         ["demo", "--help"],
+        ["bench", "--help"],
         ["config", "show"],
         ["config", "schema"],
         ["--version"],

@@ -1,5 +1,5 @@
 """The command line: `offload demo`, `offload generate`, `offload plan`, `offload profile`, `offload tune`,
-`offload doctor`, `offload config` and `offload version`.
+`offload bench`, `offload doctor`, `offload config` and `offload version`.
 
 | file | command |
 |---|---|
@@ -9,6 +9,7 @@
 | `profile` | `offload profile`: where every byte and millisecond of a run went, beside the plan |
 | `tune` | `offload tune`: better settings, by plans and short runs |
 | `page` | the HTML page of a profile |
+| `bench` | `offload bench`: tokens per second at several depths and in several modes, as llama-bench has them |
 | `doctor` | `offload doctor`: whether this machine is ready |
 | `config` | `offload config show`, `check`, `schema` and `init` |
 
@@ -32,7 +33,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from offload.cli import config, demo, doctor, generate, plan, profile, tune
+from offload.cli import bench, config, demo, doctor, generate, plan, profile, tune
 from offload.cli.text import PROGRESS
 from offload.errors import (
     BudgetError,
@@ -76,6 +77,10 @@ app.command(
     short_help="Find better settings by plans and short runs.",
     epilog="Example: offload tune --prompt-file book.txt --time 5m",
 )(tune.tune)
+app.command(
+    short_help="Time reading and generating tokens at several depths.",
+    epilog="Example: offload bench -p 2048 -n 128 -d 0,32K,128K --mode exact,fast -o json > first.json",
+)(bench.bench)
 app.command(
     short_help="Say whether this machine is ready, and what would make it faster.",
     epilog="Example: offload doctor",

@@ -77,6 +77,7 @@ def test_version_names_what_offload_stands_on(capsys: pytest.CaptureFixture[str]
     [
         [],
         ["demo"],
+        ["bench"],
         ["version"],
         ["config"],
         ["config", "show"],
@@ -103,6 +104,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "plan",
         "profile",
         "tune",
+        "bench",
         "doctor",
         "version",
         "config",
