@@ -277,3 +277,16 @@ def test_fidelity_says_what_the_steps_were() -> None:
     assert row(*drafted, mode="verified", rung="4k4v").fidelity == Fidelity(
         steps="verified", accepted_per_pass=3.5
     )
+
+
+@pytest.mark.gpu
+def test_on_a_card_the_peak_is_counted_and_capturing_is_not_timed() -> None:
+    model = build().cuda()
+    rows = bench(model, cases([READ], [MADE], [DEPTH]), configs=[config("fast")], repetitions=TIMES)
+    for found in rows:
+        assert found.peak_bytes is not None
+        assert found.peak_bytes >= found.subject.weights_bytes
+    for each in rows[1].samples:
+        assert each.capture_s > 0
+        assert each.seconds > 0
+    assert any("not compiled" in note for note in rows[1].notes)

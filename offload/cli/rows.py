@@ -186,7 +186,8 @@ def _where(environment: dict[str, Any]) -> str:
         if "power_limit_w" in known:
             words.append(f"{known['power_limit_w']:.0f} W")
     else:
-        words.append(f"{known.get('cpu', 'CPU')}, {known['cpu_threads']} threads")
+        threads = known["cpu_threads"]
+        words.append(f"{known.get('cpu', 'CPU')}, {threads} thread{'s' if threads > 1 else ''}")
     return ", ".join(words)
 
 
@@ -238,6 +239,10 @@ def _flat(result: Result, row: Row) -> dict[str, Any]:
             flat |= {f"{name}_{inner}": of_inner for inner, of_inner in value.items()}
         elif name == "samples":
             flat["repetitions"] = len(value)
-        elif name != "notes" and value is not None:
+        elif name not in (
+            "notes",
+            "fidelity",
+            "baseline",
+        ):  # tables that a row without samples lacks
             flat[name] = value
     return flat
