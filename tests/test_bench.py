@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -120,6 +120,19 @@ def test_every_repetition_starts_at_the_depth_which_is_read_once(
         # Equal caches: what a run moves to the host was there since the warm-up.
         assert len({each.tokens_on_host for each in found.samples}) == 1
         assert (found.host_bytes > 0) == (case.depth > 0)
+
+
+def test_one_cache_a_depth_has_room_for_the_longest_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms: list[int | None] = []
+    right = Runtime.new_cache
+
+    def new_cache(self: Runtime, max_tokens: int | None = None) -> Any:
+        rooms.append(max_tokens)
+        return right(self, max_tokens)
+
+    monkeypatch.setattr(Runtime, "new_cache", new_cache)
+    bench(build(), cases([READ], [MADE, 90], [0, 100]), configs=[config("exact")], repetitions=1)
+    assert rooms == [1 + 90, 100 + 1 + 90]
 
 
 def test_each_mode_is_attached_by_itself_and_the_model_is_given_back() -> None:
@@ -257,6 +270,22 @@ def test_a_row_is_the_mean_of_its_samples_and_the_most_that_any_took() -> None:
     assert (found.device_bytes, found.peak_bytes, found.host_bytes) == (11, 20, 7)
     assert row(sample(1.0)).deviation == 0.0
     assert row(sample(1.0)).peak_bytes is None
+
+
+def test_a_sample_has_the_seconds_of_its_case_without_capturing_and_the_bytes_of_both_tiers() -> (
+    None
+):
+    with attach(build(), mode="exact") as runtime:
+        report = replace(
+            runtime.report(), prefill_s=2.0, decode_s=5.0, capture_s=1.0,
+            bytes={"weights": 8, "window": 4, "host_pinned": 2, "host_pageable": 1},
+        )  # fmt: skip
+    reading = module._sample(Case(prompt=6, depth=9), report, None)
+    writing = module._sample(Case(generated=8, depth=9), report, 13)
+    assert (reading.tokens, reading.seconds, reading.tokens_per_s) == (6, 2.0, 3.0)
+    assert (writing.tokens, writing.seconds, writing.tokens_per_s) == (8, 4.0, 2.0)
+    assert (writing.device_bytes, writing.host_bytes, writing.peak_bytes) == (12, 3, 13)
+    assert (reading.peak_bytes, writing.capture_s) == (None, 1.0)
 
 
 def test_fidelity_says_what_the_steps_were() -> None:

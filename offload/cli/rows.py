@@ -236,7 +236,8 @@ def _flat(result: Result, row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in _as_object(result, row).items():
         if isinstance(value, dict):
-            flat |= {f"{name}_{inner}": of_inner for inner, of_inner in value.items()}
+            for inner, of_inner in value.items():
+                flat[f"{name}_{inner.removeprefix(f'{name}_')}"] = of_inner
         elif name == "samples":
             flat["repetitions"] = len(value)
         elif name not in (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_lm import save_tiny_lm
+from tiny_lm import POSITIONS, save_tiny_lm
 
 from offload import cli
 from offload.baseline import Baseline
@@ -160,7 +160,14 @@ def test_the_table_is_markdown_and_its_notes_say_what_is_not_timed(
     head = printed.err.splitlines().index(next(x for x in printed.err.splitlines() if x.startswith("model_name,")))  # fmt: skip
     rows = list(csv.DictReader(io.StringIO("\n".join(printed.err.splitlines()[head:]))))
     assert [each["test"] for each in rows] == ["pp40", "tg6", "pp40 @ d300", "tg6 @ d300"]
-    assert {each["repetitions"] for each in rows} == {"2"}
+    assert {(each["repetitions"], each["model_type"]) for each in rows} == {("2", "llama")}
+
+
+def test_what_every_run_would_warn_of_is_said_once(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measure(model, "-p", str(POSITIONS), "-n", "0", "-r", "2", "--mode", "exact") == 0
+    assert capsys.readouterr().err.count(f"the model was made for {POSITIONS}") == 1
 
 
 def test_json_lines_have_a_type_each(model: str, capsys: pytest.CaptureFixture[str]) -> None:
