@@ -16,7 +16,7 @@ from offload.baseline import Baseline, read_baseline
 from offload.bench import DOES_NOT_FIT, Case, Row, cases, in_order
 from offload.bench import bench as measure
 from offload.cli.rows import Form, Result, line_of, notes_of, render
-from offload.cli.settings import merged
+from offload.cli.settings import CONFIG_HELP, asked
 from offload.cli.text import encoded, no_bars, progress, read_text
 from offload.errors import InputError
 
@@ -79,7 +79,7 @@ def bench(
     cpu_memory: Annotated[
         str | None, typer.Option("--cpu-memory", help="Host budget for KV, as in 64GiB.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="The TOML file.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP)] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
@@ -101,8 +101,7 @@ def bench(
     tests = cases(token_counts(n_prompt), token_counts(n_gen), token_counts(n_depth))
     if not tests:
         raise InputError("There is nothing to time", asked="-p 0 -n 0", change="Give -p or -n.")
-    given = {"gpu_memory": gpu_memory, "cpu_memory": cpu_memory}
-    configs = _configs(mode, given, config, sets or [])
+    configs = _configs(mode, config, sets or [], gpu_memory=gpu_memory, cpu_memory=cpu_memory)
     before = None if baseline is None else read_baseline(baseline)
     text = None if prompt_file is None else read_text(prompt_file)
 
@@ -112,15 +111,15 @@ def bench(
 
     with no_bars():
         loaded = load(model, dtype=dtype)
-    asked: dict[str, Any] = {
+    wanted: dict[str, Any] = {
         "repetitions": repetitions, "delay_s": delay, "seed": seed,
         "prompt_file": None if prompt_file is None else str(prompt_file),
     }  # fmt: skip
-    inputs = _inputs(loaded, tests, configs) | asked
+    inputs = _inputs(loaded, tests, configs) | wanted
     where = environment()
     if before is not None:
         _tell_differences(before, inputs, where)
-    rows, ended = _measured(loaded, tests, configs, text, asked)
+    rows, ended = _measured(loaded, tests, configs, text, wanted)
     interrupted = isinstance(ended, KeyboardInterrupt)
     notes = notes_of(rows, repetitions=repetitions, random=text is None)
     result = Result(
@@ -204,15 +203,19 @@ def _form(output: Form | None, *, as_json: bool) -> Form:
 
 
 def _configs(
-    mode: str | None, given: dict[str, str | None], file: Path | None, sets: list[str]
+    mode: str | None,
+    file: Path | None,
+    sets: list[str],
+    *,
+    gpu_memory: str | None,
+    cpu_memory: str | None,
 ) -> list[OffloadConfig]:
     """One configuration for each mode, checked."""
-    from offload.config import OffloadConfig
-
-    overrides = merged({name: value for name, value in given.items() if value is not None}, sets)
-    modes = [] if mode is None else [name.strip() for name in mode.split(",")]
-    wanted = [overrides | {"mode": name} for name in dict.fromkeys(modes)] or [overrides]
-    configs = [OffloadConfig.build(file, **each) for each in wanted]
+    modes = [None] if mode is None else [name.strip() for name in mode.split(",")]
+    configs = [
+        asked(file, sets, mode=name, gpu_memory=gpu_memory, cpu_memory=cpu_memory).config
+        for name in dict.fromkeys(modes)
+    ]
     for config in configs:
         config.require_usable()
     return configs
@@ -237,7 +240,7 @@ def _tell_differences(before: Baseline, inputs: dict[str, Any], where: dict[str,
 
 
 def _measured(
-    loaded: Loaded, tests: list[Case], configs: list[OffloadConfig], text: str | None, asked: dict[str, Any]
+    loaded: Loaded, tests: list[Case], configs: list[OffloadConfig], text: str | None, wanted: dict[str, Any]
 ) -> tuple[list[Row], BaseException | None]:  # fmt: skip
     """The rows that are there, in the order asked for, and what ended the run before its time."""
     rows: list[Row] = []
@@ -251,8 +254,8 @@ def _measured(
         ids = None if text is None else encoded(loaded, text, chat=False)["input_ids"]
         with _said_once():
             measure(
-                loaded.model, tests, configs=configs, name=loaded.source, ids=ids, seed=asked["seed"],
-                repetitions=asked["repetitions"], delay_s=asked["delay_s"], on_row=keep, tell=progress,
+                loaded.model, tests, configs=configs, name=loaded.source, ids=ids, seed=wanted["seed"],
+                repetitions=wanted["repetitions"], delay_s=wanted["delay_s"], on_row=keep, tell=progress,
             )  # fmt: skip
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - raised again behind the rows
         ended = error

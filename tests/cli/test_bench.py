@@ -281,11 +281,12 @@ def test_bad_input_is_exit_code_2_before_anything_is_loaded(
 def test_each_mode_has_a_configuration_of_its_own() -> None:
     from offload.cli.bench import _configs
 
-    found = _configs(" exact, fast,exact", {"gpu_memory": "1GiB", "cpu_memory": None}, None, ["cache.window=128"])  # fmt: skip
+    sets = ["cache.window=128"]
+    found = _configs(" exact, fast,exact", None, sets, gpu_memory="1GiB", cpu_memory=None)
     assert [config.mode for config in found] == ["exact", "fast"]
     assert {str(config.memory.gpu) for config in found} == {"1GiB"}
     assert {config.cache.window for config in found} == {128}
-    assert _configs(None, {}, None, []) == [OffloadConfig()]
+    assert _configs(None, None, [], gpu_memory=None, cpu_memory=None) == [OffloadConfig()]
 
 
 def test_the_whole_table() -> None:
