@@ -53,7 +53,7 @@ class Profile:
         device: Bytes of the device, by purpose.
         host: Bytes of the host, likewise.
         peak: The most bytes of the device that were in use, as its driver counts; None on a CPU.
-        unaccounted: Of these, what no purpose explains; negative where purposes explain more. None on a CPU.
+        unaccounted: Of these, what no purpose explains; None on a CPU.
         samples: Memory over time.
         prefill_until: Seconds from the first sample to the end of the prefill.
         token_at: Seconds from the first sample to each token.
@@ -221,5 +221,6 @@ def _device_parts(
     )
     parts.append(Part("allocator", ALLOCATOR_SLACK, reserved - allocated))
     parts.append(Part("driver", planned["overhead"] - ALLOCATOR_SLACK, driver))
-    peak = recorder.most_used
+    # Between two samples memory can rise and fall unseen; torch's own peak misses nothing.
+    peak = max(recorder.most_used, driver + reserved)
     return parts, peak, peak - sum(part.measured or 0 for part in parts)

@@ -78,7 +78,11 @@ def test_what_no_purpose_explains_is_unaccounted(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 150 * mib)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 180 * mib)
     recorder = Recorder(torch.device("cpu"))
-    recorder.samples = [Sample(0.0, 0, 0, 500 * mib), Sample(1.0, 9, 160 * mib, 720 * mib)]
+    recorder.samples = [
+        Sample(0.0, 0, 0, 500 * mib),
+        Sample(0.5, 9, 180 * mib, 760 * mib),
+        Sample(1.0, 9, 160 * mib, 720 * mib),
+    ]
     before = DeviceMemory(total=2**40, free=2**39, allocated=101 * mib, overhead=0)
     parts, peak, unaccounted = profiles._device_parts(report, before, recorder, card)
     measured = {part.purpose: part.measured for part in parts}
@@ -86,8 +90,10 @@ def test_what_no_purpose_explains_is_unaccounted(monkeypatch: pytest.MonkeyPatch
     assert measured["passes and states"] == (150 - 101 - 10 - 5 - 2 - 1) * mib
     assert measured["allocator"] == 30 * mib
     assert measured["driver"] == 560 * mib
-    assert peak == 720 * mib
-    assert unaccounted == (720 - 180 - 560) * mib
+    assert peak == 760 * mib
+    assert unaccounted == (760 - 180 - 560) * mib
+    recorder.samples[1] = Sample(0.5, 9, 9, 9)  # the peak was between two samples
+    assert profiles._device_parts(report, before, recorder, card)[1:] == (740 * mib, 0)
     assert Part("driver", 700 * mib - ALLOCATOR_SLACK, 560 * mib) in parts
 
 
