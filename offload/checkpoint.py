@@ -3,7 +3,7 @@
 A folder with a `config.json` and safetensors files, a `config.json` alone, a GGUF file, or a repository of the hub whose
 config is read. Only headers are read: of safetensors the JSON at the front, of GGUF the keys and the list of tensors.
 Keys that a config leaves out mean what transformers means by them (`offload/data/defaults.json`, written by
-`tools/defaults.py`). What is not understood is refused by name, never guessed.
+`tools/defaults.py`); what it weighs without its tensors, `offload.counting` says. What is not understood is refused by name, never guessed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from offload.counting import Counted, count
 from offload.demand import activation_bytes, parts_bytes
-from offload.errors import InputError, UnsupportedModelError
+from offload.errors import InputError
 from offload.kinds import FED_WHOLE, REFUSED
+from offload.layers import layers_of, state_bytes, takes_windows_for_all, unsupported
 from offload.loading import ask_hub, find
 
 ITEMSIZES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
-_SLIDING: Final = ("sliding_attention", "chunked_attention")
 # Names of older configs.
 _ALIASES: Final = {
     "n_embd": "hidden_size",
@@ -32,11 +33,6 @@ _ALIASES: Final = {
     "n_positions": "max_position_embeddings",
     "n_inner": "intermediate_size",
 }
-# Kinds whose parameters are counted where only a config is there: a gated MLP, attention without further weights.
-_COUNTED: Final = {
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite", "olmo2",
-    "ministral",
-}  # fmt: skip
 _TORCH_FLOATS: Final = {"F64", "F32", "F16", "BF16"}
 # Weights in an element of what is no float: packed 4-bit codes are the usual kind.
 _PACKED: Final = {"U8": 2, "I8": 1, "I32": 8, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -73,6 +69,7 @@ class FileShape:
         rows: Of each layer that keeps every token.
         heads: Query heads of each of those, and the head size of their values.
         windows: (tokens, bytes of a token) of each layer that keeps a sliding window.
+        state_bytes: Of the states of one sequence, in layers that keep any.
         hidden: Size of the residual stream.
         vocabulary: Logits of one token.
         max_positions: The context length that the model was made for.
@@ -103,6 +100,7 @@ class FileShape:
     read_bytes: float
     weights: int
     weights_are: str
+    state_bytes: int = 0
     quantised: str | None = None
     experts_met: float = 1.0
     longest: int | None = None
@@ -118,7 +116,7 @@ class FileShape:
     def other_kv_bytes(self, tokens: int | None) -> int:
         """Device bytes of one sequence in layers that are not offloaded."""
         held = sum(size * (n if tokens is None else min(n, tokens)) for n, size in self.windows)
-        return 2 * held  # transformers appends by making a second copy
+        return 2 * held + self.state_bytes  # transformers appends by making a second copy
 
 
 @dataclass(slots=True)
@@ -132,6 +130,16 @@ class _Tensors:
     head: int = 0  # elements of the output embedding; none where it is the input's
     experts: int = 0  # weights of experts, of which a token meets some
     expert_bytes: int = 0  # of those that are no floats
+
+    @classmethod
+    def of(cls, counted: Counted) -> _Tensors:
+        """Those that a config says."""
+        return cls(
+            floats=counted.all,
+            embedding=counted.embedding,
+            head=counted.head,
+            experts=counted.experts,
+        )
 
     def add(self, name: str, shape: list[int], kind: str) -> None:
         """Counts one."""
@@ -234,49 +242,46 @@ def _of_config(
     kind = str(text.get("model_type") or config.get("model_type") or "unknown")
     for each in {kind, str(config.get("model_type"))}:
         if each in REFUSED:
-            raise _unsupported(each, REFUSED[each])
+            raise unsupported(each, REFUSED[each])
     known = defaults().get(kind)
     if known is None:
-        raise _unsupported(kind, "offload does not know its config")
+        raise unsupported(kind, "offload does not know its config")
     values = known | {_ALIASES.get(key, key): value for key, value in text.items()}
     if values.get("kv_lora_rank") or values.get("num_kv_shared_layers"):
-        raise _unsupported(kind, "its cache holds compressed keys, or layers share them")
+        raise unsupported(kind, "its cache holds compressed keys, or layers share them")
+    named = text.get("layers_block_type")
+    if isinstance(named, list) and "num_hidden_layers" not in text:
+        values["num_hidden_layers"] = len(named)
     layers = _number(values, "num_hidden_layers", kind)
     heads = _number(values, "num_attention_heads", kind)
     hidden = _number(values, "hidden_size", kind)
     kv_heads = _optional(values, "num_key_value_heads", kind) or heads
-    size = _optional(values, "head_dim", kind) or hidden // heads
+    size = _optional(values, "head_dim", kind) or _optional(values, "attention_head_dim", kind)
+    # The attention of zamba reads the residual stream and the embedding beside it.
+    size = size or (2 if kind in ("zamba", "zamba2") else 1) * hidden // heads
     inner = _optional(values, "intermediate_size", kind) or 4 * hidden
     row = FileRow(kv_heads, size, size, ITEMSIZES[dtype])
     positions = _optional(values, "max_position_embeddings", kind)
     window = _optional(values, "sliding_window", kind)
-    types = _layer_types(values, kind, layers)
-    slides = [t in _SLIDING and not (window and positions and window >= positions) for t in types]
-    if any(slides) and not window:
-        raise _unsupported(kind, "its layers slide over a window that its config does not name")
-    full = slides.count(False)
-    taken = any(t in _SLIDING and not moves for t, moves in zip(types, slides, strict=True))
-    tied = bool(values.get("tie_word_embeddings"))
+    is_all = bool(window and positions and window >= positions)
+    all_layers = layers_of(kind, values, layers, window_is_all=is_all)
+    full, sliding, states = (
+        sum(getattr(layer, what) for layer in all_layers) for what in ("keeps", "slides", "state")
+    )
+    if sliding and not window:
+        raise unsupported(kind, "its layers slide over a window that its config does not name")
+    taken = is_all and takes_windows_for_all(kind, values, layers)
     vocabulary = _optional(values, "vocab_size", kind) or 0
     itemsize = ITEMSIZES[dtype]
     if tensors is None:
-        floats = _counted(values, kind, layers, heads, kv_heads, size, hidden, tied=tied)
-        tensors, are = _Tensors(floats=floats, embedding=vocabulary * hidden), "computed"
-        tensors.head = 0 if tied else vocabulary * hidden
+        counted = count(kind, text)
+        tensors, are, met = _Tensors.of(counted), "computed", counted.met
     else:
-        are = "read"
-        if tied:  # a copy that is not loaded
+        are, met = "read", _met(values, kind) if tensors.experts else 1.0
+        if values.get("tie_word_embeddings"):  # a copy that is not loaded
             tensors.floats -= tensors.head
             tensors.head = 0
     looked_up = tensors.embedding if tensors.head else 0
-    met = 1.0
-    every_expert = _optional(values, "num_experts", kind) or _optional(
-        values, "num_local_experts", kind
-    )
-    if every_expert and tensors.experts:
-        met = min(
-            1.0, (_optional(values, "num_experts_per_tok", kind) or every_expert) / every_expert
-        )
     idle = (1 - met) * tensors.experts
     parameters = tensors.floats + tensors.packed - looked_up - idle
     read: float = (tensors.floats - looked_up) * itemsize + tensors.others
@@ -291,7 +296,8 @@ def _of_config(
         layers=layers,
         rows=rows,
         heads=all_heads,
-        windows=((int(window or 0), row.token_bytes),) * (layers - full),
+        windows=((int(window or 0), row.token_bytes),) * sliding,
+        state_bytes=states * state_bytes(kind, values, itemsize) if states else 0,
         hidden=hidden,
         vocabulary=vocabulary,
         max_positions=positions,
@@ -308,61 +314,12 @@ def _of_config(
     )
 
 
-def _layer_types(values: dict[str, Any], kind: str, layers: int) -> list[str]:
-    """The type of each layer, as transformers' cache sees it."""
-    types = values.get("layer_types")
-    every = _optional(values, "sliding_window_pattern", kind)
-    switch = values.get("use_sliding_window")
-    if types:
-        if not isinstance(types, list):
-            raise InputError(
-                f"The config of a {kind} needs a list",
-                asked="layer_types",
-                there=types,
-                change=None,
-            )
-        types = [str(each) for each in types][:layers]
-    elif switch is False:
-        types = ["full_attention"] * layers
-    elif switch:
-        if kind not in ("qwen2", "qwen2_moe", "qwen3"):
-            raise _unsupported(kind, "its config does not name the layers that slide (layer_types)")
-        first = _optional(values, "max_window_layers", kind) or 0
-        types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    elif every:
-        types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]  # fmt: skip
-    elif values.get("layer_pattern"):
-        pattern = values["layer_pattern"]
-        types = [pattern[i % len(pattern)] for i in range(layers)]
-    else:
-        types = ["sliding_attention" if values.get("sliding_window") else "full_attention"] * layers
-    strange = sorted(set(types) - {"full_attention", *_SLIDING})
-    if strange or len(types) != layers:
-        what = ", ".join(strange) or f"{len(types)} of {layers} layers are named"
-        raise _unsupported(kind, f"a file does not say what its other layers hold ({what})")
-    return types
-
-
-def _counted(
-    values: dict[str, Any], kind: str, layers: int, heads: int, kv_heads: int, size: int, hidden: int, *, tied: bool
-) -> int:  # fmt: skip
-    """Parameters of a dense decoder."""
-    if kind not in _COUNTED:
-        raise InputError(
-            f"The config of a {kind} does not say how many weights it has",
-            asked="its weights, of which there is no safetensors file",
-            there=f"counted are {', '.join(sorted(_COUNTED))}",
-            change="Give a folder that holds its safetensors files, or a GGUF file.",
-        )
-    inner = _number(values, "intermediate_size", kind)
-    attention = hidden * size * (2 * heads + 2 * kv_heads)
-    if kind == "qwen2" or values.get("attention_bias"):
-        attention += size * (heads + 2 * kv_heads)
-    norms = hidden * (4 if kind in ("gemma2", "gemma3_text") else 2)
-    norms += 2 * size if kind in ("qwen3", "gemma3_text") else 0
-    norms += size * (heads + kv_heads) if kind == "olmo2" else 0
-    embeddings = _number(values, "vocab_size", kind) * hidden * (1 if tied else 2)
-    return layers * (attention + 3 * hidden * inner + norms) + embeddings + hidden
+def _met(values: dict[str, Any], kind: str) -> float:
+    """Share of its experts that a token meets."""
+    there = _optional(values, "num_experts", kind) or _optional(values, "num_local_experts", kind)
+    if not there:
+        return 1.0
+    return min(1.0, (_optional(values, "num_experts_per_tok", kind) or there) / there)
 
 
 def _number(values: dict[str, Any], key: str, kind: str) -> int:
@@ -386,12 +343,6 @@ def _optional(values: dict[str, Any], key: str, kind: str) -> int | None:
 def _quantised(config: dict[str, Any]) -> str | None:
     found = config.get("quantization_config")
     return str(found.get("quant_method", "quantised")) if isinstance(found, dict) else None
-
-
-def _unsupported(kind: str, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        "This model cannot be planned", model_type=kind, reason=reason, change="Use the stock cache."
-    )  # fmt: skip
 
 
 def _safetensors(folder: Path) -> _Tensors | None:

@@ -1,0 +1,212 @@
+"""Are the command line's answers quick, and are they right?
+
+- `start`: wall time of `offload --help` and of `offload plan`, from the shell, warm.
+- `families`: of transformers' classes that decode, those whose default config plans, those that are refused by name, and
+  those whose weights are as many as the model of that config has, built on `meta`.
+- `profile`: an 8B-shaped Llama with random weights under the 24 GB cap: device bytes and times as planned and as measured.
+- `largest`: the context that a plan calls largest under that cap is generated, a page more is refused.
+
+`profile` and `largest` need a card.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _record import Record, arguments, parse
+from decode import free
+from generate import CAP_BYTES, build_model
+
+from offload.checkpoint import FileShape, describe
+from offload.config import OffloadConfig
+from offload.errors import BudgetError, OffloadError
+from offload.plan import Machine, plan
+from offload.profile import profile
+from offload.runtime import attach
+from offload.scheduler.profiles import profile_of
+
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 2**20,
+}  # fmt: skip
+OUTPUT = 64
+_WEIGHED = 80e9  # parameters up to which a kind is built: `meta` takes no memory, but time
+
+
+def measure_start(record: Record, repeats: int) -> None:
+    """Wall time of commands, from the shell."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps(LLAMA_8B))
+        plan_it = ["plan", "--model", str(config), "--context", "128K", "--gpu", "rtx4090"]
+        for name, asked in (("help_s", ["--help"]), ("plan_s", plan_it)):
+            times = []
+            for _ in range(repeats + 1):
+                began = time.perf_counter()
+                run = subprocess.run([sys.executable, "-P", "-m", "offload", *asked], capture_output=True, check=True)  # fmt: skip
+                times.append(time.perf_counter() - began)
+                assert run.stdout
+            record.row(name, seconds=times[1:], command=" ".join(asked[:1]))
+            record.bars[name] = statistics.median(times[1:])
+
+
+def _weights(kind: str) -> int | None:
+    """Weights of a model of the default config; None where it cannot be built, or is too large."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
+    except Exception:  # noqa: BLE001 - not every kind can be built from its defaults
+        return None
+    return sum(int(p.numel()) for p in model.parameters())
+
+
+def measure_families(record: Record, kinds: list[str] | None) -> None:
+    """Which kinds of model plan by their default config."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    transformers.logging.set_verbosity_error()
+    roomy = profile_of("h200")
+    machine = Machine(profile=roomy, device=2**44, host=2**44)
+    settings = OffloadConfig.build(None, mode="exact")
+    planned, refused, crashed, same, differ, decoders = [], {}, {}, [], {}, 0
+    for kind in kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            config = CONFIG_MAPPING[kind]()
+        except Exception as error:  # noqa: BLE001 - it has no default config
+            record.row(f"no config: {kind}", error=str(error)[:100])
+            continue
+        encodes = config.is_encoder_decoder or getattr(config, "is_decoder", True) is False
+        if encodes:
+            continue
+        decoders += 1
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "config.json"
+            file.write_text(config.to_json_string(use_diff=False))
+            try:
+                shape = describe(file)
+                plan(settings, shape, machine, context=4096, output=64)
+            except OffloadError as error:
+                refused[kind] = str(error)
+                continue
+            except Exception as error:  # noqa: BLE001 - what must not be
+                crashed[kind] = repr(error)
+                continue
+        planned.append(kind)
+        if shape.weights > 2 * _WEIGHED:
+            continue
+        there = _weights(kind)
+        if there is not None:
+            counted = shape.weights // 2
+            same.append(kind) if counted == there else differ.update({kind: [counted, there]})
+    record.row(
+        "families", decoders=decoders, planned=planned, refused=refused, crashed=crashed, weights_same=same,
+        weights_differ=differ,
+    )  # fmt: skip
+    record.bars["plan_families_planned"] = len(planned) / max(1, decoders)
+    record.bars["plan_families_crashed"] = len(crashed)
+    record.bars["plan_families_weights_same"] = len(same)
+
+
+def _shape_of(model: Any) -> FileShape:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(model.config.to_json_string(use_diff=False))
+        dtype = str(model.dtype).removeprefix("torch.")
+        return describe(file, dtype=dtype)
+
+
+def measure_profile(record: Record, model: Any, contexts: list[int], mode: str) -> None:
+    """Planned and measured, at the 8B shape."""
+    settings = OffloadConfig.build(None, mode=mode, gpu_memory=CAP_BYTES)
+    machine = Machine(profile=profile_of("h100"), device=CAP_BYTES, host=2**40)
+    shape = _shape_of(model)
+    errors, under, unaccounted, times = [0.0], 0, [0.0], [0.0]
+    for context in contexts:
+        ids = torch.randint(1, model.config.vocab_size, (1, context - OUTPUT), device=model.device)
+        said = plan(settings, shape, machine, context=context, output=OUTPUT)
+        found = profile(model, settings, ids, max_new_tokens=OUTPUT, looked_at=0)
+        free()
+        assert said.times is not None
+        assert said.layout is not None
+        assert found.peak is not None
+        assert found.unaccounted is not None
+        middle = statistics.median(found.token_ms) if mode != "verified" else 1000 * found.report.decode_s / OUTPUT  # fmt: skip
+        share = said.layout.device_bytes / found.peak - 1
+        record.row(
+            f"profile {mode} {context}", planned_bytes=said.layout.device_bytes, measured_bytes=found.peak,
+            runtime_planned_bytes=sum(part.planned for part in found.device), unaccounted_bytes=found.unaccounted,
+            parts=[[part.purpose, part.planned, part.measured] for part in found.device],
+            planned_ms=1000 * said.times.token, measured_ms=middle,
+            planned_prefill_s=said.times.prefill, measured_prefill_s=found.report.prefill_s,
+            error="bytes: of the whole device as the driver counts; ms: median of the tokens",
+        )  # fmt: skip
+        errors.append(abs(share))
+        under += share < 0
+        unaccounted.append(abs(found.unaccounted) / found.peak)
+        times.append(abs(1000 * said.times.token / middle - 1))
+        gc.collect()
+    record.bars["plan_bytes_error_max"] = max(errors)
+    record.bars["plan_bytes_under"] = under
+    record.bars["unaccounted_share"] = max(unaccounted)
+    record.bars["plan_ms_error_max"] = max(times)
+
+
+def measure_largest(record: Record, model: Any, cap: int) -> None:
+    """The largest context that a plan gives is generated; a page more is refused."""
+    settings = OffloadConfig.build(None, mode="exact", gpu_memory=cap, cpu_memory="24GiB")
+    machine = Machine(profile=profile_of("h100"), device=cap, host=24 * 2**30)
+    largest = plan(settings, _shape_of(model), machine, context=8192, output=OUTPUT).largest
+    reached = {}
+    for more in (-64, 0, 64):
+        tokens = largest + more
+        with attach(model, settings) as runtime:
+            try:
+                cache = runtime.new_cache(max_tokens=tokens)
+                cache.start(1)
+                reached[tokens] = "laid out"
+                cache.close("it was only to see whether it fits")
+            except BudgetError as error:
+                reached[tokens] = str(error)
+        free()
+    fitting = [tokens for tokens, found in reached.items() if found == "laid out"]
+    record.row("largest", planned=largest, reached={str(k): v for k, v in reached.items()}, error="laid out and allocated, not generated")  # fmt: skip
+    record.bars["largest_context_share"] = largest / max([largest, *fitting]) if largest in fitting else 0.0  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="*", default=["start", "families", "profile", "largest"])
+    parser.add_argument("--contexts", nargs="*", type=int, default=[32768, 131072, 262144])
+    parser.add_argument("--mode", default="fast")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parse(parser)
+    on_card = torch.cuda.is_available()
+    record = Record("cli", settings={**vars(args), "out": None})
+    if "start" in args.only:
+        measure_start(record, 1 if args.smoke else args.repeats)
+    if "families" in args.only:
+        measure_families(record, ["llama", "gpt2", "mamba"] if args.smoke else None)
+    if on_card and {"profile", "largest"} & set(args.only):
+        model = build_model(args.smoke, torch.device("cuda"))
+        if "profile" in args.only:
+            measure_profile(record, model, [4096] if args.smoke else args.contexts, args.mode)
+        if "largest" in args.only:
+            measure_largest(record, model, CAP_BYTES)
+    print(f"written to {record.write(args.out).name}")
+
+
+if __name__ == "__main__":
+    main()
