@@ -274,6 +274,7 @@ def _of_config(
     vocabulary = _optional(values, "vocab_size", kind) or 0
     itemsize = ITEMSIZES[dtype]
     if tensors is None:
+        _require_text_alone(config, text, kind)
         counted = count(kind, text)
         tensors, are, met = _Tensors.of(counted), "computed", counted.met
     else:
@@ -312,6 +313,23 @@ def _of_config(
         + parts_bytes(all_heads, rows),
         fed_whole=FED_WHOLE.get(kind),
     )
+
+
+def _require_text_alone(config: dict[str, Any], text: dict[str, Any], kind: str) -> None:
+    """Raises InputError where a config has further parts, whose weights lie on the card too."""
+    parts = [
+        key
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, dict) and value is not text
+        and key not in ("quantization_config", "generation_config")
+    ]  # fmt: skip
+    if text is not config and parts:
+        raise InputError(
+            f"The config of a {kind} has parts whose weights have not been counted",
+            asked=", ".join(parts),
+            there=None,
+            change="Give a folder that holds its safetensors files, or a GGUF file.",
+        )
 
 
 def _met(values: dict[str, Any], kind: str) -> float:

@@ -169,6 +169,15 @@ def test_a_gguf_file_says_what_it_becomes() -> None:
             "layer_types",
         ),
         ({"model_type": "persimmon"}, InputError, "how many weights"),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {"model_type": "gemma3_text"},
+                "vision_config": {"depth": 2},
+            },
+            InputError,
+            "vision_config",
+        ),
     ],
 )
 def test_what_a_file_does_not_say_is_refused_by_name(

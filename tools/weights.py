@@ -298,7 +298,16 @@ def _follows(config: Any, key: str, names: dict[str, str]) -> bool:
 
 
 def _holds(entry: dict[str, Any], kind: str, default: Any, given: dict[str, Any], names: dict[str, str], pick: random.Random) -> bool:  # fmt: skip
-    """Whether `offload.counting` counts the weights of a further model."""
+    """Whether `offload.counting` counts the weights of a further model, and of one as large as it is by default.
+
+    Small sizes alone would not show what is rounded to a multiple.
+    """
+    try:
+        config, weights = _built(type(default), {})
+        if count_by(entry, kind, config.to_dict()).all != weights:
+            return False
+    except Exception:  # noqa: BLE001 - nobody can build that one
+        return False
     for _ in range(20):
         try:
             config, weights = _built(type(default), given | _random(names, pick))
