@@ -15,8 +15,9 @@ import typer
 from offload.baseline import Baseline, read_baseline
 from offload.bench import DOES_NOT_FIT, Case, Row, cases, in_order
 from offload.bench import bench as measure
+from offload.cli.options import ConfigFile, CpuMemory, Dtype, GpuMemory, Model, Sets
 from offload.cli.rows import Form, Result, line_of, notes_of, render
-from offload.cli.settings import CONFIG_HELP, asked
+from offload.cli.settings import asked
 from offload.cli.text import encoded, no_bars, progress, read_text
 from offload.errors import InputError
 
@@ -30,13 +31,7 @@ _MOST: Final = 256  # counts of one list: more were not meant
 
 
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="A folder, a GGUF file, or a name of the hub. Default: SmolLM2-135M-Instruct.",
-        ),
-    ] = None,
+    model: Model = None,
     n_prompt: Annotated[
         str, typer.Option("-p", "--n-prompt", help="Tokens to read: 512,2K or 512-4K*2; 0: none.")
     ] = "512",
@@ -73,21 +68,11 @@ def bench(
         Form | None,
         typer.Option("-oe", "--output-err", help="The same on stderr, in another form."),
     ] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", help="Device budget for everything, as in 20GiB.")
-    ] = None,
-    cpu_memory: Annotated[
-        str | None, typer.Option("--cpu-memory", help="Host budget for KV, as in 64GiB.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP)] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="bfloat16, float16 or float32. Default: as fits the device."),
-    ] = None,
+    gpu_memory: GpuMemory = None,
+    cpu_memory: CpuMemory = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    dtype: Dtype = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of random tokens.")
     ] = 0,

@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offload.cli.settings import CONFIG_HELP, asked
-from offload.cli.text import encoded, no_bars, printer, progress, read_text, shows_progress
+from offload.cli.options import (
+    ConfigFile,
+    CpuMemory,
+    Dtype,
+    GpuMemory,
+    Json,
+    Mode,
+    Model,
+    Prompt,
+    PromptFile,
+    Raw,
+    Sets,
+)
+from offload.cli.settings import asked
+from offload.cli.text import encoded, no_bars, printer, progress, prompt_text, shows_progress
 from offload.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,36 +32,17 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="A folder, a GGUF file, or a name of the hub. Default: SmolLM2-135M-Instruct.",
-        ),
-    ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option("--prompt-file", help="A text file in UTF-8, - for standard input."),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", help="What is asked; behind the file, if there is one."),
-    ] = None,
+    model: Model = None,
+    prompt_file: PromptFile = None,
+    prompt: Prompt = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")
     ] = 512,
-    mode: Annotated[str | None, typer.Option("--mode", help="fast, verified or exact.")] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", help="Device budget for everything, as in 20GiB.")
-    ] = None,
-    cpu_memory: Annotated[
-        str | None, typer.Option("--cpu-memory", help="Host budget for KV, as in 64GiB.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP)] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
-    ] = None,
+    mode: Mode = None,
+    gpu_memory: GpuMemory = None,
+    cpu_memory: CpuMemory = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="0: the most likely token each time.")
     ] = 0.0,
@@ -59,13 +52,8 @@ def generate(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="With a temperature.")
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="bfloat16, float16 or float32. Default: as fits the device."),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="The text as it is, without the model's chat template.")
-    ] = False,
+    dtype: Dtype = None,
+    raw: Raw = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="Bytes per tier, times and fallbacks, on stderr.")
     ] = False,
@@ -75,18 +63,13 @@ def generate(
             "--verify", min=0, help="Repeat so many steps exactly and say how close they are."
         ),
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Answer a prompt, with a KV cache as large as host memory.
 
     The answer goes to stdout as it comes, everything else to stderr. Nothing of a prompt is ever cut.
     """
-    parts = [] if prompt_file is None else [read_text(prompt_file, raw=raw)]
-    parts += [] if prompt is None else [prompt]
-    if not parts:
-        raise InputError(
-            "There is no prompt", asked=None, there=None, change="Give --prompt or --prompt-file."
-        )
+    text = prompt_text(prompt_file, prompt, raw=raw)
     settings = asked(config, sets, mode=mode, gpu_memory=gpu_memory, cpu_memory=cpu_memory).config
     settings.require_usable()
 
@@ -100,7 +83,7 @@ def generate(
     with no_bars():
         loaded = load(model, dtype=dtype)
     chat = not raw and loaded.tokenizer.chat_template is not None
-    inputs = encoded(loaded, "\n\n".join(parts), chat=chat)
+    inputs = encoded(loaded, text, chat=chat)
     length = inputs["input_ids"].shape[1]
     call: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:

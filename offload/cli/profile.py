@@ -8,8 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offload.cli.settings import CONFIG_HELP, asked
-from offload.cli.text import encoded, no_bars, progress, read_text
+from offload.cli.options import (
+    ConfigFile,
+    CpuMemory,
+    Dtype,
+    GpuMemory,
+    Json,
+    Mode,
+    Model,
+    Prompt,
+    PromptFile,
+    Raw,
+    Sets,
+)
+from offload.cli.settings import asked
+from offload.cli.text import encoded, no_bars, progress, prompt_text
 from offload.errors import InputError, OffloadError
 
 if TYPE_CHECKING:
@@ -21,43 +34,19 @@ _SHOWN = 8  # kernels
 
 
 def profile(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="A folder, a GGUF file, or a name of the hub. Default: SmolLM2-135M-Instruct.",
-        ),
-    ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option("--prompt-file", help="A text file in UTF-8, - for standard input."),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", help="What is asked; behind the file, if there is one."),
-    ] = None,
+    model: Model = None,
+    prompt_file: PromptFile = None,
+    prompt: Prompt = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Tokens of the answer, all of them made.")
     ] = 128,
-    mode: Annotated[str | None, typer.Option("--mode", help="fast, verified or exact.")] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", help="Device budget for everything, as in 20GiB.")
-    ] = None,
-    cpu_memory: Annotated[
-        str | None, typer.Option("--cpu-memory", help="Host budget for KV, as in 64GiB.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP)] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="bfloat16, float16 or float32. Default: as fits the device."),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="The text as it is, without the model's chat template.")
-    ] = False,
+    mode: Mode = None,
+    gpu_memory: GpuMemory = None,
+    cpu_memory: CpuMemory = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    dtype: Dtype = None,
+    raw: Raw = False,
     steps: Annotated[
         int,
         typer.Option("--steps", min=0, help="Tokens behind the answer whose kernels are timed."),
@@ -67,18 +56,13 @@ def profile(
         Path | None,
         typer.Option("--trace", help="Write a trace for ui.perfetto.dev, as in run.json.gz."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Run a prompt and say where every byte and every millisecond went.
 
     Bytes are planned, measured and unaccounted, by purpose. The answer is not shown and does not end early.
     """
-    parts = [] if prompt_file is None else [read_text(prompt_file, raw=raw)]
-    parts += [] if prompt is None else [prompt]
-    if not parts:
-        raise InputError(
-            "There is no prompt", asked=None, there=None, change="Give --prompt or --prompt-file."
-        )
+    text = prompt_text(prompt_file, prompt, raw=raw)
     settings = asked(config, sets, mode=mode, gpu_memory=gpu_memory, cpu_memory=cpu_memory).config
     settings.require_usable()
     for file in (html, trace):
@@ -96,7 +80,7 @@ def profile(
     with no_bars():
         loaded = load(model, dtype=dtype)
     chat = not raw and loaded.tokenizer.chat_template is not None
-    ids = encoded(loaded, "\n\n".join(parts), chat=chat)["input_ids"]
+    ids = encoded(loaded, text, chat=chat)["input_ids"]
     progress(f"Running {ids.shape[1]:,} tokens of prompt and {max_new_tokens:,} of an answer ...")
     found = run(loaded.model, settings, ids, max_new_tokens=max_new_tokens, looked_at=steps)
     planned = _planned(loaded.source, settings, ids.shape[1], max_new_tokens)

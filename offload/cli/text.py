@@ -50,6 +50,26 @@ def read_text(file: Path, *, raw: bool = False) -> str:
     return text
 
 
+def prompt_text(file: Path | None, prompt: str | None, *, raw: bool = False) -> str:
+    """What is asked: a file, a text, or the text behind the file.
+
+    Args:
+        file: Of --prompt-file.
+        prompt: Of --prompt.
+        raw: The file as it is; otherwise without white space around it.
+
+    Raises:
+        InputError: There is neither, or the file cannot be read.
+    """
+    parts = [] if file is None else [read_text(file, raw=raw)]
+    parts += [] if prompt is None else [prompt]
+    if not parts:
+        raise InputError(
+            "There is no prompt", asked=None, there=None, change="Give --prompt or --prompt-file."
+        )
+    return "\n\n".join(parts)
+
+
 def encoded(loaded: Loaded, text: str, *, chat: bool) -> dict[str, Any]:
     """`input_ids` and `attention_mask`, [1, N], on the model's device.
 

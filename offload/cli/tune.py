@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offload.cli.settings import CONFIG_HELP, asked
+from offload.cli.options import ConfigFile, CpuMemory, Dtype, GpuMemory, Json, Mode, Model
+from offload.cli.settings import asked
 from offload.cli.text import encoded, no_bars, progress, read_text
 from offload.errors import InputError, OffloadError
 
@@ -35,13 +36,7 @@ def tune(
             "--prompt-file", help="A text as long as those to come, - for standard input."
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="A folder, a GGUF file, or a name of the hub. Default: SmolLM2-135M-Instruct.",
-        ),
-    ] = None,
+    model: Model = None,
     objective: Annotated[
         str,
         typer.Option(
@@ -56,28 +51,21 @@ def tune(
         ),
     ] = "512",
     limit: Annotated[str, typer.Option("--time", help="No run begins later, as in 5m.")] = "5m",
-    mode: Annotated[str | None, typer.Option("--mode", help="fast, verified or exact.")] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", help="Device budget for everything, as in 20GiB.")
-    ] = None,
-    cpu_memory: Annotated[
-        str | None, typer.Option("--cpu-memory", help="Host budget for KV, as in 64GiB.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help=CONFIG_HELP)] = None,
+    mode: Mode = None,
+    gpu_memory: GpuMemory = None,
+    cpu_memory: CpuMemory = None,
+    config: ConfigFile = None,
     sets: Annotated[
         list[str] | None,
         typer.Option(
             "--set", help="Any key of the file, which then stays: --set replica.rung=4k4v."
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="bfloat16, float16 or float32. Default: as fits the device."),
-    ] = None,
+    dtype: Dtype = None,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path(
         "offload.tuned.toml"
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Find better settings, by what the cost model says and by short runs.
 
