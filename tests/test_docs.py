@@ -202,6 +202,21 @@ def test_the_figures_of_the_three_modes_are_those_of_the_benchmarks() -> None:
     assert f"differs from itself in {flips['flips_of_the_stock_cache_by_itself']}." in text
 
 
+def test_as_many_kinds_are_planned_as_were_measured() -> None:
+    file = ROOT / "benchmarks" / "cli.json"
+    if not file.is_file():
+        pytest.skip("the record is not in this checkout")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    found = next(row for row in record["rows"] if row["what"] == "families")
+    said = f"{len(found['planned'])} of the {found['decoders']} kinds of decoders"
+    assert said in " ".join(README.split())
+    assert f"of {len(found['weights_same'])} that were built" in " ".join(README.split())
+    assert not found["weights_differ"]
+    assert not found["crashed"]
+    assert record["bars"]["help_s"] <= 0.35
+    assert record["bars"]["plan_s"] <= 1.0
+
+
 def test_no_token_was_another() -> None:
     file = ROOT / "benchmarks" / "verified_tokens.json"
     if not file.is_file():
