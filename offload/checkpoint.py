@@ -21,7 +21,7 @@ from offload.counting import Counted, count
 from offload.demand import activation_bytes, parts_bytes
 from offload.errors import InputError
 from offload.kinds import FED_WHOLE, REFUSED
-from offload.layers import layers_of, state_bytes, takes_windows_for_all, unsupported
+from offload.layers import layers_of, names_of, state_bytes, takes_windows_for_all, unsupported
 from offload.loading import ask_hub, find
 
 ITEMSIZES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -275,7 +275,7 @@ def _of_config(
     itemsize = ITEMSIZES[dtype]
     if tensors is None:
         _require_text_alone(config, text, kind)
-        counted = count(kind, text)
+        counted = count(kind, text | {"layer_types": names_of(kind, values, layers)})
         tensors, are, met = _Tensors.of(counted), "computed", counted.met
     else:
         are, met = "read", _met(values, kind) if tensors.experts else 1.0

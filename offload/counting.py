@@ -18,6 +18,7 @@ from offload.errors import InputError
 # Products of expert sizes with these are weights of experts, of which a token meets some; others are routers.
 _OF_EXPERTS = frozenset("mi")
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+_STATE = "linear_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ def count(kind: str, config: Mapping[str, Any]) -> Counted:
 def count_by(entry: Mapping[str, Any], kind: str, config: Mapping[str, Any]) -> Counted:
     """As `count`, by an entry of the table."""
     sizes = _sizes(kind, entry, config)
-    for key, value in {"layer_types": None, **entry["fixed"]}.items():
+    layers = "states" if "state" in entry else "attention alone"
+    for key, value in {"layer_types": layers, **entry["fixed"]}.items():
         if not _is_usual(key, value, config, sizes):
             raise InputError(
                 f"The weights of a {kind} have not been counted with {key}",
@@ -86,7 +88,7 @@ def count_by(entry: Mapping[str, Any], kind: str, config: Mapping[str, Any]) -> 
     terms = [
         (product, times * _value(part, product, sizes))
         for one in parts
-        for part in ("once", "layer", "dense")
+        for part in ("once", "layer", "dense", "state")
         for product, times in one.get(part, {}).items()
     ]
     met = 1.0
@@ -109,7 +111,8 @@ def _is_usual(key: str, usual: Any, config: Mapping[str, Any], sizes: Mapping[st
         return True
     value = config[key]
     if key == "layer_types":  # which tokens a layer sees is no matter of weights
-        return not isinstance(value, list) or _ATTENTION.issuperset(map(str, value))
+        known = _ATTENTION | ({_STATE} if usual == "states" else set())
+        return not isinstance(value, list) or known.issuperset(map(str, value))
     if key == "mlp_layer_types" and isinstance(value, list) and isinstance(usual, list):
         return set(value) <= set(usual)
     return bool(value == (sizes["h"] if usual == "hidden_size" else usual))
@@ -138,11 +141,19 @@ def _sizes(kind: str, entry: Mapping[str, Any], config: Mapping[str, Any]) -> di
     if isinstance(types, list):
         found["k"] = types.count("dense")
     found["k"] = min(found.get("k", 0), found["L"])
+    layers = config.get("layer_types")
+    if isinstance(layers, list):
+        found["S"] = layers.count(_STATE)
+    elif "state" in entry:
+        raise InputError(
+            f"The config of a {kind} does not name its layers", asked="layer_types", there=None,
+            change="Give a config.json that transformers has written.",
+        )  # fmt: skip
     return found
 
 
 def _value(part: str, product: str, sizes: Mapping[str, int]) -> int:
-    value = {"once": 1, "layer": sizes["L"], "dense": sizes["k"]}[part]
+    value = {"once": 1, "layer": sizes["L"], "dense": sizes["k"], "state": sizes.get("S", 0)}[part]
     for letter in product:
         value *= sizes[letter]
     return value

@@ -41,6 +41,45 @@ class Layer:
     state: bool = False
 
 
+def names_of(kind: str, values: Mapping[str, Any], layers: int) -> list[str]:
+    """The type of each layer, as transformers' configs name it.
+
+    Args:
+        kind: The model type.
+        values: The config, defaults filled in.
+        layers: How many.
+
+    Raises:
+        UnsupportedModelError: The config does not say.
+        InputError: The config is malformed.
+    """
+    for key in ("layer_types", "layers_block_type"):
+        types = values.get(key)
+        if types:
+            if not isinstance(types, list):
+                raise InputError(
+                    f"The config of a {kind} needs a list", asked=key, there=types, change=None
+                )
+            return [str(each) for each in types][:layers]
+    letters = values.get("hybrid_override_pattern")
+    if isinstance(letters, str):
+        return [_LETTERS.get(letter, letter) for letter in letters]
+    every = values.get("full_attention_interval")
+    if isinstance(every, int) and every > 0:
+        return ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    if kind == "falcon_h1":
+        return ["hybrid"] * layers
+    if isinstance(values.get("attn_layer_indices"), list):
+        full = set(values["attn_layer_indices"])
+        return ["full_attention" if i in full else "mamba" for i in range(layers)]
+    if kind == "jamba":
+        period, offset = values.get("attn_layer_period", 8), values.get("attn_layer_offset", 4)
+        return ["mamba" if (i - offset) % period else "full_attention" for i in range(layers)]
+    if kind in ("nemotron_h", "zamba", "zamba2"):
+        raise unsupported(kind, "its config does not name its layers (layers_block_type)")
+    return _sliding_types(kind, values, layers)
+
+
 def layers_of(kind: str, values: Mapping[str, Any], layers: int, *, window_is_all: bool) -> list[Layer]:  # fmt: skip
     """What each layer keeps, as transformers' cache does.
 
@@ -54,7 +93,7 @@ def layers_of(kind: str, values: Mapping[str, Any], layers: int, *, window_is_al
         UnsupportedModelError: Layers of a type that is not known.
         InputError: The config is malformed.
     """
-    types = _types(kind, values, layers)
+    types = names_of(kind, values, layers)
     strange = sorted(set(types) - _SLIDING - _TOKENS - _STATES - _NEITHER)
     if strange or len(types) != layers:
         what = ", ".join(strange) or f"{len(types)} of {layers} layers are named"
@@ -69,7 +108,7 @@ def layers_of(kind: str, values: Mapping[str, Any], layers: int, *, window_is_al
 
 def takes_windows_for_all(kind: str, values: Mapping[str, Any], layers: int) -> bool:
     """Whether there are layers that would slide."""
-    return not _SLIDING.isdisjoint(_types(kind, values, layers))
+    return not _SLIDING.isdisjoint(names_of(kind, values, layers))
 
 
 def state_bytes(kind: str, values: Mapping[str, Any], itemsize: int) -> int:
@@ -112,32 +151,6 @@ def unsupported(kind: str, reason: str) -> UnsupportedModelError:
 
 def _first(values: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     return next((int(values[name]) for name in names if isinstance(values.get(name), int)), None)
-
-
-def _types(kind: str, values: Mapping[str, Any], layers: int) -> list[str]:
-    """The type of each layer."""
-    for key in ("layer_types", "layers_block_type"):
-        types = values.get(key)
-        if types:
-            if not isinstance(types, list):
-                raise InputError(
-                    f"The config of a {kind} needs a list", asked=key, there=types, change=None
-                )
-            return [str(each) for each in types][:layers]
-    letters = values.get("hybrid_override_pattern")
-    if isinstance(letters, str):
-        return [_LETTERS.get(letter, letter) for letter in letters]
-    if kind == "falcon_h1":
-        return ["hybrid"] * layers
-    if isinstance(values.get("attn_layer_indices"), list):
-        full = set(values["attn_layer_indices"])
-        return ["full_attention" if i in full else "mamba" for i in range(layers)]
-    if kind == "jamba":
-        period, offset = values.get("attn_layer_period", 8), values.get("attn_layer_offset", 4)
-        return ["mamba" if (i - offset) % period else "full_attention" for i in range(layers)]
-    if kind in ("nemotron_h", "zamba", "zamba2"):
-        raise unsupported(kind, "its config does not name its layers (layers_block_type)")
-    return _sliding_types(kind, values, layers)
 
 
 def _sliding_types(kind: str, values: Mapping[str, Any], layers: int) -> list[str]:

@@ -154,7 +154,6 @@ def test_a_gguf_file_says_what_it_becomes() -> None:
     ("config", "error", "message"),
     [
         ({"model_type": "deepseek_v3"}, UnsupportedModelError, "latent"),
-        ({"model_type": "qwen3_next"}, InputError, "how many weights"),
         ({"model_type": "zamba2"}, UnsupportedModelError, "does not name its layers"),
         ({"model_type": "nobody_knows"}, UnsupportedModelError, "nobody_knows"),
         ({}, UnsupportedModelError, "unknown"),
@@ -228,3 +227,20 @@ def test_torch_dtypes_are_the_ones_that_models_are_loaded_in() -> None:
 
     for name, size in ITEMSIZES.items():
         assert getattr(torch, name).itemsize == size
+
+
+def test_layers_that_keep_a_state_are_named_in_several_ways(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+
+    def rows(**config: Any) -> tuple[int, int]:
+        file.write_text(json.dumps({"model_type": "qwen3_next", "num_hidden_layers": 8} | config))
+        found = describe(file)
+        return len(found.rows), found.state_bytes
+
+    by_default = rows()
+    assert by_default[0] == 2
+    assert by_default == rows(full_attention_interval=4)
+    types = ["linear_attention"] * 6 + ["full_attention"] * 2
+    assert by_default == rows(layer_types=types)
+    assert rows(full_attention_interval=2)[0] == 4
+    assert rows(full_attention_interval=2)[1] < by_default[1]

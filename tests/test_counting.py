@@ -34,6 +34,15 @@ KNOWN: dict[str, tuple[dict[str, Any], int]] = {
          "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8},
         46_702_792_704,
     ),
+    "Qwen3-Next-80B-A3B": (
+        {"model_type": "qwen3_next", "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 48,
+         "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 151936,
+         "num_experts": 512, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+         "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_num_value_heads": 32,
+         "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "mlp_only_layers": [], "decoder_sparse_step": 1,
+         "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12},
+        79_674_391_296,
+    ),
     "Qwen3-30B-A3B": (
         {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
          "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936,
@@ -55,7 +64,7 @@ def small(kind: str, seed: int, **more: Any) -> tuple[dict[str, Any], int]:
     for _ in range(20):  # sizes that do not go together
         try:
             config, weights = TOOL["_built"](
-                type(transformers.CONFIG_MAPPING[kind]()), given | TOOL["_random"](names, pick)
+                type(transformers.CONFIG_MAPPING[kind]()), given | TOOL["_varied"](names, pick)
             )
         except Exception as error:  # noqa: BLE001
             failed = error

@@ -15,7 +15,9 @@ KEYS = (
     "head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings", "sliding_window",
     "use_sliding_window", "max_window_layers", "sliding_window_pattern",
     "layer_types", "attention_bias", "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_embd", "n_layer", "n_head",
-    "n_positions",
+    "n_positions", "linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim",
+    "linear_conv_kernel_dim", "conv_L_cache", "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_n_heads",
+    "mamba_d_head", "mamba_n_groups",
 )  # fmt: skip
 
 

@@ -45,12 +45,22 @@ NAMES = {
     "s": ("shared_expert_intermediate_size", "shared_intermediate_size"),
     "n": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
     "k": ("first_k_dense_replace", "num_dense_layers", "n_dense_layers"),
+    # Of a linear recurrence: heads and head size of keys, of values, and the length of the convolution.
+    "a": ("linear_num_key_heads",),
+    "b": ("linear_key_head_dim",),
+    "c": ("linear_num_value_heads",),
+    "e": ("linear_value_head_dim",),
+    "f": ("linear_conv_kernel_dim",),
 }
 TOP = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "moe_topk")
 ONCE = ("1", "v", "h", "vh", "ph", "hh")
 LAYER = (
     "1", "h", "i", "d", "H", "hi", "hh", "hHd", "hKd", "Hd", "Kd", "hH", "hK",
     "E", "Eh", "Ehm", "Ehi", "Em", "Ei", "hm", "m", "hs", "s", "nhm", "nm",
+)  # fmt: skip
+# Of layers that keep a state: what they have, and what of the others they have not.
+STATE = (
+    "1", "h", "d", "H", "hHd", "hKd", "Hd", "Kd", "hab", "hce", "hc", "ha", "abf", "cef", "ab", "ce", "a", "c", "e", "b", "hh",
 )  # fmt: skip
 DENSE = ("1", "h", "i", "hi", "E", "Eh", "Ehm", "Em", "hm", "m", "hs", "nhm", "nm")
 
@@ -111,8 +121,23 @@ def _random(names: dict[str, str], pick: random.Random) -> dict[str, int]:
         "s": 8 * pick.randint(2, 12),
         "n": pick.randint(1, 3),
         "k": pick.randint(0, 2),
+        "a": pick.choice((2, 4)),
+        "b": 8 * pick.randint(1, 3),
+        "c": pick.choice((4, 8)),
+        "e": 8 * pick.randint(1, 4),
+        "f": pick.randint(2, 5),
     }
     return {key: sizes[name] for name, key in names.items()}
+
+
+def _varied(names: dict[str, str], pick: random.Random) -> dict[str, Any]:
+    """As `_random`; of models with states also which layers keep one."""
+    sizes: dict[str, Any] = _random(names, pick)
+    if "a" in names:
+        states = ["linear_attention", "full_attention"]
+        rest = [pick.choice(states) for _ in range(sizes[names["L"]] - 2)]
+        sizes["layer_types"] = [*states, *rest]
+    return sizes
 
 
 def _built(kind: type, given: dict[str, Any]) -> tuple[Any, int]:
@@ -136,6 +161,8 @@ def sizes_of(config: Any, names: dict[str, str]) -> dict[str, int]:
     if isinstance(types, list):
         found["k"] = types.count("dense")
     found["k"] = min(found.get("k", 0), found["L"])
+    layers = getattr(config, "layer_types", None)
+    found["S"] = list(layers).count("linear_attention") if isinstance(layers, list) else 0
     return found
 
 
@@ -153,11 +180,13 @@ def _columns(names: dict[str, str], *, dense: bool) -> list[tuple[str, str]]:
 
     found = [("once", each) for each in ONCE if usable(each)]
     found += [("layer", each) for each in LAYER if usable(each)]
+    if "a" in names:
+        found += [("state", each) for each in STATE if usable(each)]
     return found + [("dense", each) for each in DENSE if dense and usable(each)]
 
 
 def _value(part: str, product: str, sizes: dict[str, int]) -> int:
-    value = {"once": 1, "layer": sizes["L"], "dense": sizes["k"]}[part]
+    value = {"once": 1, "layer": sizes["L"], "dense": sizes["k"], "state": sizes["S"]}[part]
     for letter in product:
         value *= sizes[letter]
     return value
@@ -235,7 +264,10 @@ def _entry(kind: str, *, heads: bool) -> dict[str, Any] | str:
     types = set(getattr(text, "layer_types", None) or ()) | set(
         getattr(text, "layers_block_type", None) or ()
     )
-    if len(types - {"sliding_attention", "chunked_attention"}) > 1:
+    usual = {"sliding_attention", "chunked_attention"} | (
+        {"linear_attention"} if "a" in names else set()
+    )
+    if len(types - usual) > 1:
         return f"has layers of several kinds: {sorted(types)}"
     if not {"h", "H", "v", "L"} <= set(names):
         return f"sizes are missing: {names}"
@@ -253,7 +285,7 @@ def _entry(kind: str, *, heads: bool) -> dict[str, Any] | str:
     failed = ""
     for _ in range(3 * SAMPLES):
         try:
-            config, count = _built(type(default), given | _random(names, pick))
+            config, count = _built(type(default), given | _varied(names, pick))
             samples.append((sizes_of(config, names), count))
         except Exception as error:  # noqa: BLE001 - sizes that do not go together
             failed = f"{type(error).__name__}: {error}"[:200]
@@ -310,7 +342,7 @@ def _holds(entry: dict[str, Any], kind: str, default: Any, given: dict[str, Any]
         return False
     for _ in range(20):
         try:
-            config, weights = _built(type(default), given | _random(names, pick))
+            config, weights = _built(type(default), given | _varied(names, pick))
         except Exception:  # noqa: BLE001, S112 - sizes that do not go together
             continue
         try:
@@ -344,7 +376,7 @@ def _other_keys(
             changed: list[tuple[dict[str, int], int]] = []
             for _ in range(40 if isinstance(value, bool) else 3):
                 try:
-                    sizes = _random(names, pick)
+                    sizes: dict[str, Any] = _varied(names, pick)
                     if key == "mlp_layer_types":
                         sizes[names["L"]] = len(other)
                     config, count = _built(type(default), given | sizes | {key: other})
