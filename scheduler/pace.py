@@ -11,9 +11,15 @@ MOST_ROWS = 128  # of a pass, where nobody asks for more
 ROW_STEP = 16  # rows of a pass are a multiple
 LENGTHS = (0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, MOST_ROWS - 1)  # drafts to choose from
 FIRST = 8  # tokens of the first draft
-REST = 64  # exact tokens after which it is tried anew whether drafts pay
+REST, MOST_REST = (
+    64,
+    256,
+)  # exact tokens after which it is tried anew whether drafts pay, at first and at most
 TRIAL = 3  # exact tokens that show what one takes
-FEW = 3.0  # tokens a pass: with fewer, exact ones may come faster
+# What was not measured is tried where it would win if it were as fast as it may be: an exact token a third of a pass
+# that steps are not beside, which takes half as long as one that they are. What was, is after so many turns.
+_BEST_EXACT, _BEST_ALONE, _OLD = 3.0, 2.0, 48
+_WINS = 1.1
 
 
 def window_of_drafts(draft: int) -> int:
@@ -150,6 +156,7 @@ class Pace:
         self._resting = 0  # exact tokens to come
         self._rest = REST
         self._tries = False  # those are to show what one takes
+        self._since_beside = 0  # turns since a draft went on beside its pass
         self._last = FIRST // 2
         # Agreement of a token, from what was examined; old passes count less and less. To begin with, good.
         self._kept, self._seen = 4.0, 4.5
@@ -182,6 +189,7 @@ class Pace:
             step_beside_s: Likewise, beside it.
             beside: Whether the draft went on.
         """
+        self._since_beside = 0 if beside else self._since_beside + 1
         if drafted:
             self._kept = 0.95 * self._kept + accepted
             self._seen = 0.95 * self._seen + min(drafted, accepted + 1)
@@ -205,8 +213,9 @@ class Pace:
             self._resting -= 1
             return Turn(0, False)
         if self.gave_up and not self._tries:
-            # What was slow may be over: one short draft says so. If not, the next one comes later.
+            # What was slow may be over: one short draft says so, more loudly than old ones. If not, the next comes later.
             self._last = FIRST // 2
+            self._kept, self._seen = 0.2 * self._kept, 0.2 * self._seen
             return Turn(min(FIRST, self._drafts.most), False)
         self._tries = False
         # A short answer does not wait for a long draft.
@@ -217,13 +226,16 @@ class Pace:
         beside = (False, True) if self._looks_ahead else (False,)
         turns = [Turn(n, goes_on) for n in LENGTHS if n <= most for goes_on in beside if n or not goes_on]  # fmt: skip
         best = max(turns, key=self._rate)
-        if best.drafted and self._exact_s is None and self._tokens(best.drafted) < FEW:
-            self._tries, best = True, Turn(0, False)
+        hoped = max(turns, key=self._best_rate)
+        if self._best_rate(hoped) > _WINS * self._rate(best):
+            best = hoped
+            self._tries = not best.drafted
+        if self._tries:
             self._resting = TRIAL - 1
         elif best.drafted:
             self._rest = REST
         else:
-            self._resting, self._rest = self._rest - 1, 2 * self._rest
+            self._resting, self._rest = self._rest - 1, min(MOST_REST, 2 * self._rest)
         self._last = best.drafted
         return best
 
@@ -236,15 +248,34 @@ class Pace:
         return (1 - self._agreement ** (drafted + 1)) / (1 - self._agreement)
 
     def _rate(self, turn: Turn) -> float:
-        """Tokens per second."""
-        step, alone = self._step.of(beside=False), self._pass.of(beside=False)
+        """Tokens per second, as far as was measured."""
+        exact = self._pass.of(beside=False) if self._exact_s is None else self._exact_s
+        return self._rate_with(turn, self._step, self._pass, exact)
+
+    def _best_rate(self, turn: Turn) -> float:
+        """Tokens per second, if what was not measured lately is as fast as it may be."""
+        step, passes, exact = self._step, self._pass, self._exact_s
+        alone, taken = passes.of(beside=False), passes.of(beside=True)
+        assert alone is not None
+        assert taken is not None
+        if passes.alone is None:
+            passes = _Times(alone=taken / _BEST_ALONE, beside=taken)
+        if self._since_beside >= _OLD:
+            step, passes = _Times(alone=step.of(beside=False)), _Times(alone=alone)
+        if exact is None:
+            exact = alone / _BEST_EXACT
+        return self._rate_with(turn, step, passes, exact)
+
+    def _rate_with(self, turn: Turn, steps: _Times, passes: _Times, exact: float | None) -> float:
+        step, alone = steps.of(beside=False), passes.of(beside=False)
         assert step is not None
         assert alone is not None
+        assert exact is not None
         if not turn.drafted:
-            return 1 / (alone if self._exact_s is None else self._exact_s)
+            return 1 / exact
         if not turn.goes_on:
             return self._tokens(turn.drafted) / (turn.drafted * step + alone)
-        beside, taken = self._step.of(beside=True), self._pass.of(beside=True)
+        beside, taken = steps.of(beside=True), passes.of(beside=True)
         assert beside is not None
         assert taken is not None
         # Where all agree, the next draft is there as far as the pass took.
