@@ -6,6 +6,8 @@ A second, short generate behind the first answer is looked at by torch's profile
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -15,18 +17,21 @@ import torch
 from torch import Tensor
 
 from offload.config import OffloadConfig
-from offload.demand import ALLOCATOR_SLACK
-from offload.errors import InputError
+from offload.demand import ALLOCATOR_SLACK, DRIVER_GROWTH
+from offload.errors import InputError, OffloadError
 from offload.hardware import DeviceMemory, device_memory
 from offload.prefill import Progress
 from offload.report import Report
 from offload.runtime import Runtime, attach
+from offload.scheduler.pace import MOST_ROWS
 from offload.trace import Event, Kernel, Recorder, Sample, Steps, Watch
 
-LEAD, LOOKED_AT = (
-    8,
-    16,
-)  # tokens of the second generate before those that are looked at, and of those
+logger = logging.getLogger(__name__)
+
+logger = logging.getLogger(__name__)
+
+# Of the second generate: tokens before those that are looked at, and of those.
+LEAD, LOOKED_AT = 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,8 @@ class Profile:
         unaccounted: Of these, what no purpose explains; None on a CPU.
         samples: Memory over time.
         prefill_until: Seconds from the first sample to the end of the prefill.
-        token_at: Seconds from the first sample to each token.
+        bursts: Seconds from the first sample, and tokens so far, of each burst of tokens: of one, or of what a pass
+            of mode verified brings.
         kernels: Of the steps that were looked at, the slowest first.
         events: Likewise, all of them, by time.
         looked_at: How many tokens those steps made.
@@ -70,7 +76,7 @@ class Profile:
     unaccounted: int | None
     samples: list[Sample]
     prefill_until: float
-    token_at: list[float]
+    bursts: list[tuple[float, int]]
     kernels: list[Kernel] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     looked_at: int = 0
@@ -87,8 +93,11 @@ class Profile:
 
     @property
     def token_ms(self) -> list[float]:
-        """Milliseconds from each token to the next."""
-        return [1000 * (after - before) for before, after in pairwise(self.token_at)]
+        """Milliseconds of each token but the first; those of a burst share its time."""
+        found = []
+        for (before, made), (after, so_far) in pairwise(self.bursts):
+            found += [1000 * (after - before) / (so_far - made)] * (so_far - made)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; events are left out, which are a trace's."""
@@ -98,7 +107,7 @@ class Profile:
             "host": [asdict(part) for part in self.host],
             "peak_bytes": self.peak, "unaccounted_bytes": self.unaccounted,
             "samples": [asdict(sample) for sample in self.samples],
-            "prefill_until_s": self.prefill_until, "token_at_s": self.token_at,
+            "prefill_until_s": self.prefill_until, "bursts": [{"at_s": at, "tokens": tokens} for at, tokens in self.bursts],
             "engines_ms_per_token": self.engines, "kernels": [asdict(kernel) for kernel in self.kernels],
             "looked_at_tokens": self.looked_at, "looked_s": self.looked_s,
         }  # fmt: skip
@@ -120,7 +129,8 @@ def profile(
         config: As for `attach`.
         input_ids: [1, N].
         max_new_tokens: Tokens of the answer.
-        looked_at: Tokens of a second generate behind it whose kernels are timed; 0 for none.
+        looked_at: Tokens of a second generate behind it whose kernels are timed; 0 for none. None are where the model's
+            positions end too soon.
         on_progress: As for `Runtime.generate`.
 
     Raises:
@@ -133,7 +143,12 @@ def profile(
             there=None,
             change="Give one prompt, and max_new_tokens over 0.",
         )
-    more = LEAD + looked_at if looked_at else 0
+    # A pass of mode verified brings many tokens at once: whole ones are looked at.
+    burst = MOST_ROWS if config.mode == "verified" else 1
+    more = LEAD + looked_at + 2 * burst
+    most = model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    if not looked_at or (most and input_ids.shape[1] + max_new_tokens + more > most):
+        looked_at = more = 0
     with attach(model, config) as runtime:
         device = runtime.shape.device
         before = device_memory(device)
@@ -149,11 +164,12 @@ def profile(
         parts, peak, unaccounted = _device_parts(report, before, recorder, device)
         steps = Steps(device, first=LEAD, count=looked_at)
         if looked_at:
-            second = Watch(steps.on_token)
-            _generate(runtime, sequence, cache, second, more)
-            steps.close(len(second.at))
+            burst = (
+                -(-report.new_tokens // max(1, report.verify_passes)) if report.verify_passes else 1
+            )
+            _look(runtime, sequence, cache, steps, LEAD + looked_at + 2 * min(burst, MOST_ROWS))
         cache.close("its profile is over")
-    token_at = [at - recorder.began for at in watch.at]
+    bursts = [(at - recorder.began, tokens) for at, tokens in watch.bursts]
     return Profile(
         report=report,
         device=parts,
@@ -161,8 +177,8 @@ def profile(
         peak=peak,
         unaccounted=unaccounted,
         samples=recorder.samples,
-        prefill_until=token_at[0] if token_at else 0.0,
-        token_at=token_at,
+        prefill_until=bursts[0][0] if bursts else 0.0,
+        bursts=bursts,
         kernels=steps.kernels(),
         events=steps.events(),
         looked_at=steps.tokens,
@@ -188,15 +204,26 @@ def _generate(
     return made
 
 
+def _look(runtime: Runtime, sequence: Tensor, cache: Any, steps: Steps, tokens: int) -> None:
+    """Makes further tokens while the profiler looks; what was measured before is there whatever comes of it."""
+    watch = Watch(steps.on_burst)
+    try:
+        _generate(runtime, sequence, cache, watch, tokens)
+    except OffloadError as error:
+        logger.warning("No kernels were looked at: %s", error)
+    finally:
+        steps.close(watch.tokens)
+
+
 def _on_host(report: Report) -> int:
-    return report.bytes["host_pinned"] + report.bytes["host_pageable"]
+    return report.bytes.get("host_pinned", 0) + report.bytes.get("host_pageable", 0)
 
 
 def _device_parts(
     report: Report, before: DeviceMemory, recorder: Recorder, device: torch.device
 ) -> tuple[list[Part], int | None, int | None]:
     """Planned and measured, the driver's peak, and what is unaccounted."""
-    planned, there = report.planned, report.bytes
+    planned, there = defaultdict(int, report.planned), defaultdict(int, report.bytes)
     held = {
         "weights": (planned["weights"], there["weights"]),
         "sinks, window, tail": (planned["sinks and window"] + planned["tail"], there["window"]),
@@ -215,12 +242,14 @@ def _device_parts(
     reserved = torch.cuda.max_memory_reserved(device)
     last = recorder.samples[-1]
     driver = max(0, last.used - (last.reserved or 0))
-    parts = [Part(name, *pair) for name, pair in held.items() if any(pair)]
-    parts.append(
-        Part("passes and states", passes, allocated - sum(pair[1] for pair in held.values()))
-    )
-    parts.append(Part("allocator", ALLOCATOR_SLACK, reserved - allocated))
-    parts.append(Part("driver", planned["overhead"] - ALLOCATOR_SLACK, driver))
     # Between two samples memory can rise and fall unseen; torch's own peak misses nothing.
     peak = max(recorder.most_used, driver + reserved)
+    # What nobody counts by itself is what is left, but no more of it than was planned: the rest is unaccounted.
+    left = {
+        "passes and states": (passes, allocated - sum(pair[1] for pair in held.values())),
+        "allocator": (ALLOCATOR_SLACK, reserved - allocated),
+        "driver": (before.overhead + DRIVER_GROWTH, driver),
+    }
+    parts = [Part(name, *pair) for name, pair in held.items() if any(pair)]
+    parts += [Part(name, size, max(0, min(size, rest))) for name, (size, rest) in left.items()]
     return parts, peak, peak - sum(part.measured or 0 for part in parts)

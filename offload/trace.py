@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity
 MOST_SAMPLES = 4096  # beyond, every other one is dropped and half as many are taken
 MOST_EVENTS = 200_000  # of a trace: some 3 MB
 _EVERY_S = 0.02
+_BURST_S = 0.0005  # between tokens of one burst, at most; no step is as short
 
 # The first pattern that a kernel's name matches says what it is for. Ours first: libraries use many words.
 _KERNELS = (
@@ -126,29 +127,41 @@ class Recorder:
 class Watch:
     """A streamer that notes when tokens come.
 
+    Mode verified brings those of a pass in one burst: what comes closer together than any step takes is one.
+
     Attributes:
-        at: `time.perf_counter()` of each token of the answer.
+        bursts: `time.perf_counter()` and the number of tokens so far, behind each burst.
     """
 
-    def __init__(self, on_token: Callable[[int], None] | None = None) -> None:
+    def __init__(self, on_burst: Callable[[int], None] | None = None) -> None:
         """Before the prompt, which comes first.
 
         Args:
-            on_token: Called with the number of tokens so far.
+            on_burst: Called when a burst begins, with the number of tokens before it.
         """
-        self.at: list[float] = []
-        self._on_token = on_token
+        self.bursts: list[tuple[float, int]] = []
+        self._on_burst = on_burst
         self._prompt = True
+        self._last = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """So far."""
+        return self.bursts[-1][1] if self.bursts else 0
 
     def put(self, value: Any) -> None:
         """As transformers calls it."""
         if self._prompt:
             self._prompt = False
             return
-        for _ in range(value.numel()):
-            self.at.append(time.perf_counter())
-            if self._on_token is not None:
-                self._on_token(len(self.at))
+        now = time.perf_counter()
+        if self.bursts and now - self._last < _BURST_S:
+            self.bursts[-1] = (now, self.tokens + value.numel())
+        else:
+            if self._on_burst is not None:
+                self._on_burst(self.tokens)
+            self.bursts.append((now, self.tokens + value.numel()))
+        self._last = time.perf_counter()
 
     def end(self) -> None:
         """As transformers calls it."""
@@ -191,7 +204,7 @@ class Event:
 
 
 class Steps:
-    """Lets torch's profiler see some tokens of a generate; its `on_token` is that of a `Watch`."""
+    """Lets torch's profiler see some tokens of a generate; its `on_burst` is that of a `Watch`."""
 
     def __init__(self, device: torch.device, *, first: int, count: int) -> None:
         """Before the generate.
@@ -211,8 +224,12 @@ class Steps:
         self.seconds = 0.0
         self._at = 0.0
 
-    def on_token(self, so_far: int) -> None:
-        """Begins or ends."""
+    def on_burst(self, so_far: int) -> None:
+        """Begins or ends.
+
+        Args:
+            so_far: Tokens.
+        """
         if self._began < 0 and so_far >= self._first:
             self._wait()
             self._profiler.start()
@@ -228,9 +245,11 @@ class Steps:
         """
         if self._began < 0 or self.tokens:
             return
-        self._wait()
-        self.seconds = time.perf_counter() - self._at
-        self._profiler.stop()
+        try:
+            self._wait()
+            self.seconds = time.perf_counter() - self._at
+        finally:
+            self._profiler.stop()
         self.tokens = max(1, so_far - self._began)
 
     def kernels(self) -> list[Kernel]:
@@ -273,7 +292,7 @@ class Steps:
 def perfetto(
     events: Iterable[Event],
     samples: Iterable[Sample],
-    token_at: Iterable[float],
+    bursts: Iterable[tuple[float, int]],
     *,
     prefill_until: float,
 ) -> bytes:
@@ -285,7 +304,7 @@ def perfetto(
     Args:
         events: Of some steps. Of more than `MOST_EVENTS` the longest are kept.
         samples: Of the whole run.
-        token_at: Seconds from the first sample to each token.
+        bursts: Seconds from the first sample, and tokens so far, of each burst of tokens.
         prefill_until: Seconds from the first sample to the end of the prefill.
     """
     longest = sorted(events, key=lambda event: -event.seconds)[:MOST_EVENTS]
@@ -293,12 +312,13 @@ def perfetto(
     rows: list[dict[str, Any]] = [_named(1, "the run"), _named(2, "steps looked at")]
     rows += [_named(2, name, tid) for name, tid in tracks.items()]
     rows += [_named(1, "phases", 1), _named(1, "tokens", 2)]
-    ticks = list(token_at)
-    ended = ticks[-1] if ticks else prefill_until
+    ticks = list(bursts)
+    ended = ticks[-1][0] if ticks else prefill_until
     for name, began, until in (("prefill", 0.0, prefill_until), ("decode", prefill_until, ended)):
         rows.append(_slice(1, 1, name, began, until - began))
-    for i, (began, until) in enumerate(pairwise(ticks), 1):
-        rows.append(_slice(1, 2, f"token {i + 1}", began, until - began))
+    for (began, before), (until, so_far) in pairwise(ticks):
+        name = f"token {so_far}" if so_far == before + 1 else f"tokens {before + 1} to {so_far}"
+        rows.append(_slice(1, 2, name, began, until - began))
     for sample in samples:
         shown = {"in use": sample.used, "reserved": sample.reserved, "allocated": sample.allocated}
         values = {name: size for name, size in shown.items() if size is not None}

@@ -51,6 +51,7 @@ def test_what_libraries_run_is_for_something_too(name: str, engine: str) -> None
 
 def test_memory_is_sampled_while_something_runs() -> None:
     with Recorder(CPU, every=0.001) as recorder:
+        time.sleep(0.02)
         held = torch.ones(64 * 2**20, dtype=torch.uint8)
         time.sleep(0.05)
         del held
@@ -70,22 +71,29 @@ def test_a_long_run_keeps_a_bounded_number_of_samples(monkeypatch: pytest.Monkey
     assert recorder.samples[-1].at > 0.09
 
 
-def test_tokens_are_counted_without_the_prompt() -> None:
+def test_tokens_are_counted_by_bursts_without_the_prompt() -> None:
     told: list[int] = []
     watch = Watch(told.append)
     watch.put(torch.zeros(1, 9))
     watch.put(torch.zeros(1))
-    watch.put(torch.zeros(3))  # a pass of mode verified
+    time.sleep(0.01)
+    for _ in range(5):  # a pass of mode verified
+        watch.put(torch.zeros(1))
+    time.sleep(0.01)
+    watch.put(torch.zeros(2))
     watch.end()
-    assert told == [1, 2, 3, 4]
-    assert len(watch.at) == 4
+    assert [tokens for _, tokens in watch.bursts] == [1, 6, 8]
+    assert told == [0, 1, 6]
+    assert watch.tokens == 8
+    times = [at for at, _ in watch.bursts]
+    assert times[1] - times[0] > 0.009
 
 
 def test_only_the_steps_asked_for_are_looked_at() -> None:
     steps = Steps(CPU, first=2, count=2)
     for so_far in range(1, 7):
         torch.mm(torch.ones(64, 64), torch.ones(64, 64))
-        steps.on_token(so_far)
+        steps.on_burst(so_far)
     steps.close(6)
     assert steps.tokens == 2
     products = [kernel for kernel in steps.kernels() if kernel.name == "aten::mm"]
@@ -99,7 +107,7 @@ def test_only_the_steps_asked_for_are_looked_at() -> None:
 def test_an_answer_that_ends_early_is_looked_at_up_to_its_end() -> None:
     steps = Steps(CPU, first=1, count=100)
     for so_far in (1, 2, 3):
-        steps.on_token(so_far)
+        steps.on_burst(so_far)
     steps.close(3)
     assert steps.tokens == 2
     never = Steps(CPU, first=9, count=1)
@@ -118,7 +126,7 @@ def test_a_trace_has_named_tracks_whose_slices_are_nested(
         Event("too short to keep", "stream 7", 0.0, 1e-9, 1e-9),
     ]
     samples = [Sample(0.0, 5, 7, 9), Sample(0.5, None, None, 11)]
-    data = perfetto(events, samples, [0.4, 0.6, 0.7], prefill_until=0.4)
+    data = perfetto(events, samples, [(0.4, 1), (0.6, 2), (0.7, 6)], prefill_until=0.4)
     rows = json.loads(gzip.decompress(data))["traceEvents"]
     names = {row["args"]["name"] for row in rows if row["ph"] == "M"}
     assert {"the run", "stream 7", "stream 9", "phases", "tokens"} <= names
@@ -126,6 +134,7 @@ def test_a_trace_has_named_tracks_whose_slices_are_nested(
     assert counters == [{"in use": 9, "reserved": 7, "allocated": 5}, {"in use": 11}]
     slices = [row for row in rows if row["ph"] == "X"]
     assert not any(row["name"] == "too short to keep" for row in slices)
+    assert {"token 2", "tokens 3 to 6"} <= {row["name"] for row in slices}
     assert [row["dur"] for row in slices if row["name"] == "decode"] == [pytest.approx(3e5)]
     tracks = defaultdict(list)
     for row in slices:

@@ -101,7 +101,7 @@ def _bytes_table(parts: list[Part], tier: str, unaccounted: int | None) -> str:
 
 def _bar_pair(i: int, part: Part, most: int) -> str:
     y, room = 26 * i + 4, _WIDTH - 180
-    bars = ((part.planned, "one", 0), (part.measured or 0, "two", 9))
+    bars = ((part.planned, "one", 0), (max(0, part.measured or 0), "two", 9))
     drawn = "".join(
         f'<rect class="{kind}" x="160" y="{y + dy}" width="{room * size / most:.1f}" height="8"/>'
         for size, kind, dy in bars
@@ -194,7 +194,7 @@ def _tokens(found: Profile, planned_ms: float | None) -> str:
     if not times:
         return "<p>One token was made, by the prompt's last pass.</p>"
     middle = sorted(times)[len(times) // 2]
-    top = max(4 * middle, planned_ms or 0.0)
+    top = max(4 * middle, planned_ms or 0.0, 1e-3)
     points = [(float(i), ms) for i, ms in enumerate(times, 2)]
     drawn = _chart(
         [("one", points)], label="milliseconds per token", x_unit="tokens",
@@ -203,9 +203,7 @@ def _tokens(found: Profile, planned_ms: float | None) -> str:
     beyond = sum(ms > top for ms in times)
     said = f"half of them took {duration(middle / 1000)} or less, the slowest {duration(max(times) / 1000)}"
     if beyond:
-        said += (
-            f"; {beyond} beyond the top, where steps are captured or a pass brings several at once"
-        )
+        said += f"; {beyond} beyond the top, where steps are captured"
     if planned_ms is not None:
         said += f"; dashed: planned, {planned_ms:.1f} ms"
     return f"<figure>{drawn}<figcaption>{said}</figcaption></figure>"

@@ -22,8 +22,8 @@ from offload.cli.options import (
     Sets,
 )
 from offload.cli.settings import asked
-from offload.cli.text import encoded, no_bars, progress, prompt_text
-from offload.errors import InputError, OffloadError
+from offload.cli.text import encoded, no_bars, progress, prompt_text, require_writable
+from offload.errors import OffloadError
 
 if TYPE_CHECKING:
     from offload.config import OffloadConfig
@@ -66,12 +66,8 @@ def profile(
     settings = asked(config, sets, mode=mode, gpu_memory=gpu_memory, cpu_memory=cpu_memory).config
     settings.require_usable()
     for file in (html, trace):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise InputError(
-                f"{file} cannot be written: its folder is not there",
-                asked=str(file),
-                change="Give a path in a folder that exists.",
-            )
+        if file is not None:
+            require_writable(file)
 
     progress(f"Loading {model or 'SmolLM2-135M-Instruct'} ...")
     from offload.loading import load
@@ -84,10 +80,6 @@ def profile(
     progress(f"Running {ids.shape[1]:,} tokens of prompt and {max_new_tokens:,} of an answer ...")
     found = run(loaded.model, settings, ids, max_new_tokens=max_new_tokens, looked_at=steps)
     planned = _planned(loaded.source, settings, ids.shape[1], max_new_tokens)
-    if html is not None:
-        _write_page(html, loaded.source, found, planned)
-    if trace is not None:
-        _write_trace(trace, found)
     if as_json:
         inputs = {
             "model": loaded.source, "prompt_tokens": ids.shape[1],
@@ -101,6 +93,10 @@ def profile(
         print(json.dumps({**top, "planned_times": times, "profile": found.to_dict()}))
     else:
         _print(found, planned)
+    if html is not None:
+        _write_page(html, loaded.source, found, planned)
+    if trace is not None:
+        _write_trace(trace, found)
 
 
 def _planned(source: str, settings: OffloadConfig, prompt: int, output: int) -> Plan | None:
@@ -136,7 +132,7 @@ def _write_page(file: Path, source: str, found: Profile, planned: Plan | None) -
 def _write_trace(file: Path, found: Profile) -> None:
     from offload.trace import perfetto
 
-    data = perfetto(found.events, found.samples, found.token_at, prefill_until=found.prefill_until)
+    data = perfetto(found.events, found.samples, found.bursts, prefill_until=found.prefill_until)
     file.write_bytes(data)
     progress(f"wrote {file}; ui.perfetto.dev opens it")
 

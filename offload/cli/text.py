@@ -70,6 +70,18 @@ def prompt_text(file: Path | None, prompt: str | None, *, raw: bool = False) -> 
     return "\n\n".join(parts)
 
 
+def require_writable(file: Path) -> None:
+    """Raises InputError where a file cannot be, before hours are spent on what is to be in it."""
+    folder = file.absolute().parent
+    if file.is_dir() or not folder.is_dir():
+        what = "it is a folder" if file.is_dir() else "its folder is not there"
+        raise InputError(
+            f"{file} cannot be written: {what}",
+            asked=str(file),
+            change="Give a path in a folder that exists.",
+        )
+
+
 def encoded(loaded: Loaded, text: str, *, chat: bool) -> dict[str, Any]:
     """`input_ids` and `attention_mask`, [1, N], on the model's device.
 

@@ -55,7 +55,7 @@ def test_the_page_stands_alone_and_the_trace_opens(
     assert found["planned_times"] is None  # of no card that is there
     profile = found["profile"]
     assert profile["report"]["new_tokens"] == 6
-    assert len(profile["token_at_s"]) == 6
+    assert profile["bursts"][-1]["tokens"] == 6
     assert {"purpose", "planned", "measured"} == set(profile["device"][0])
     text = html.read_text(encoding="utf-8")
     assert len(text) < 500_000
@@ -83,7 +83,7 @@ def test_a_page_of_a_card_shows_what_is_unaccounted_and_the_plan(model: str) -> 
         device=[Part("weights & <more>", 3 * gib, 3 * gib), Part("driver", gib, gib // 2)],
         peak=4 * gib,
         unaccounted=gib // 2,
-        samples=[Sample(0.0, gib, 2 * gib, 3 * gib), Sample(found.token_at[-1], gib, 2 * gib, 4 * gib)],
+        samples=[Sample(0.0, gib, 2 * gib, 3 * gib), Sample(found.bursts[-1][0], gib, 2 * gib, 4 * gib)],
     )  # fmt: skip
     text = page("a run", of_card, planned_ms=12.0)
     assert "weights &amp; &lt;more&gt;" in text
@@ -91,7 +91,7 @@ def test_a_page_of_a_card_shows_what_is_unaccounted_and_the_plan(model: str) -> 
     assert "dashed: planned, 4.0 GiB" in text
     assert "dashed: planned, 12.0 ms" in text
     assert text.count('class="plan"') == 2
-    one = page("a run", replace(of_card, token_at=[1.0]), planned_ms=None)
+    one = page("a run", replace(of_card, bursts=[(1.0, 1)]), planned_ms=None)
     assert "One token was made" in one
 
 
@@ -101,6 +101,7 @@ def test_a_page_of_a_card_shows_what_is_unaccounted_and_the_plan(model: str) -> 
         ([], "There is no prompt"),
         (["--prompt", "x", "--html", "no/such/folder/run.html"], "its folder is not there"),
         (["--prompt", "x", "--trace", "no/such/folder/run.gz"], "its folder is not there"),
+        (["--prompt", "x", "--html", "."], "it is a folder"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(
