@@ -14,7 +14,7 @@ from offload.config import OffloadConfig
 from offload.demand import Held, demand_of
 from offload.errors import BudgetError, InputError
 from offload.scheduler import cost
-from offload.scheduler.layout import Demand, Layout, lay_out
+from offload.scheduler.layout import REPLICA_WINDOW, Demand, Layout, lay_out
 from offload.scheduler.pace import Drafts
 from offload.scheduler.profiles import PROFILES, Profile
 from offload.scheduler.rungs import Fidelity, fidelity_of
@@ -178,12 +178,21 @@ def plan(
         band=BAND[machine.profile.basis],
         missing=None,
         largest=largest,
-        fidelity=fidelity_of(
-            layout.rung if config.mode == "fast" else None, config.retrieval.tokens
-        ),
+        fidelity=_fidelity(config, layout),
         notes=notes,
         toml=_toml(config, machine),
     )
+
+
+def _fidelity(config: OffloadConfig, layout: Layout) -> Fidelity | None:
+    """How close the tokens are; None where that was measured with more read exactly."""
+    if config.mode != "fast" or layout.rung is None:
+        return fidelity_of(None, config.retrieval.tokens)
+    default, window = OffloadConfig(), config.cache.window
+    less = config.replica.skipped_mass > default.replica.skipped_mass
+    less = less or config.cache.sinks < default.cache.sinks
+    less = less or (isinstance(window, int) and window < REPLICA_WINDOW)
+    return None if less else fidelity_of(layout.rung, config.retrieval.tokens)
 
 
 def _notes(

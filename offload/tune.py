@@ -37,7 +37,7 @@ class Knob:
 
     Attributes:
         key: As in the file: "replica.rung".
-        values: Without the one that is in effect.
+        values: Those that are worth it; one may be in effect.
     """
 
     key: str
@@ -53,6 +53,7 @@ class Outcome:
         token_s: Seconds of a token, compiling and capturing left out.
         error: Expected error of an attention layer's output; None where nothing is known of it.
         device_bytes: Of everything.
+        effective: What keys came to that are "auto".
         failed: Why there is none of this; None where there is.
     """
 
@@ -60,6 +61,7 @@ class Outcome:
     token_s: float = 0.0
     error: float | None = 0.0
     device_bytes: int = 0
+    effective: Settings = field(default_factory=dict)
     failed: str | None = None
 
     def seconds(self, output: int) -> float:
@@ -149,8 +151,11 @@ class Runs:
             data = json.loads(file.read_text(encoding="utf-8"))
             if data["version"] != _VERSION or data["fingerprint"] != self._fingerprint:
                 return {}  # of something else: it begins anew
-            return {name: Outcome(**found) for name, found in data["runs"].items()}
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            found = {name: Outcome(**one) for name, one in data["runs"].items()}
+            for outcome in found.values():
+                outcome.seconds(1)
+            return found
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise InputError(
                 f"{file} does not hold the runs of a search",
                 asked=str(file),
@@ -159,12 +164,18 @@ class Runs:
             ) from error
 
 
+# Keys that change no token.
+_HARMLESS = frozenset({"prefill.chunk", "decode.staging", "decode.draft"})
+
+
 def knobs(config: OffloadConfig) -> list[Knob]:
-    """What can be tried beside what the user has set, in the order in which it is."""
+    """What can be tried beside what the user has set, in the order in which it is.
+
+    Not whether layers are compiled: that takes longer than most answers, and `auto` does it where it pays.
+    """
     set_by_user = {setting.key for setting in config.settings() if setting.is_set}
     tried: dict[str, Sequence[Any]] = {"prefill.chunk": (1024, 2048, 4096, 8192)}
     if config.mode != "exact":
-        tried["decode.compile"] = (True,)
         tried["replica.rung"] = tuple(rung.name for rung in RUNGS if rung.faithful)
         tried["retrieval.tokens"] = (32, 64, 128, 256)
         tried["replica.whole_layers"] = (2, 4)
@@ -266,49 +277,67 @@ class _Search:
         for knob in knobs(self._config):
             start = dict(best)
             for value in knob.values:
+                if value == base.effective.get(knob.key):
+                    continue  # it is in effect
                 tried = start | {knob.key: value}
                 outcome = self._promising_run(tried, base)
-                if outcome is not None and self._is_better(outcome, reached, base):
+                if outcome is not None and self._is_better(tried, outcome, reached, base):
                     best, reached = tried, outcome
-        self._found.settings = best
-        self._found.before, self._found.after = self._again(best, base, reached)
+        # What is in the file counts as set when the same command reads it again: nothing before the search is over.
+        self._found.settings = best if self._found.is_over else {}
+        self._found.before, self._found.after = self._again(self._found.settings, base)
         return self._found
 
     def context(self) -> Tuned:
         """Of the longest context, which plans decide; one run shows that the settings work."""
         assert self._predict is not None
-        first = self._predict(self._config)
+        first = self._predict(self._config).longest
+        found: list[tuple[int, Settings]] = []
         best: Settings = {}
-        longest = first.longest
+        longest = first
         for knob in knobs(self._config):
             start = dict(best)
             for value in knob.values:
                 tried = start | {knob.key: value}
-                found = self._predict(with_settings(self._config, tried))
-                if found.longest > longest * (1 + GAIN):
-                    best, longest = tried, found.longest
+                changed = self._changed(tried)
+                reach = 0 if changed is None else self._predict(changed).longest
+                if reach > longest * (1 + GAIN):
+                    best, longest = tried, reach
+                    found.append((reach, tried))
                     self._tell(f"{_name(tried)}: {longest:,} tokens")
-        self._found.longest = (first.longest, longest)
-        before, after = self._run({}), self._run(best)
-        self._found.before = before or Outcome(failed="the time was up")
-        self._found.after = after or Outcome(failed="the time was up")
-        if after is not None and after.failed is None:
-            self._found.settings = best
+        self._found.longest = (first, first)
+        before = self._run({})
+        assert before is not None
+        self._found.before = self._found.after = before
+        for reach, settings in reversed(found):  # the first that works
+            outcome = self._run(settings)
+            if outcome is not None and outcome.failed is None:
+                self._found.settings, self._found.after = settings, outcome
+                self._found.longest = (first, reach)
+                break
         return self._found
+
+    def _changed(self, settings: Settings) -> OffloadConfig | None:
+        """The configuration with some settings; None, and noted, where they cannot be used."""
+        try:
+            return with_settings(self._config, settings)
+        except OffloadError as error:
+            self._found.skipped[_name(settings)] = str(error)
+            return None
 
     def _promising_run(self, settings: Settings, base: Outcome) -> Outcome | None:
         """The outcome of settings that may be better; None for those that are not run."""
-        try:
-            changed = with_settings(self._config, settings)
-        except OffloadError as error:
-            self._found.skipped[_name(settings)] = str(error)
+        changed = self._changed(settings)
+        if changed is None:
             return None
         if self._predict is not None and self._runs.get(settings) is None:
             predicted, as_it_is = self._predict(changed), self._predict(self._config)
             why = None
             if not predicted.fits:
                 why = "it would not fit"
-            elif predicted.seconds > as_it_is.seconds * SAME_TIME * (1 + predicted.band):
+            elif as_it_is.fits and predicted.seconds > as_it_is.seconds * SAME_TIME * (
+                1 + predicted.band
+            ):
                 why = f"{predicted.seconds:.1f} s are predicted, {as_it_is.seconds:.1f} s as it is"
             if why is not None:
                 self._found.skipped[_name(settings)] = why
@@ -326,10 +355,10 @@ class _Search:
             return None
         try:
             outcome = self._measure(with_settings(self._config, settings))
-        except OffloadError as error:
+        except Exception as error:
             if not settings:
                 raise
-            outcome = Outcome(failed=str(error))
+            outcome = Outcome(failed=f"{type(error).__name__}: {error}")
         self._longest_run = max(self._longest_run, time.monotonic() - began)
         self._found.runs += 1
         if not anew:
@@ -346,28 +375,33 @@ class _Search:
             f"expected error {error}"
         )
 
-    def _is_better(self, outcome: Outcome, than: Outcome, base: Outcome) -> bool:
-        if outcome.failed is not None or (outcome.error is None and base.error is not None):
+    def _is_better(
+        self, settings: Settings, outcome: Outcome, than: Outcome, base: Outcome
+    ) -> bool:
+        if outcome.failed is not None:
             return False
         ours, theirs = outcome.seconds(self._output), than.seconds(self._output)
         if self._objective == "speed":
-            same = base.error is None or (outcome.error or 0.0) <= SAME_ERROR * base.error
+            if base.error is None:  # nothing is known: only what changes no token may change
+                same = _HARMLESS.issuperset(settings)
+            else:
+                same = outcome.error is not None and outcome.error <= SAME_ERROR * base.error
             return same and ours < theirs * (1 - GAIN)
-        fast = ours <= SAME_TIME * base.seconds(self._output)
-        if than.error is None:
-            return fast
-        return fast and (outcome.error or 0.0) < than.error * (1 - GAIN)
+        if outcome.error is None or ours > SAME_TIME * base.seconds(self._output):
+            return False
+        return than.error is None or outcome.error < than.error * (1 - GAIN)
 
-    def _again(self, best: Settings, base: Outcome, reached: Outcome) -> tuple[Outcome, Outcome]:
+    def _again(self, best: Settings, base: Outcome) -> tuple[Outcome, Outcome]:
         """Both once more, if there is time; settings whose gain is gone are dropped."""
         if not best:
             return base, base
         before = self._run({}, anew=True) if time.monotonic() + self._longest_run <= self._until else None  # fmt: skip
         after = self._run(best, anew=True)
-        if before is None or after is None:
+        if before is None or after is None:  # not said before it was seen again
             self._found.is_over = False
-            return base, reached
-        if not self._is_better(after, before, before):
+            self._found.settings = {}
+            return base, base
+        if not self._is_better(best, after, before, before):
             self._tell("what was gained was gone in two further runs: nothing is changed")
             self._found.settings = {}
             return before, before

@@ -12,7 +12,7 @@ import typer
 
 from offload.cli.options import ConfigFile, CpuMemory, Dtype, GpuMemory, Json, Mode, Model
 from offload.cli.settings import asked
-from offload.cli.text import encoded, no_bars, progress, read_text
+from offload.cli.text import encoded, no_bars, progress, read_text, require_writable
 from offload.errors import InputError, OffloadError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from offload.cli.settings import Asked
     from offload.config import OffloadConfig
     from offload.loading import Loaded
+    from offload.report import Report
     from offload.tune import Outcome, Predicted, Tuned
 
 _RUN_TOKENS = 48  # of a run: enough for the mean of a token
@@ -84,11 +85,7 @@ def tune(
     given = asked(config, sets, mode=mode, gpu_memory=gpu_memory, cpu_memory=cpu_memory)
     settings = given.config
     settings.require_usable()
-    if not out.absolute().parent.is_dir():
-        raise InputError(
-            f"{out} cannot be written: its folder is not there", asked=str(out),
-            change="Give a path in a folder that exists.",
-        )  # fmt: skip
+    require_writable(out)
 
     progress(f"Loading {model or 'SmolLM2-135M-Instruct'} ...")
     from offload.loading import load
@@ -168,9 +165,21 @@ def _measurer(loaded: Loaded, ids: Tensor, output: int) -> Callable[[OffloadConf
             token_s=(report.decode_s - report.capture_s) / report.new_tokens,
             error=0.0 if report.mode != "fast" else report.error_estimate,
             device_bytes=sum(n for what, n in report.bytes.items() if not what.startswith("host_")),
+            effective=effective_of(report),
         )
 
     return measure
+
+
+def effective_of(report: Report) -> dict[str, Any]:
+    """What keys came to in a run that are auto."""
+    from offload.scheduler.rungs import RUNGS
+
+    found: dict[str, Any] = {"prefill.chunk": report.chunk}
+    if report.rung is not None:
+        found["replica.rung"] = report.rung
+        found["retrieval.tokens"] = next(r.tokens for r in RUNGS if r.name == report.rung)
+    return found
 
 
 def _predictor(
@@ -227,8 +236,8 @@ def _say(found: Tuned, out: Path, output: int, *, as_json: bool, objective: str)
         return
     print(f"{found.runs} runs, {len(found.skipped)} settings not run")
     if not found.is_over:
-        print("the time was up: the same command with more --time goes on")
-    if not found.settings:
+        print("the time was up, and nothing was changed: the same command goes on")
+    if not found.settings and found.is_over:
         print("nothing is better than the settings as they are")
     for key, value in found.settings.items():
         print(f"  {key} = {value}")

@@ -190,7 +190,13 @@ def test_it_says_how_close_the_tokens_are_and_where_each_number_is_from(
 
     assert "fidelity     the most likely token is the same in 99.8% of steps, KL 2.6e-05" in shown()
     assert "fidelity     the tokens of the stock cache" in shown("--mode", "verified")
-    assert "fidelity     not measured" in shown("--set", "retrieval.tokens=16")
+    for less in (
+        "retrieval.tokens=16",
+        "replica.skipped_mass=0.3",
+        "cache.sinks=0",
+        "cache.window=128",
+    ):
+        assert "fidelity     not measured" in shown("--set", less)
     (found,) = json.loads(shown("--json"))["plans"]
     assert found["fidelity"] == {"kl": 2.6e-5, "same_top": 0.998, "source": "measured"}
     assert found["sources"] == {"device_bytes": "computed", "host_bytes": "computed", "times": "data_sheet"}  # fmt: skip

@@ -365,9 +365,10 @@ def different_tokens(args: Namespace, worker: int, workers: int) -> dict[str, di
                 one["different"] += int((got != tokens).sum())
                 one["last_run"] = figures(report)
         one["seconds"] = time.perf_counter() - began
-    for at in range(worker, args.prompts, workers):  # each prompt in one of the ways
+    # Each prompt in one of the ways, and each way at least once.
+    for at in range(worker, max(args.prompts, len(SAMPLED)), workers):
         sampling = SAMPLED[at % len(SAMPLED)]
-        sampled, ids = call | {"do_sample": True} | sampling, prompts[at]
+        sampled, ids = call | {"do_sample": True} | sampling, prompts[at % args.prompts]
         torch.manual_seed(7)
         stock = model.generate(ids, attention_mask=torch.ones_like(ids), **sampled)
         torch.manual_seed(7)
