@@ -168,13 +168,18 @@ class Runs:
 _HARMLESS = frozenset({"prefill.chunk", "decode.staging", "decode.draft"})
 
 
-def knobs(config: OffloadConfig) -> list[Knob]:
+def knobs(config: OffloadConfig, prompt: int | None = None) -> list[Knob]:
     """What can be tried beside what the user has set, in the order in which it is.
 
     Not whether layers are compiled: that takes longer than most answers, and `auto` does it where it pays.
+
+    Args:
+        config: As it is.
+        prompt: Tokens of the prompt, where known: chunks that hold all of it are one and the same.
     """
     set_by_user = {setting.key for setting in config.settings() if setting.is_set}
-    tried: dict[str, Sequence[Any]] = {"prefill.chunk": (1024, 2048, 4096, 8192)}
+    chunks = [n for n in (1024, 2048, 4096, 8192) if prompt is None or n < prompt]
+    tried: dict[str, Sequence[Any]] = {"prefill.chunk": chunks}
     if config.mode != "exact":
         tried["replica.rung"] = tuple(rung.name for rung in RUNGS if rung.faithful)
         tried["retrieval.tokens"] = (32, 64, 128, 256)
@@ -207,6 +212,7 @@ def tune(
     *,
     objective: Objective,
     output: int,
+    prompt: int | None = None,
     predict: Callable[[OffloadConfig], Predicted] | None = None,
     until: float = float("inf"),
     tell: Callable[[str], None] = lambda line: None,
@@ -220,6 +226,7 @@ def tune(
         objective: What is to become better: seconds of the prompt and the answer at equal fidelity, the expected error
             at equal speed, or the longest context.
         output: Tokens of an answer.
+        prompt: Tokens of the prompt, where known.
         predict: What the cost model says, where it knows the machine.
         until: `time.monotonic()` at which no further run is begun.
         tell: Told what happens.
@@ -235,7 +242,9 @@ def tune(
             there=None,
             change="Run it on a machine with a card.",
         )
-    search = _Search(config, measure, runs, objective, output, predict, until, tell)
+    search = _Search(
+        config, knobs(config, prompt), measure, runs, objective, output, predict, until, tell
+    )
     return search.context() if objective == "context" else search.by_runs()
 
 
@@ -245,6 +254,7 @@ class _Search:
     def __init__(
         self,
         config: OffloadConfig,
+        tried: list[Knob],
         measure: Callable[[OffloadConfig], Outcome],
         runs: Runs,
         objective: Objective,
@@ -254,6 +264,7 @@ class _Search:
         tell: Callable[[str], None],
     ) -> None:
         self._config = config
+        self._knobs = tried
         self._measure = measure
         self._runs = runs
         self._objective = objective
@@ -274,7 +285,7 @@ class _Search:
             )
         best: Settings = {}
         reached = base
-        for knob in knobs(self._config):
+        for knob in self._knobs:
             start = dict(best)
             for value in knob.values:
                 if value == base.effective.get(knob.key):
@@ -295,7 +306,7 @@ class _Search:
         found: list[tuple[int, Settings]] = []
         best: Settings = {}
         longest = first
-        for knob in knobs(self._config):
+        for knob in self._knobs:
             start = dict(best)
             for value in knob.values:
                 tried = start | {knob.key: value}

@@ -75,6 +75,8 @@ def test_what_is_set_already_stays() -> None:
     assert "prefill.chunk" not in {knob.key for knob in knobs(config)}
     found = search(config=config, output=1000)
     assert found.settings == {"replica.whole_layers": 2}
+    chunks = {knob.key: knob.values for knob in knobs(CONFIG, 3000)}["prefill.chunk"]
+    assert chunks == (1024, 2048)  # longer ones hold all of such a prompt
     exact = {knob.key for knob in knobs(OffloadConfig.build(None, mode="exact"))}
     assert exact == {"prefill.chunk", "decode.staging"}
     assert "decode.draft" in {knob.key for knob in knobs(OffloadConfig.build(None, mode="verified"))}  # fmt: skip

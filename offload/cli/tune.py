@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,17 +103,46 @@ def tune(
     runs = Runs(kept, _fingerprint(loaded, ids, settings, tokens))
     if runs.kept:
         progress(f"{runs.kept} runs are in {kept} already")
+    length = ids.shape[1]
     try:
-        found = search(
-            settings, _measurer(loaded, ids, tokens), runs, objective=objective,  # type: ignore[arg-type]
-            output=tokens, predict=_predictor(loaded.source, ids.shape[1], tokens, settings),
-            until=until, tell=progress,
-        )  # fmt: skip
+        with _warned_once():
+            found = search(
+                settings, _measurer(loaded, ids, tokens), runs, objective=objective,  # type: ignore[arg-type]
+                output=tokens, prompt=length, until=until, tell=progress,
+                predict=_predictor(loaded.source, length, tokens, settings),
+            )  # fmt: skip
     except KeyboardInterrupt:
         progress(f"stopped; the same command goes on from {kept}")
         raise
     _write(out, given, found, tokens)
     _say(found, out, tokens, as_json=as_json, objective=objective)
+
+
+class _Once(logging.Filter):
+    """Lets every warning through once: each run has the same ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is new."""
+        message = record.getMessage()
+        new = record.levelno != logging.WARNING or message not in self._seen
+        self._seen.add(message)
+        return new
+
+
+@contextmanager
+def _warned_once() -> Iterator[None]:
+    handlers, once = logging.getLogger("offload").handlers, _Once()
+    for handler in handlers:
+        handler.addFilter(once)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(once)
 
 
 def _seconds(text: str) -> float:

@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("The lamp stands in the hall. " * 14)
-    monkeypatch.setattr(tune, "knobs", lambda config: [Knob("prefill.chunk", (128, 256))])
+    monkeypatch.setattr(tune, "knobs", lambda config, prompt: [Knob("prefill.chunk", (128, 256))])
     return tmp_path
 
 
@@ -42,6 +42,7 @@ def test_it_writes_a_file_and_goes_on_where_it_was(
     assert "wrote better.toml" in shown.out
     assert "as it is: " in shown.err
     assert "prefill.chunk=128: " in shown.err
+    assert shown.err.count("without a GPU") == 1  # each run says so, and it is shown once
     text = (folder / "better.toml").read_text()
     assert text.startswith("# mine\n")
     written = OffloadConfig.from_toml(text)
