@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 
+from offload import hardware
 from offload.checkpoint import FileShape
 from offload.config import OffloadConfig
 from offload.demand import Held, demand_of
@@ -16,7 +17,7 @@ from offload.errors import BudgetError, InputError
 from offload.scheduler import cost
 from offload.scheduler.layout import REPLICA_WINDOW, Demand, Layout, lay_out
 from offload.scheduler.pace import Drafts
-from offload.scheduler.profiles import PROFILES, Profile
+from offload.scheduler.profiles import PROFILES, Profile, profile_of
 from offload.scheduler.rungs import Fidelity, fidelity_of
 from offload.units import GIB, gib
 
@@ -108,6 +109,20 @@ def machine_of(profile: Profile, config: OffloadConfig) -> Machine:
     of_host = profile.host * 3 // 4 - memory.reserve.resolve(total=profile.host, auto=0)
     host = memory.cpu.resolve(total=profile.host, auto=of_host)
     return Machine(profile=profile, device=max(0, device), host=max(0, host))
+
+
+def local_machine(config: OffloadConfig) -> Machine | None:
+    """What a configuration lets a run take of this machine; None without a card.
+
+    Raises:
+        InputError: Nothing is known of the card.
+        BudgetError: More device memory was asked for than it has.
+    """
+    card = hardware.local_card()
+    if card is None:
+        return None
+    known = replace(profile_of(card.name), memory=card.total, host=hardware.host_memory().total)
+    return machine_of(known, config)
 
 
 def plan(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,20 +126,17 @@ def _machine(card: str, settings: OffloadConfig) -> Machine:
 
 def _local_machine(settings: OffloadConfig) -> Machine:
     """The card that is there, with its own memory and the host's."""
-    from offload.hardware import host_memory, local_card
-    from offload.plan import machine_of
-    from offload.scheduler.profiles import profile_of
+    from offload.plan import local_machine
 
-    card = local_card()
-    if card is None:
+    machine = local_machine(settings)
+    if machine is None:
         raise InputError(
             "There is no NVIDIA card here",
             asked=None,
             there=None,
             change="Name one: --gpu rtx4090.",
         )
-    profile = replace(profile_of(card.name), memory=card.total, host=host_memory().total)
-    return machine_of(profile, settings)
+    return machine
 
 
 def _model(shape: FileShape) -> dict[str, Any]:

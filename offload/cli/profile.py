@@ -101,20 +101,14 @@ def profile(
 
 def _planned(source: str, settings: OffloadConfig, prompt: int, output: int) -> Plan | None:
     """The plan of this run on the card that is there; None where there is none, or the files do not say enough."""
-    from dataclasses import replace
-
     from offload.checkpoint import describe
-    from offload.hardware import host_memory, local_card
-    from offload.plan import machine_of
+    from offload.plan import local_machine
     from offload.plan import plan as planned
-    from offload.scheduler.profiles import profile_of
 
-    card = local_card()
-    if card is None:
-        return None
     try:
-        known = replace(profile_of(card.name), memory=card.total, host=host_memory().total)
-        machine = machine_of(known, settings)
+        machine = local_machine(settings)
+        if machine is None:
+            return None
         return planned(settings, describe(source), machine, context=prompt + output, output=output)
     except OffloadError:
         return None

@@ -197,13 +197,13 @@ def _measurer(loaded: Loaded, ids: Tensor, output: int) -> Callable[[OffloadConf
             token_s=(report.decode_s - report.capture_s) / report.new_tokens,
             error=0.0 if report.mode != "fast" else report.error_estimate,
             device_bytes=sum(n for what, n in report.bytes.items() if not what.startswith("host_")),
-            effective=effective_of(report),
+            effective=_effective(report),
         )
 
     return measure
 
 
-def effective_of(report: Report) -> dict[str, Any]:
+def _effective(report: Report) -> dict[str, Any]:
     """What keys came to in a run that are auto."""
     from offload.scheduler.rungs import RUNGS
 
@@ -218,20 +218,15 @@ def _predictor(
     source: str, prompt: int, output: int, settings: OffloadConfig
 ) -> Callable[[OffloadConfig], Predicted] | None:
     """What the cost model says; None without a card, or where the files do not say enough."""
-    from dataclasses import replace
-
     from offload.checkpoint import describe
-    from offload.hardware import host_memory, local_card
-    from offload.plan import machine_of, plan
-    from offload.scheduler.profiles import profile_of
+    from offload.plan import local_machine, plan
     from offload.tune import Predicted
 
-    card = local_card()
-    if card is None:
-        return None
     try:
-        known = replace(profile_of(card.name), memory=card.total, host=host_memory().total)
-        machine, shape = machine_of(known, settings), describe(source)
+        machine = local_machine(settings)
+        if machine is None:
+            return None
+        shape = describe(source)
     except OffloadError:
         return None
 
