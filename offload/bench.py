@@ -483,12 +483,9 @@ class _Runs:
 def _settled(config: OffloadConfig, cases: Sequence[Case]) -> OffloadConfig:
     """With `decode.compile` decided: auto would begin to compile in the middle of the repetitions."""
     from offload.config import OffloadConfig
-    from offload.runtime import COMPILED_FROM
 
-    if not isinstance(config.decode.compile, str):
-        return config
     longest = max((case.generated for case in cases), default=0)
-    return OffloadConfig.build(config, compile=longest >= COMPILED_FROM)
+    return OffloadConfig.build(config, compile=config.compiles(longest))
 
 
 def _require(case: Case, *, read: int, made: int) -> None:

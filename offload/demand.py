@@ -28,8 +28,10 @@ ALLOCATOR_SLACK = 256 * 2**20
 # What the driver takes after attaching: kernels loaded when they first run, tables of pinned pages. Without it the
 # same run went 7 MiB over the cap as the driver counts.
 DRIVER_GROWTH = 96 * 2**20
-# What cuBLAS keeps for a further stream, that of passes over drafts.
-_STREAM_WORKSPACE = 64 * 2**20
+# What cuBLAS keeps for every stream that it is called on, on Hopper; on others it is 8 MiB.
+CUBLAS_WORKSPACE = 32 * 2**20
+# The stream of passes over drafts: for cuBLAS, and as much for cuBLASLt.
+_STREAM_WORKSPACE = 2 * CUBLAS_WORKSPACE
 
 
 class Row(Protocol):
@@ -136,6 +138,7 @@ def demand_of(
     whole = prompt if shape.fed_whole is not None and prompt else None
     selected = max(rung.selected(config.retrieval.tokens) for rung in RUNGS)
     overhead = held.overhead + ALLOCATOR_SLACK + DRIVER_GROWTH if held.on_card else 0
+    captures = CUBLAS_WORKSPACE if held.on_card and fast and config.decode.capture else 0
     return Demand(
         batch=batch,
         copies=copies,
@@ -149,9 +152,10 @@ def demand_of(
         token_bytes=shape.token_bytes,
         weights=held.weights,
         overhead=overhead,
-        workspace=shape.workspace,
+        workspace=shape.workspace + captures,
         workspace_per_token=shape.workspace_per_token,
-        least_workspace=pass_bytes(
+        least_workspace=captures
+        + pass_bytes(
             shape,
             batch,
             _decoded_rows(config, exact=exact),

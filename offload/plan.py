@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from offload import hardware
 from offload.checkpoint import FileShape
 from offload.config import OffloadConfig
-from offload.demand import Held, demand_of
+from offload.demand import CUBLAS_WORKSPACE, Held, demand_of
 from offload.errors import BudgetError, InputError
 from offload.scheduler import cost
 from offload.scheduler.layout import REPLICA_WINDOW, Demand, Layout, lay_out
@@ -182,7 +182,7 @@ def plan(
             notes=notes,
             toml="",
         )
-    way = way_of(config, batch=batch, prompt=context - output)
+    way = way_of(config, batch=batch, prompt=context - output, output=output)
     times = cost.times(layout, work_of(shape), machine.profile, way)
     slow = times.token > SLOW_TOKEN_S
     return Plan(
@@ -244,7 +244,7 @@ def work_of(shape: FileShape) -> cost.Work:
     )
 
 
-def way_of(config: OffloadConfig, *, batch: int, prompt: int) -> cost.Way:
+def way_of(config: OffloadConfig, *, batch: int, prompt: int, output: int) -> cost.Way:
     """How a configuration makes tokens."""
     selected, ahead = config.retrieval.tokens, config.decode.look_ahead
     return cost.Way(
@@ -254,6 +254,7 @@ def way_of(config: OffloadConfig, *, batch: int, prompt: int) -> cost.Way:
         selected=None if isinstance(selected, str) else selected,
         drafts=Drafts.of(config.decode.draft),
         looks_ahead=ahead is not False,
+        compiled=config.compiles(output),
     )
 
 
@@ -287,7 +288,8 @@ def _demand(
     held = Held(
         total=machine.profile.memory,
         weights=shape.weights,
-        overhead=machine.profile.context,
+        # The runtime finds what cuBLAS keeps for the first stream allocated.
+        overhead=machine.profile.context + CUBLAS_WORKSPACE,
         on_card=True,
     )
     prompt = max(1, context - output)

@@ -57,13 +57,6 @@ logger = logging.getLogger(__name__)
 
 _ATTACHED = "_offload_runtime"
 
-COMPILED_FROM = 4096
-"""Tokens from which compiling the layers is worth the wait, unless the config says otherwise.
-
-On an H100, 32 layers of an 8B model take 20 to 25 s to compile, and a token 2 ms less afterwards: this many tokens win
-back a third of it, a server's later calls the rest.
-"""
-
 
 def attach(
     model: Any, config: OffloadConfig | str | Path | dict[str, Any] | None = None, **overrides: Any
@@ -587,9 +580,8 @@ class Runtime:
         Args:
             new_tokens: That the call may make, per sequence.
         """
-        asked = self.config.decode.compile
         self._asked_tokens += new_tokens
-        return self._asked_tokens >= COMPILED_FROM if isinstance(asked, str) else asked
+        return self.config.compiles(self._asked_tokens)
 
     def _check_replica(self, cache: OffloadCache) -> None:
         """Raises InputError if the replica cannot stand for what was read."""

@@ -110,7 +110,8 @@ def measured_and_predicted(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[f
     for what, row in rows.items():
         if not what.startswith("verified"):
             continue
-        rejected = row["new_tokens"] - row["accepted"] if row["drafted"] > row["accepted"] else 0
+        # What was not drafted itself: corrections, and without a look-ahead the token behind a pass that agreed.
+        rejected = min(row["new_tokens"] - row["accepted"], row["drafted"] - row["accepted"])
         predicted = verified_ms(
             step,
             row["verify_ms_per_token"] * row["new_tokens"] / row["verify_passes"],
