@@ -161,11 +161,11 @@ class _Tensors:
             self.head = n
 
 
-def describe(source: str | Path, *, dtype: str = "bfloat16") -> FileShape:
+def describe(source: str | Path | None, *, dtype: str = "bfloat16") -> FileShape:
     """Reads what a model is.
 
     Args:
-        source: A folder, a `config.json`, a GGUF file, or a repository of the hub.
+        source: A folder, a `config.json`, a GGUF file, or a repository of the hub; None for the bundled model.
         dtype: In which weights are loaded and keys are kept: bfloat16, float16 or float32.
 
     Raises:
@@ -176,10 +176,10 @@ def describe(source: str | Path, *, dtype: str = "bfloat16") -> FileShape:
         raise InputError(
             "The dtype is not known", asked=dtype, there=", ".join(ITEMSIZES), change="Write one of them."
         )  # fmt: skip
-    path = Path(source)
-    if path.is_file() and path.suffix == ".json":
+    path = None if source is None else Path(source)
+    if path is not None and path.is_file() and path.suffix == ".json":
         return _of_config(_json(path), path.resolve().parent.name, dtype, None)
-    found = find(str(source))
+    found = find(None if source is None else str(source))
     if isinstance(found, str):
         return _of_hub(found, dtype)
     if found.is_file():

@@ -66,6 +66,7 @@ class Plan:
         layout: Of the run; None where it does not fit.
         times: Likewise.
         band: Share by which times may be off either way.
+        basis: Of the rates that times come from: "data_sheet" or "calibrated".
         missing: What does not fit, as an error says it; None where it does.
         largest: Tokens of the longest context that fits.
         fidelity: How close its tokens are to those of the stock cache; None where it does not fit, or where nobody
@@ -80,6 +81,7 @@ class Plan:
     layout: Layout | None
     times: cost.Times | None
     band: float
+    basis: str
     missing: BudgetError | None
     largest: int
     fidelity: Fidelity | None = None
@@ -176,6 +178,7 @@ def plan(
             layout=None,
             times=None,
             band=0.0,
+            basis=machine.profile.basis,
             missing=error,
             largest=largest,
             suggestions=_suggestions(config, shape, machine, context, output, batch, largest),
@@ -191,6 +194,7 @@ def plan(
         layout=layout,
         times=times,
         band=BAND[machine.profile.basis],
+        basis=machine.profile.basis,
         missing=None,
         largest=largest,
         fidelity=_fidelity(config, layout),

@@ -16,7 +16,7 @@ from offload.errors import InputError
 GIB = 2**30
 _MEMORY_SHARE = 0.86  # of the data sheet, by a copy and by our scan
 _GEMM_SHARE = {"hopper": 0.57, "other": 0.75}
-_ATTENTION_SHARE = {"hopper": 0.335, "other": 0.7}
+_ATTENTION_SHARE = {"hopper": 0.29, "other": 0.7}
 # Bytes per second of copies from pinned memory, by generation of PCIe and lanes.
 _PCIE = {"3x16": 12e9, "4x8": 12.5e9, "4x16": 25e9, "5x16": 53e9}
 

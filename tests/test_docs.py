@@ -218,6 +218,19 @@ def test_as_many_kinds_are_planned_as_were_measured() -> None:
     assert record["bars"]["plan_s"] <= 1.0
 
 
+def test_plans_are_as_near_as_was_measured() -> None:
+    file = ROOT / "benchmarks" / "cli_card.json"
+    if not file.is_file():
+        pytest.skip("the record is not in this checkout")
+    bars = json.loads(file.read_text(encoding="utf-8"))["bars"]
+    text = " ".join(README.split())
+    assert f"to {bars['plan_bytes_error_max']:.1%} less memory".replace("%", " %") in text
+    assert f"up to {bars['plan_ms_error_max']:.0%} slower than predicted".replace("%", " %") in text
+    assert bars["plan_bytes_under"] == 0
+    assert bars["unaccounted_share"] <= 0.01
+    assert bars["largest_context_share"] >= 0.97
+
+
 def test_no_token_was_another() -> None:
     file = ROOT / "benchmarks" / "verified.json"
     if not file.is_file():

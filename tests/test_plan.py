@@ -97,6 +97,17 @@ def test_bytes_and_times_are_those_that_were_measured(tokens: int) -> None:
         assert found.prefill == pytest.approx(row["prefill_s"], rel=BAND["calibrated"])
 
 
+@pytest.mark.parametrize("tokens", [32768, 131072, 262144])
+def test_a_plan_from_a_file_is_near_what_profile_measures_and_never_under(tokens: int) -> None:
+    row = record("cli_card")[f"profile fast {tokens}"]
+    there, config = Machine(profile=H100, device=CAP, host=2**40), OffloadConfig()
+    found = plan(config, SHAPE, there, context=tokens, output=64)
+    assert found.layout is not None
+    assert found.times is not None
+    assert 1 <= found.layout.device_bytes / row["measured_bytes"] <= 1.03
+    assert 1000 * found.times.token == pytest.approx(row["measured_ms"], rel=0.15)
+
+
 def test_verified_and_exact_tokens_take_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = record("decode")["ours 131072"]["planned"]
     demand = as_it_ran(131072, planned)

@@ -79,7 +79,8 @@ def profile(
     ids = encoded(loaded, text, chat=chat)["input_ids"]
     progress(f"Running {ids.shape[1]:,} tokens of prompt and {max_new_tokens:,} of an answer ...")
     found = run(loaded.model, settings, ids, max_new_tokens=max_new_tokens, looked_at=steps)
-    planned = _planned(loaded.source, settings, ids.shape[1], max_new_tokens)
+    shown = str(loaded.model.dtype).removeprefix("torch.")
+    planned = _planned(model, shown, settings, ids.shape[1], max_new_tokens)
     if as_json:
         inputs = {
             "model": loaded.source, "prompt_tokens": ids.shape[1],
@@ -88,7 +89,7 @@ def profile(
         top = {"schema_version": 1, "command": "profile", "inputs": inputs}
         times = None if planned is None or planned.times is None else {
             "prefill_s": planned.times.prefill, "token_s": planned.times.token, "band": planned.band,
-            "source": "computed",
+            "source": planned.basis,
         }  # fmt: skip
         print(json.dumps({**top, "planned_times": times, "profile": found.to_dict()}))
     else:
@@ -99,7 +100,9 @@ def profile(
         _write_trace(trace, found)
 
 
-def _planned(source: str, settings: OffloadConfig, prompt: int, output: int) -> Plan | None:
+def _planned(
+    source: str | None, dtype: str, settings: OffloadConfig, prompt: int, output: int
+) -> Plan | None:
     """The plan of this run on the card that is there; None where there is none, or the files do not say enough."""
     from offload.checkpoint import describe
     from offload.plan import local_machine
@@ -109,7 +112,8 @@ def _planned(source: str, settings: OffloadConfig, prompt: int, output: int) -> 
         machine = local_machine(settings)
         if machine is None:
             return None
-        return planned(settings, describe(source), machine, context=prompt + output, output=output)
+        shape = describe(source, dtype=dtype)
+        return planned(settings, shape, machine, context=prompt + output, output=output)
     except OffloadError:
         return None
 

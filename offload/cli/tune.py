@@ -107,9 +107,9 @@ def tune(
     try:
         with _warned_once():
             found = search(
-                settings, _measurer(loaded, ids, tokens), runs, objective=objective,  # type: ignore[arg-type]
+                settings, measurer(loaded.model, ids, tokens), runs, objective=objective,  # type: ignore[arg-type]
                 output=tokens, prompt=length, until=until, tell=progress,
-                predict=_predictor(loaded.source, length, tokens, settings),
+                predict=predictor(model, str(loaded.model.dtype).removeprefix("torch."), length, tokens, settings),
             )  # fmt: skip
     except KeyboardInterrupt:
         progress(f"stopped; the same command goes on from {kept}")
@@ -179,7 +179,14 @@ def _fingerprint(
     }  # fmt: skip
 
 
-def _measurer(loaded: Loaded, ids: Tensor, output: int) -> Callable[[OffloadConfig], Outcome]:
+def measurer(model: Any, ids: Tensor, output: int) -> Callable[[OffloadConfig], Outcome]:
+    """What makes a run: some tokens behind a prompt.
+
+    Args:
+        model: Of transformers, not attached.
+        ids: The prompt, [1, N].
+        output: Tokens of the answers to come; a run makes 48 at most.
+    """
     from offload.profile import profile
     from offload.tune import Outcome
 
@@ -190,8 +197,8 @@ def _measurer(loaded: Loaded, ids: Tensor, output: int) -> Callable[[OffloadConf
         kernels = (config.mode, config.replica, config.retrieval, config.decode.compile)
         if str(kernels) not in warm:  # what is compiled for the first time is not what is measured
             warm.add(str(kernels))
-            profile(loaded.model, config, ids, max_new_tokens=2, looked_at=0)
-        report = profile(loaded.model, config, ids, max_new_tokens=tokens, looked_at=0).report
+            profile(model, config, ids, max_new_tokens=2, looked_at=0)
+        report = profile(model, config, ids, max_new_tokens=tokens, looked_at=0).report
         return Outcome(
             prefill_s=report.prefill_s,
             token_s=(report.decode_s - report.capture_s) / report.new_tokens,
@@ -214,10 +221,18 @@ def _effective(report: Report) -> dict[str, Any]:
     return found
 
 
-def _predictor(
-    source: str, prompt: int, output: int, settings: OffloadConfig
+def predictor(
+    source: str | None, dtype: str, prompt: int, output: int, settings: OffloadConfig
 ) -> Callable[[OffloadConfig], Predicted] | None:
-    """What the cost model says; None without a card, or where the files do not say enough."""
+    """What the cost model says; None without a card, or where the files do not say enough.
+
+    Args:
+        source: As for `--model`.
+        dtype: Of the loaded model: bfloat16, float16 or float32.
+        prompt: Tokens.
+        output: Likewise, of an answer.
+        settings: Budgets among them.
+    """
     from offload.checkpoint import describe
     from offload.plan import local_machine, plan
     from offload.tune import Predicted
@@ -226,7 +241,7 @@ def _predictor(
         machine = local_machine(settings)
         if machine is None:
             return None
-        shape = describe(source)
+        shape = describe(source, dtype=dtype)
     except OffloadError:
         return None
 

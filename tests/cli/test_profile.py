@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from tiny_lm import save_tiny_lm
 
-from offload import cli
+from offload import cli, hardware
 from offload.cli.page import page
+from offload.hardware import Card
 from offload.profile import Part, Profile
 from offload.trace import Sample
+from offload.units import GIB
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_a_table_says_what_was_planned_measured_and_took_time(
 
 
 def test_the_page_stands_alone_and_the_trace_opens(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     html, trace = tmp_path / "run.html", tmp_path / "run.json.gz"
     more = ["--html", str(html), "--trace", str(trace), "--json"]
@@ -53,6 +55,15 @@ def test_the_page_stands_alone_and_the_trace_opens(
     assert (found["schema_version"], found["command"]) == (1, "profile")
     assert found["inputs"]["max_new_tokens"] == 6
     assert found["planned_times"] is None  # of no card that is there
+    monkeypatch.setattr(
+        hardware,
+        "local_card",
+        lambda: Card(name="NVIDIA H100 80GB HBM3", total=80 * GIB, free=79 * GIB, driver="580"),
+    )
+    assert run(model, "--prompt", "x" * 380, "--json") == 0
+    planned = json.loads(capsys.readouterr().out)["planned_times"]
+    assert planned["token_s"] > 0
+    assert planned["source"] == "calibrated"
     profile = found["profile"]
     assert profile["report"]["new_tokens"] == 6
     assert profile["bursts"][-1]["tokens"] == 6

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_lm import save_tiny_lm
 
-from offload import cli, tune
+from offload import cli, hardware, tune
 from offload.config import OffloadConfig
-from offload.tune import Knob
+from offload.hardware import Card
+from offload.scheduler import cost
+from offload.tune import Knob, Predicted, Tuned
+from offload.units import GIB
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,26 @@ def test_it_writes_a_file_and_goes_on_where_it_was(
     found = json.loads(shown.out)
     assert (found["schema_version"], found["command"]) == (1, "tune")
     assert found["runs"] == (2 if found["settings"] or "gone" in shown.err else 0)
+
+
+def test_on_a_card_the_cost_model_is_asked(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = Card(name="NVIDIA H100 80GB HBM3", total=80 * GIB, free=79 * GIB, driver="580")
+    monkeypatch.setattr(hardware, "local_card", lambda: card)
+    monkeypatch.setattr(
+        cost, "times", lambda *_: cost.Times(prefill=1.0, token=1.0, parts={}, limit="")
+    )
+    seen: list[Predicted | None] = []
+
+    def search(*_: Any, predict: Any, **__: Any) -> Tuned:
+        seen.append(predict(OffloadConfig.build(None, sinks=64, window=256)))
+        return Tuned()
+
+    monkeypatch.setattr(tune, "tune", search)
+    assert run(model) == 0
+    assert seen[0] is not None
+    assert seen[0].seconds == 5.0  # of a prompt and four tokens
 
 
 def test_what_is_given_is_written_too(model: str, folder: Path) -> None:

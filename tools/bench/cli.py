@@ -6,7 +6,9 @@
 - `profile`: an 8B-shaped Llama with random weights under the 24 GB cap: device bytes and times as planned and as measured.
 - `largest`: the context that a plan calls largest under that cap is generated, a page more is refused.
 
-`profile` and `largest` need a card.
+- `tune`: what `offload tune` finds for a prompt that does not fit under that cap, beside the defaults.
+
+`profile`, `largest` and `tune` need a card.
 """
 
 from __future__ import annotations
@@ -27,18 +29,21 @@ from decode import free
 from generate import CAP_BYTES, build_model
 
 from offload.checkpoint import FileShape, describe
+from offload.cli.tune import measurer, predictor
 from offload.config import OffloadConfig
 from offload.errors import BudgetError, OffloadError
 from offload.plan import Machine, plan
 from offload.profile import profile
 from offload.runtime import attach
 from offload.scheduler.profiles import profile_of
+from offload.tune import Runs, tune
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 2**20,
 }  # fmt: skip
 OUTPUT = 64
+TUNED_OUTPUT = 512
 _WEIGHED = 80e9  # parameters up to which a kind is built: `meta` takes no memory, but time
 
 
@@ -208,9 +213,37 @@ def _tried(
     return fits, refused
 
 
+def measure_tune(record: Record, model: Any, prompt: int, cap: int, limit_s: float) -> None:
+    """What `offload tune` finds for a prompt, beside the defaults."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(model.config.to_json_string(use_diff=False))
+        ids = torch.randint(1, model.config.vocab_size, (1, prompt), device=model.device)
+        settings = OffloadConfig.build(None, gpu_memory=cap)
+        runs = Runs(Path(folder) / "runs.json", {})
+        found = tune(
+            settings, measurer(model, ids, TUNED_OUTPUT), runs, objective="speed", output=TUNED_OUTPUT, prompt=prompt,
+            predict=predictor(str(file), "bfloat16", prompt, TUNED_OUTPUT, settings), until=time.monotonic() + limit_s, tell=print,
+        )  # fmt: skip
+        made = json.loads((Path(folder) / "runs.json").read_text())
+    before, after = found.before.seconds(TUNED_OUTPUT), found.after.seconds(TUNED_OUTPUT)
+    record.row(
+        f"tune {prompt}", settings=found.settings, before_s=before, after_s=after, runs=found.runs, skipped=found.skipped,
+        is_over=found.is_over, output=TUNED_OUTPUT, made=made, errors=[found.before.error, found.after.error],
+        error="of two further runs each; the expected error of an attention layer beside them",
+    )  # fmt: skip
+    record.bars["tune_gain"] = before / after
+
+
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--only", nargs="*", default=["start", "families", "profile", "largest"])
+    parser.add_argument(
+        "--only", nargs="*", default=["start", "families", "profile", "largest", "tune"]
+    )
+    parser.add_argument("--tuned", type=int, default=53248, help="tokens of the prompt to tune for")
+    parser.add_argument(
+        "--tune-s", type=float, default=300, help="seconds after which no run of tune begins"
+    )
     parser.add_argument("--contexts", nargs="*", type=int, default=[32768, 131072, 262144])
     parser.add_argument("--mode", default="fast")
     parser.add_argument("--repeats", type=int, default=7)
@@ -221,12 +254,14 @@ def main() -> None:
         measure_start(record, 1 if args.smoke else args.repeats)
     if "families" in args.only:
         measure_families(record, ["llama", "gpt2", "mamba"] if args.smoke else None)
-    if on_card and {"profile", "largest"} & set(args.only):
+    if on_card and {"profile", "largest", "tune"} & set(args.only):
         model = build_model(args.smoke, torch.device("cuda"))
         if "largest" in args.only:  # first: libraries keep memory of every run
             measure_largest(record, model, CAP_BYTES)
         if "profile" in args.only:
             measure_profile(record, model, [4096] if args.smoke else args.contexts, args.mode)
+        if "tune" in args.only:
+            measure_tune(record, model, 4096 if args.smoke else args.tuned, CAP_BYTES, args.tune_s)
     print(f"written to {record.write(args.out).name}")
 
 
