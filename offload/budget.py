@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -18,6 +18,7 @@ from offload.errors import BudgetError
 from offload.hardware import DeviceMemory, device_memory, host_memory
 from offload.model import ModelShape
 from offload.scheduler.layout import Demand, Layout, lay_out
+from offload.scheduler.rungs import Rung
 from offload.tiers.pinned import HostBudget, PinBudget
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Budgets:
         copies: int = 1,
         prompt: int = 0,
         exact: bool = False,
+        errors: Mapping[Rung, Sequence[float]] | None = None,
     ) -> Demand:
         """What a run needs.
 
@@ -124,6 +126,7 @@ class Budgets:
             copies: How many sequences continue one prompt.
             prompt: Tokens of the prompt, where known.
             exact: No replica, whatever the mode.
+            errors: What each layer's replica costs in fidelity, by rung, where that was measured.
         """
         memory = self._device()
         weights = memory.allocated if self._on_card else self._held()
@@ -139,6 +142,7 @@ class Budgets:
             copies=copies,
             prompt=prompt,
             exact=exact,
+            errors=errors,
         )
 
     def pass_bytes(self, batch: int, rows: int) -> int:

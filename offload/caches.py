@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from offload.hardware import host_memory
 from offload.model import ModelShape, text_config
 from offload.report import Notes
 from offload.scheduler.layout import AUTO_CHUNK, Layout
-from offload.scheduler.rungs import cached_rows
+from offload.scheduler.rungs import RUNGS, Rung, cached_rows
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
 from offload.tiers.store import LayerStore, StoreLimits
@@ -57,6 +58,9 @@ class CacheMaker:
         self.streams = Streams(shape.device)
         self.counters = TransferCounters()
         self._regions: list[HostRegion] = []
+        # What each layer's replica costs in fidelity, and what measures it while a prompt is there.
+        self.errors: dict[Rung, tuple[float, ...]] | None = None
+        self.measure_errors: Callable[[], dict[Rung, tuple[float, ...]] | None] | None = None
         self._free_regions: dict[int, list[HostRegion]] = {}
         self._reserve = max(2**30, host_memory().total // max(1, len(shape.rows)))
 
@@ -82,15 +86,27 @@ class CacheMaker:
                     store.drop_resident()  # copies that an idle cache does without
             if self.streams.on:
                 torch.cuda.empty_cache()
-            demand = self._budgets.demand(
-                batch=sequences * copies,
-                tokens=tokens,
-                copies=copies,
-                prompt=prompt_tokens,
-                exact=exact,
-            )
             idle = sum(r.committed for free in list(self._free_regions.values()) for r in free)
-            layout = self._budgets.lay_out(demand, idle_host=idle)
+
+            def lay_out() -> Layout:
+                demand = self._budgets.demand(
+                    batch=sequences * copies,
+                    tokens=tokens,
+                    copies=copies,
+                    prompt=prompt_tokens,
+                    exact=exact,
+                    errors=self.errors,
+                )
+                return self._budgets.lay_out(demand, idle_host=idle)
+
+            layout = lay_out()
+            low = layout.rung is not None and layout.rung.rank < RUNGS[0].rank
+            if low and self.errors is None and self.measure_errors is not None:
+                self.errors = self.measure_errors()
+                layout = lay_out()
+            if low and self.errors is not None:
+                bits = " ".join(str(rung.bits) for rung in layout.rungs)
+                self._notes.add(f"bits of each layer's replica, by what the prompt says: {bits}")
             auto = isinstance(self._config.prefill.chunk, str) and self._shape.fed_whole is None
             if auto and layout.chunk < min(AUTO_CHUNK, tokens or AUTO_CHUNK):
                 note = (

@@ -297,6 +297,14 @@ class ReplicaConfig(_Table):
         "small window, and streaming of every token where none does; clusters in mode verified only.",
         json_schema_extra=_unit('"auto", "4k4v", "3k3v", "2k2v", "2k+clusters" or "clusters"'),
     )
+    ladder: bool = Field(
+        default=False,
+        strict=True,
+        description="Whether each layer gets the bits that cost least fidelity for the bytes there are, as measured on "
+        "the beginning of the first long prompt, where the budget has no room for 4 bits in all. Otherwise the first and "
+        "the last layers get more.",
+        json_schema_extra=_unit("true or false"),
+    )
     whole_layers: _TokensOrNone = Field(
         default=0,
         description="Layers that keep all their KV on the device as it is, the first and the last "
@@ -470,6 +478,7 @@ class OffloadConfig(_Table):
         "draft": "decode.draft",
         "look_ahead": "decode.look_ahead",
         "rung": "replica.rung",
+        "ladder": "replica.ladder",
         "whole_layers": "replica.whole_layers",
         "skipped_mass": "replica.skipped_mass",
         "retrieved": "retrieval.tokens",

@@ -6,7 +6,7 @@ No torch: the runtime asks with the shape that it has examined, the planner with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from offload.scheduler.layout import Demand, RungPrice
 from offload.scheduler.pace import Drafts
 from offload.scheduler.rungs import (
     RUNGS,
+    Rung,
     cached_rows,
     row_cache_bytes,
     scratch_bytes,
@@ -120,6 +121,7 @@ def demand_of(
     copies: int = 1,
     prompt: int = 0,
     exact: bool = False,
+    errors: Mapping[Rung, Sequence[float]] | None = None,
 ) -> Demand:
     """What a run needs.
 
@@ -132,6 +134,7 @@ def demand_of(
         copies: How many sequences continue one prompt.
         prompt: Tokens of the prompt, where known.
         exact: No replica, whatever the mode.
+        errors: What each layer's replica costs in fidelity, by rung, where that was measured.
     """
     fast = config.keeps_replica and not exact
     staging, chunk, window = config.decode.staging, config.prefill.chunk, config.cache.window
@@ -163,6 +166,7 @@ def demand_of(
         ),
         other_kv=batch * shape.other_kv_bytes(tokens),
         rungs=_rungs(config, shape, on_card=held.on_card) if fast else (),
+        ladder=_ladder(config, shape, errors, on_card=held.on_card) if fast and errors else (),
         whole_layers=_whole_layers(config, shape) if fast else 0,
         streams=config.replica.rung == "auto",
         scratch_bytes=sum(scratch_bytes(*heads, selected) for heads in set(shape.heads))
@@ -224,24 +228,56 @@ def _whole_layers(config: OffloadConfig, shape: Shape) -> int:
 
 def _rungs(config: OffloadConfig, shape: Shape, *, on_card: bool) -> tuple[RungPrice, ...]:
     """The rungs that the config allows, best first."""
-    asked, retrieval = config.replica.rung, config.retrieval
+    asked = config.replica.rung
     prices = []
     for rung in RUNGS:
         automatic = rung.faithful or config.mode == "verified"
         if asked != rung.name and not (asked == "auto" and automatic):
             continue
-        layer_bytes = tuple(
-            rung.token_bytes(row.kv_heads, row.key_dim, row.value_dim) for row in shape.rows
-        )
-        tokens = rung.selected(retrieval.tokens)
-        slots = cached_rows(tokens, retrieval.row_cache) if on_card else 0
-        row_bytes = tuple(
-            row_cache_bytes(slots, row.kv_heads, row.token_bytes) for row in shape.rows
-        )
-        prices.append(RungPrice(rung=rung, layer_bytes=layer_bytes, row_bytes=row_bytes))
-        if slots and isinstance(retrieval.row_cache, str):
+        price = _priced(rung, config, shape, on_card=on_card)
+        prices.append(price)
+        if any(price.row_bytes) and isinstance(config.retrieval.row_cache, str):
             # What is only faster must not cost a rung.
             without = replace(rung, caches=False)
-            none = (0,) * len(row_bytes)
-            prices.append(RungPrice(rung=without, layer_bytes=layer_bytes, row_bytes=none))
+            prices.append(_priced(without, config, shape, on_card=on_card))
     return tuple(prices)
+
+
+def _priced(rung: Rung, config: OffloadConfig, shape: Shape, *, on_card: bool) -> RungPrice:
+    tokens, rows = rung.selected(config.retrieval.tokens), shape.rows
+    slots = cached_rows(tokens, config.retrieval.row_cache) if on_card and rung.caches else 0
+    return RungPrice(
+        rung=rung,
+        layer_bytes=tuple(rung.token_bytes(r.kv_heads, r.key_dim, r.value_dim) for r in rows),
+        row_bytes=tuple(row_cache_bytes(slots, r.kv_heads, r.token_bytes) for r in rows),
+    )
+
+
+def ladder_rungs(config: OffloadConfig) -> tuple[Rung, ...]:
+    """Rungs that single layers may have where it is measured what they cost, best first; none where that is not asked for.
+
+    Two bits with few exact tokens are good enough for most layers, and take no longer than three.
+    """
+    if not config.replica.ladder or config.replica.rung != "auto" or not config.keeps_replica:
+        return ()
+    coded = [rung for rung in RUNGS if rung.bits and not rung.clustered]
+    few = coded[0].selected(config.retrieval.tokens)
+    more = [
+        replace(rung, tokens=few, caches=False)
+        for rung in coded
+        if rung.selected(config.retrieval.tokens) > few
+    ]
+    return (*coded, *more)
+
+
+def _ladder(
+    config: OffloadConfig,
+    shape: Shape,
+    errors: Mapping[Rung, Sequence[float]],
+    *,
+    on_card: bool,
+) -> tuple[RungPrice, ...]:
+    return tuple(
+        replace(_priced(rung, config, shape, on_card=on_card), errors=tuple(errors[rung]))
+        for rung in ladder_rungs(config)
+    )

@@ -233,6 +233,7 @@ def _notes(
         "several sequences are not drafted: mode verified makes exact steps of them": config.mode
         == "verified"
         and batch > 1,
+        "which layers get more bits is measured on the prompt with replica.ladder on: this plan lifts the first and last": config.replica.ladder,
         "steps are launched one by one with decode.capture off, which no time here knows": not config.decode.capture,
     }
     return [note for note, holds in said.items() if holds]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
+from offload import sensitivity
 from offload.budget import Budgets
 from offload.cache import (
     CACHE,
@@ -30,6 +31,7 @@ from offload.cache import (
 from offload.caches import CacheMaker
 from offload.config import OffloadConfig
 from offload.decode import captured_steps, decode
+from offload.demand import ladder_rungs
 from offload.errors import CacheError, InputError, UnsupportedModelError
 from offload.model import (
     ModelShape,
@@ -51,6 +53,7 @@ from offload.prompt import (
 from offload.report import Notes, Report
 from offload.scheduler.layout import Layout, budget_for
 from offload.scheduler.pace import TRIAL, Drafts, Tally
+from offload.scheduler.rungs import Rung
 from offload.verify import decode_verified
 
 logger = logging.getLogger(__name__)
@@ -445,7 +448,11 @@ class Runtime:
         on_progress: Callable[[Progress], None] | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        cache.start(prompt.input_ids.shape[0], prompt.copies)
+        self._maker.measure_errors = partial(self._layer_errors, prompt.input_ids)
+        try:
+            cache.start(prompt.input_ids.shape[0], prompt.copies)
+        finally:
+            self._maker.measure_errors = None
         assert cache.layout is not None
         self._current = weakref.ref(cache)
         last = self._last
@@ -543,6 +550,25 @@ class Runtime:
             )
         self._note_tiers(cache)
         return result
+
+    def _layer_errors(self, ids: Tensor) -> dict[Rung, tuple[float, ...]] | None:
+        """What each layer's replica costs in fidelity, measured on a prompt; None where nothing can be."""
+        rungs = ladder_rungs(self.config)
+        if not rungs or ids.shape[0] > 1 or ids.shape[1] < sensitivity.LEAST_READ:
+            return None
+        began = time.perf_counter()
+        try:
+            found = sensitivity.layer_errors(self.model, self.shape.modules, ids, rungs)
+        except torch.cuda.OutOfMemoryError:
+            self._notes.add(
+                "the device has no room to measure what layers need: the first and last get most bits"
+            )
+            return None
+        finally:
+            if self._streams.on:
+                torch.cuda.empty_cache()
+        logger.info("Measured what bits layers need in %.1f s", time.perf_counter() - began)
+        return dict(zip(rungs, found, strict=True))
 
     def _undrafted(self, prompt: Prompt, kwargs: dict[str, Any]) -> str | None:
         """Why mode verified makes the tokens of a call one by one; None where it drafts, and in other modes.

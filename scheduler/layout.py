@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from offload.errors import BudgetError
+from offload.scheduler.ladder import Option, climb, total
 from offload.scheduler.rungs import Rung
 
 # Two staging buffers hide the copies behind attention once a copy outlasts the launches of a layer. On an
@@ -35,11 +37,13 @@ class RungPrice:
         rung: Of `offload.scheduler.rungs`.
         layer_bytes: Device bytes of one token of one sequence, for each offloaded layer.
         row_bytes: Device bytes of one sequence for cached rows, likewise.
+        errors: What each layer's replica costs in fidelity; empty where nobody knows.
     """
 
     rung: Rung
     layer_bytes: tuple[int, ...]
     row_bytes: tuple[int, ...]
+    errors: tuple[float, ...] = ()
 
     @property
     def token_bytes(self) -> int:
@@ -69,6 +73,8 @@ class Demand:
         least_workspace: Device bytes of activations at least, however small the chunk: of passes while decoding.
         other_kv: Device bytes of the layers that are not offloaded.
         rungs: Replicas that may be kept of offloaded tokens, best first; none for exact mode.
+        ladder: Rungs that single layers may have, with what that costs each; none where nobody knows. Only where
+            `tokens` is known.
         whole_layers: Layers that keep all their tokens on the device beside replicas of the others, the first and the
             last ones first. Only where `tokens` is known.
         streams: Whether to stream every token where no rung fits; else that is an error.
@@ -94,6 +100,7 @@ class Demand:
     least_workspace: int = 0
     other_kv: int = 0
     rungs: tuple[RungPrice, ...] = ()
+    ladder: tuple[RungPrice, ...] = ()
     whole_layers: int = 0
     streams: bool = True
     scratch_bytes: int = 0
@@ -164,7 +171,8 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
 
     With rungs, what does not fit the device gets a replica there: the best rung that fits beside a small window, at
     any chunk. What then is left lifts single layers to the next rung, the first and the last ones first, which low bits
-    hurt most. If no rung fits, every token is streamed, or it is an error.
+    hurt most. With a ladder that choice is made anew: each layer gets the rung that costs least fidelity for the bytes
+    there are. If no rung fits, every token is streamed, or it is an error.
 
     Args:
         demand: What is asked.
@@ -203,6 +211,10 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
             if roomiest is not None:
                 return roomiest
             better = demand.rungs[:step][::-1]
+            if layout.rungs and better and demand.ladder:
+                climbed = _climbed(layout, demand, device_budget)
+                if climbed is not None:
+                    return climbed
             return _lifted(layout, demand, rungs, better, device_budget)
     if roomiest is not None:
         return roomiest
@@ -228,8 +240,7 @@ def _lifted(
     if not layout.rungs or not better or demand.tokens is None:
         return layout
     now = [rungs[0]] * len(layout.rungs)
-    tokens = demand.batch * layout.replica_tokens
-    scratch = demand.batch * demand.scratch_bytes + tokens * demand.scratch_token_bytes
+    tokens, scratch = demand.batch * layout.replica_tokens, _scratch(layout, demand)
     spare, sets = budget - layout.device_bytes, {rungs[0].rung.scratch}
     for price in better:
         for layer in _ends_first(len(now)):
@@ -243,12 +254,67 @@ def _lifted(
                 spare -= more
                 sets.add(price.rung.scratch)
                 now[layer] = price
+    return _with_rungs(layout, demand, now)
+
+
+def _climbed(layout: Layout, demand: Demand, budget: int) -> Layout | None:
+    """Gives each layer the rung that costs least fidelity for the bytes there are; None where that cannot be.
+
+    Args:
+        layout: With one rung for all layers.
+        demand: What was asked, with a ladder.
+        budget: Device bytes.
+    """
+    if demand.tokens is None:
+        return None
+    tokens, scratch = demand.batch * layout.replica_tokens, _scratch(layout, demand)
+    own = ("replica", "cached rows", "decode step")
+    room = budget - layout.device_bytes + sum(layout.device[part] for part in own)
+    layers = [layer for layer in range(len(layout.rungs)) if layer not in layout.whole]
+    best: tuple[float, list[RungPrice]] | None = None
+    # Layers whose steps write other parts share no scratch: fewer kinds of rungs leave more for replicas.
+    kinds = sorted({price.rung.scratch for price in demand.ladder})
+    for n in range(1, len(kinds) + 1):
+        for used in combinations(kinds, n):
+            prices = [price for price in demand.ladder if price.rung.scratch in used]
+            options = [
+                [
+                    Option(
+                        tokens * price.layer_bytes[layer] + demand.batch * price.row_bytes[layer],
+                        price.errors[layer],
+                    )
+                    for price in prices
+                ]
+                for layer in layers
+            ]
+            chosen = climb(options, room - n * scratch)
+            if chosen is None:
+                continue
+            error = total(options, chosen)
+            if best is None or error < best[0]:
+                now = [prices[0]] * len(layout.rungs)
+                for layer, i in zip(layers, chosen, strict=True):
+                    now[layer] = prices[i]
+                best = error, now
+    return None if best is None else _with_rungs(layout, demand, best[1])
+
+
+def _scratch(layout: Layout, demand: Demand) -> int:
+    """Device bytes of the decode step of layers that share them."""
+    tokens = demand.batch * layout.replica_tokens
+    return demand.batch * demand.scratch_bytes + tokens * demand.scratch_token_bytes
+
+
+def _with_rungs(layout: Layout, demand: Demand, now: Sequence[RungPrice]) -> Layout:
+    """A layout with a rung for each layer."""
+    tokens = demand.batch * layout.replica_tokens
     held = _outside(layout.whole, [price.layer_bytes[layer] for layer, price in enumerate(now)])
     rows = _outside(layout.whole, [price.row_bytes[layer] for layer, price in enumerate(now)])
+    sets = {price.rung.scratch for layer, price in enumerate(now) if layer not in layout.whole}
     device = layout.device | {
         "replica": tokens * held,
         "cached rows": demand.batch * rows,
-        "decode step": scratch * len(sets),
+        "decode step": _scratch(layout, demand) * max(1, len(sets)),
     }
     return replace(layout, rungs=tuple(price.rung for price in now), device=device)
 

@@ -72,6 +72,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "\n"
         "[replica]\n"
         'rung = "auto"\n'
+        "ladder = false\n"
         "whole_layers = 0\n"
         "skipped_mass = 0.001\n"
         "\n"

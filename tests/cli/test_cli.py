@@ -149,6 +149,7 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
         "\n"
         "[replica]\n"
         'rung = "auto"             # default\n'
+        "ladder = false            # default\n"
         "whole_layers = 0          # default\n"
         "skipped_mass = 0.001      # default\n"
         "\n"

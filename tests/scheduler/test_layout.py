@@ -284,3 +284,36 @@ def test_the_last_rung_is_taken_only_where_no_other_fits() -> None:
         assert layout.rung.name == want
     streamed = lay_out(replace(FAST, chunk=None), device_budget=needed[-1] - 1, host_budget=PLENTY)
     assert streamed.rung is None
+
+
+@given(errors=st.lists(st.floats(0, 1e-3), min_size=6, max_size=6), spare=st.integers(0, 900 * MIB))
+def test_a_ladder_gives_bits_to_the_layers_that_need_them_and_stays_within_the_budget(
+    errors: list[float], spare: int
+) -> None:
+    faithful = [price for price in LADDER if price.rung.bits and not price.rung.clustered]
+    ladder = tuple(
+        replace(price, errors=tuple(error * 8.0**-bits for error in errors))
+        for price, bits in ((price, price.rung.bits) for price in faithful)
+    )
+    low = replace(FAST, rungs=LADDER[2:3], streams=False)
+    budget = least_budget(low) + spare
+    demand = replace(FAST, rungs=tuple(LADDER[:3]), ladder=ladder, streams=False)
+    layout = lay_out(demand, device_budget=budget, host_budget=PLENTY)
+    assert layout.device_bytes <= budget
+    uniform = lay_out(replace(demand, ladder=()), device_budget=budget, host_budget=PLENTY)
+    assert layout.host_bytes == uniform.host_bytes
+
+    def error(found: Layout) -> float:
+        return sum(e * 8.0**-rung.bits for e, rung in zip(errors, found.rungs, strict=True))
+
+    # One step of one layer is what a greedy choice may lose.
+    assert error(layout) <= error(uniform) + max(errors) * 8.0**-2
+
+
+def test_a_ladder_changes_nothing_where_the_best_rung_fits() -> None:
+    ladder = tuple(replace(price, errors=(1e-6,) * 6) for price in LADDER[:3])
+    roomy = least_budget(replace(FAST, rungs=LADDER[:1], streams=False)) + 200 * MIB
+    demand = replace(FAST, rungs=tuple(LADDER[:3]), streams=False)
+    plain = lay_out(demand, device_budget=roomy, host_budget=PLENTY)
+    assert lay_out(replace(demand, ladder=ladder), device_budget=roomy, host_budget=PLENTY) == plain
+    assert {rung.name for rung in plain.rungs} == {"4k4v"}

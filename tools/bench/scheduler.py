@@ -1,0 +1,107 @@
+"""Do the scheduler's decisions pay? Measured on real models, a decision against its absence.
+
+- `ladder`: KL(dense || ours) in nats of the next token with each layer's bits chosen by what the prompt says, against one
+  rung everywhere, under the same device budget. Mode fast through the product, in float32, one token at a time behind a
+  context (`tools/fidelity.py`).
+
+    python tools/bench/scheduler.py --model smollm2@2048 --model qwen.gguf@2048
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _record import Record, arguments, parse
+from fidelity import Case, dense, divergence, prepare
+
+import offload
+from offload.cache import CACHE
+from offload.scheduler.layout import REPLICA_WINDOW
+
+UNIFORM = "3k3v"
+
+
+@torch.no_grad()
+def decoded(case: Case, **settings: Any) -> dict[str, Any]:
+    """Logits [steps, V] of mode fast, and how its cache was laid out."""
+    ids = case.ids
+    common: dict[str, Any] = {"window": REPLICA_WINDOW, "chunk": 512, "staging": "2MiB"}
+    with offload.attach(case.model, mode="fast", capture=False, **common, **settings) as runtime:
+        cache = runtime.new_cache(ids.shape[1] + 64)
+        began = time.perf_counter()
+        runtime.generate(ids[:, : case.context], cache=cache, max_new_tokens=1, do_sample=False)
+        seconds = time.perf_counter() - began
+        cache.crop(case.context - cache.get_seq_length())
+        logits = []
+        for at in range(case.context, ids.shape[1]):
+            position = torch.tensor([[at]], device=ids.device)
+            out = case.model(
+                input_ids=ids[:, at : at + 1], position_ids=position, **{CACHE: cache}, use_cache=True
+            )  # fmt: skip
+            logits.append(out.logits[0].float().cpu())
+        layout = cache.layout
+        assert layout is not None
+        found = {
+            "device_bytes": layout.device_bytes, "replica_bytes": layout.device["replica"],
+            "bits": [rung.bits for rung in layout.rungs], "exact_tokens": [rung.tokens for rung in layout.rungs],
+            "prefill_s": seconds,
+        }  # fmt: skip
+    return {"logits": torch.cat(logits), **found}
+
+
+def measure_ladder(record: Record, models: list[str], context: int, steps: int) -> None:
+    """Against one rung everywhere, under the device budget that it needs."""
+    ratios = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for given in models:
+        source, _, asked = given.partition("@")
+        case = prepare(source, int(asked or context), steps, torch.float32, device)
+        want, _, _ = dense(case, step=steps)
+        uniform = decoded(case, rung=UNIFORM)
+        kl = {}
+        for what, settings in (
+            (UNIFORM, None),
+            ("ends first", {"ladder": False}),
+            ("ladder", {"ladder": True}),
+        ):
+            budget = uniform["device_bytes"]
+            found = uniform if settings is None else decoded(case, gpu_memory=budget, **settings)
+            moved = divergence(want, found["logits"], case.model.device)
+            kl[what] = moved["kl_mean"]
+            row = {name: value for name, value in found.items() if name != "logits"}
+            record.row(
+                f"{Path(source).name}: {what}", context=case.context, steps=steps, budget=budget, **row, **moved,
+                error="KL in nats, against transformers' own cache",
+            )  # fmt: skip
+        ratios.append(kl["ladder"] / kl[UNIFORM])
+        del case, want, uniform
+        gc.collect()
+    record.bars["ladder_vs_uniform_error"] = max(ratios)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--model", action="append", help="name@context; may be given several times")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=128)
+    args = parse(parser)
+    models = args.model or ["smollm2"]
+    if args.smoke:
+        args.context, args.steps = 1200, 4
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = False
+    shown = [Path(model).name for model in models]
+    record = Record("scheduler", settings={**vars(args), "out": None, "model": shown})
+    measure_ladder(record, models, args.context, args.steps)
+    print(f"written to {record.write(args.out).name}")
+
+
+if __name__ == "__main__":
+    main()
