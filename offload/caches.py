@@ -16,7 +16,7 @@ from offload.hardware import host_memory
 from offload.model import ModelShape, text_config
 from offload.report import Notes
 from offload.scheduler.layout import AUTO_CHUNK, Layout
-from offload.scheduler.rungs import RUNGS, Rung, cached_rows
+from offload.scheduler.rungs import Rung, cached_rows
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
 from offload.tiers.store import LayerStore, StoreLimits
@@ -100,12 +100,14 @@ class CacheMaker:
                 return self._budgets.lay_out(demand, idle_host=idle)
 
             layout = lay_out()
-            low = layout.rung is not None and layout.rung.rank < RUNGS[0].rank
-            if low and self.errors is None and self.measure_errors is not None:
+            if layout.rungs and self.errors is None and self.measure_errors is not None:
                 self.errors = self.measure_errors()
                 layout = lay_out()
-            if low and self.errors is not None:
-                bits = " ".join(str(rung.bits) for rung in layout.rungs)
+            if layout.rungs and self.errors is not None:
+                bits = " ".join(
+                    "whole" if i in layout.whole else str(rung.bits)
+                    for i, rung in enumerate(layout.rungs)
+                )
                 self._notes.add(f"bits of each layer's replica, by what the prompt says: {bits}")
             auto = isinstance(self._config.prefill.chunk, str) and self._shape.fed_whole is None
             if auto and layout.chunk < min(AUTO_CHUNK, tokens or AUTO_CHUNK):

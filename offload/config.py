@@ -301,8 +301,8 @@ class ReplicaConfig(_Table):
         default=False,
         strict=True,
         description="Whether each layer gets the bits that cost least fidelity for the bytes there are, as measured on "
-        "the beginning of the first long prompt, where the budget has no room for 4 bits in all. Otherwise the first and "
-        "the last layers get more.",
+        "the beginning of the first long prompt: a layer that matters may keep its KV as it is, one that does not gets "
+        "2 bits. Otherwise all get the same, and what is left lifts the first and the last ones.",
         json_schema_extra=_unit("true or false"),
     )
     whole_layers: _TokensOrNone = Field(

@@ -77,6 +77,7 @@ class Demand:
             `tokens` is known.
         whole_layers: Layers that keep all their tokens on the device beside replicas of the others, the first and the
             last ones first. Only where `tokens` is known.
+        whole: Which these are, where that is known.
         streams: Whether to stream every token where no rung fits; else that is an error.
         scratch_bytes: Device bytes of a decode step on the device path, per sequence.
         scratch_token_bytes: Further ones, per token and sequence.
@@ -102,6 +103,7 @@ class Demand:
     rungs: tuple[RungPrice, ...] = ()
     ladder: tuple[RungPrice, ...] = ()
     whole_layers: int = 0
+    whole: frozenset[int] | None = None
     streams: bool = True
     scratch_bytes: int = 0
     scratch_token_bytes: int = 0
@@ -211,7 +213,7 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
             if roomiest is not None:
                 return roomiest
             better = demand.rungs[:step][::-1]
-            if layout.rungs and better and demand.ladder:
+            if layout.rungs and demand.ladder:
                 climbed = _climbed(layout, demand, device_budget)
                 if climbed is not None:
                     return climbed
@@ -260,6 +262,8 @@ def _lifted(
 def _climbed(layout: Layout, demand: Demand, budget: int) -> Layout | None:
     """Gives each layer the rung that costs least fidelity for the bytes there are; None where that cannot be.
 
+    Above all rungs a layer can keep its tokens as they are, which costs none.
+
     Args:
         layout: With one rung for all layers.
         demand: What was asked, with a ladder.
@@ -271,32 +275,42 @@ def _climbed(layout: Layout, demand: Demand, budget: int) -> Layout | None:
     own = ("replica", "cached rows", "decode step")
     room = budget - layout.device_bytes + sum(layout.device[part] for part in own)
     layers = [layer for layer in range(len(layout.rungs)) if layer not in layout.whole]
-    best: tuple[float, list[RungPrice]] | None = None
+    # Tokens of a layer without a replica beyond those of the window.
+    page = demand.page
+    on_device = (layout.sink_blocks + layout.window_blocks) * page
+    beside = demand.batch * max(0, -(-demand.tokens // page) * page - on_device)
+    best: tuple[float, list[RungPrice | None]] | None = None
     # Layers whose steps write other parts share no scratch: fewer kinds of rungs leave more for replicas.
     kinds = sorted({price.rung.scratch for price in demand.ladder})
     for n in range(1, len(kinds) + 1):
         for used in combinations(kinds, n):
             prices = [price for price in demand.ladder if price.rung.scratch in used]
-            options = [
-                [
-                    Option(
-                        tokens * price.layer_bytes[layer] + demand.batch * price.row_bytes[layer],
-                        price.errors[layer],
-                    )
-                    for price in prices
+            options = []
+            for layer in layers:
+                sizes = [
+                    tokens * p.layer_bytes[layer] + demand.batch * p.row_bytes[layer]
+                    for p in prices
                 ]
-                for layer in layers
-            ]
+                rungs = [Option(n, p.errors[layer]) for n, p in zip(sizes, prices, strict=True)]
+                options.append([*rungs, Option(beside * demand.token_bytes[layer], 0.0)])
             chosen = climb(options, room - n * scratch)
             if chosen is None:
                 continue
             error = total(options, chosen)
             if best is None or error < best[0]:
-                now = [prices[0]] * len(layout.rungs)
+                picked: list[RungPrice | None] = [None] * len(layout.rungs)
                 for layer, i in zip(layers, chosen, strict=True):
-                    now[layer] = prices[i]
-                best = error, now
-    return None if best is None else _with_rungs(layout, demand, best[1])
+                    picked[layer] = prices[i] if i < len(prices) else None
+                best = error, picked
+    if best is None or all(price is None for price in best[1]):
+        return None
+    whole = frozenset(layer for layer, price in enumerate(best[1]) if price is None)
+    # Of those the rung says nothing, but that it is no lower than the others'.
+    highest = max((p for p in best[1] if p is not None), key=lambda price: price.rung.rank)
+    demand = replace(demand, whole=whole, rungs=(highest,))
+    again = _price(demand, layout.staging_bytes, layout.window_blocks, layout.chunk)
+    now = [highest if price is None else price for price in best[1]]
+    return _with_rungs(again, demand, now)
 
 
 def _scratch(layout: Layout, demand: Demand) -> int:
@@ -525,6 +539,8 @@ def _whole(demand: Demand) -> frozenset[int]:
     """Layers that keep all their tokens on the device beside replicas of the others."""
     if not demand.rungs or demand.tokens is None:
         return frozenset()
+    if demand.whole is not None:
+        return demand.whole
     return frozenset(_ends_first(len(demand.token_bytes))[: demand.whole_layers])
 
 

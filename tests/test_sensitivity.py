@@ -131,6 +131,31 @@ def test_a_cache_is_laid_out_by_what_the_prompt_says() -> None:
     assert mixed.rungs[1].bits == 4
     assert plain.rungs[0].bits >= 3
     assert any("by what the prompt says: 2 4" in note for note in notes)
+    roomier = laid_out(model, rung="4k4v", whole_layers=1)[0]
+    assert roomier.whole == {0}
+    whole, notes = laid_out(model, gpu_memory=roomier.device_bytes, ladder=True)
+    assert whole.whole == {1}
+    assert whole.device_bytes <= roomier.device_bytes
+    assert any("by what the prompt says: 4 whole" in note for note in notes)
+
+
+def test_verified_tokens_are_the_stock_caches_with_layers_of_several_kinds() -> None:
+    model, ids = build(), prompts(1, N)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(1e-3)
+    want = model.generate(ids, max_new_tokens=24, do_sample=False)
+    budget = laid_out(model, mode="verified", rung="3k3v")[0].device_bytes
+    with offload.attach(
+        model, mode="verified", sinks=64, window=256, staging="1MiB", chunk=128,
+        gpu_memory=budget, ladder=True,
+    ) as runtime:  # fmt: skip
+        cache = runtime.new_cache(max_tokens=N + 24)
+        out = runtime.generate(ids, cache=cache, max_new_tokens=24, do_sample=False)
+        report = runtime.report()
+        assert cache.layout is not None
+        assert [rung.bits for rung in cache.layout.rungs] == [2, 4]
+    assert torch.equal(out, want)
+    assert report.verify_passes > 0
 
 
 def test_a_short_prompt_or_several_are_laid_out_as_ever() -> None:
