@@ -99,6 +99,26 @@ def test_each_suggestion_fits_when_it_is_followed(
         capsys.readouterr()
 
 
+def test_further_cards_are_suggested_until_there_are_three_changes(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--model", model, "--gpu", "rtx4090", "--gpu-memory", "12GiB", "--json"]
+    assert cli.main(arguments) == 3
+    suggestions = json.loads(capsys.readouterr().out)["plans"][0]["suggestions"]
+    assert [each["change"].split()[:2] for each in suggestions] == [
+        ["--gpu-memory", "15.94GiB"],
+        ["--gpu", "rtx5090"],
+        ["--gpu", "a100"],
+    ]
+
+
+def test_more_memory_than_the_card_has_is_refused(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--model", model, "--gpu", "rtx4090", "--gpu-memory", "40GiB"]) == 3
+    assert "The rtx4090 has no more: lower memory.gpu" in capsys.readouterr().err
+
+
 def test_json_has_every_byte(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         cli.main(["plan", "--model", model, "--gpu", "h100", "--mode", "verified", "--json"]) == 0
