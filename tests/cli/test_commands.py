@@ -1,4 +1,4 @@
-"""What the pages show of commands is what they print: whole outputs of those that give the same everywhere."""
+"""What pages and help show of commands: outputs are what is printed, where that is the same everywhere, and examples run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from tiny_lm import save_tiny_lm
 
 from offload import cli
 
@@ -36,6 +37,11 @@ def is_shown_as(printed: str, shown: str) -> bool:
     """Whether the two are the same, but for lines that a line `...` stands for."""
     lines = ["(.*\n)*?" if line == "..." else re.escape(line) + "\n" for line in shown.splitlines()]
     return re.fullmatch("".join(lines), printed) is not None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_lm(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +105,37 @@ def test_every_option_that_is_shown_is_there(page: str, capsys: pytest.CaptureFi
 def test_no_page_shows_a_folder_of_a_machine() -> None:
     for page in (ROOT / "docs").glob("*.md"):
         assert not re.search(r"(?<![\w.])/(tmp|home|work|root|usr)\b", page.read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("command", "smaller"),
+    [
+        ("doctor", ""),
+        ("version", ""),
+        ("config", ""),
+        ("config init", ""),
+        ("config check", ""),
+        ("config show", ""),
+        ("config schema", ""),
+        ("generate", "--max-new-tokens 4"),
+        ("profile", "--max-new-tokens 2 --steps 1"),
+        ("tune", "--time 1s --output 4"),
+        ("bench", "-p 16 -n 2 -d 0,64 -r 1"),
+    ],
+)
+def test_the_example_of_every_help_runs(
+    command: str, smaller: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command != "config init":
+        assert cli.main(["config", "init"]) == 0
+    Path("book.txt").write_text("The lamp stands in the hall. " * 14)
+    cli.main([*command.split(), "--help"])
+    example = capsys.readouterr().out.partition("Example: ")[2].split("\n\n")[0]
+    # Of what a shell would do only the first command, without where its output goes.
+    first = " ".join(example.split()).split(" && ")[0].split(" > ")[0]
+    words = shlex.split(first)[1:]
+    if command == "config":  # writes what is there already
+        words.append("--force")
+    if smaller:  # of options that are given twice the later one counts
+        words += [*smaller.split(), "--model", model, "--dtype", "float32"]
+    assert cli.main(words) == 0, " ".join(words)
