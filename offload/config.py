@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ SMALLEST_PAGE: Final = 16  # one tile of the tensor cores: no kernel reads fewer
 COMPILED_FROM: Final = 4096
 FAST_PAGE: Final = 64  # tokens that share the scales of their keys in a replica
 LONGEST_DRAFT: Final = 192  # tokens: two fit the window beside a replica
+_ASSIGNMENT: Final = re.compile(r"""\s*[\w."' -]+=""")
 _LEAST_SINKS: Final = 64  # tokens; the first few carry the attention sink, the rest is rounding
 
 
@@ -580,7 +582,7 @@ class OffloadConfig(_Table):
         try:
             data, source = _tables(file)
         except ConfigError as error:
-            raise _one_error([*problems, error]) from None
+            raise _one_error([*problems, *(error.problems or (error,))]) from None
         above: dict[str, Any] = {}
         for each in given:
             section, _, name = each.key.rpartition(".")
@@ -794,9 +796,47 @@ def _load(path: Path) -> tuple[dict[str, Any], _File]:
     file = _File(str(path), _text(path))
     try:
         return tomllib.loads(file.text), file
-    except tomllib.TOMLDecodeError as error:
-        what, place = places.place_of_mistake(str(error), file.text)
-        raise file.at(place, _not_toml(what)) from None
+    except tomllib.TOMLDecodeError:
+        raise _one_error(_mistakes(file)) from None
+
+
+def _mistakes(file: _File) -> list[ConfigError]:
+    """What is wrong with a file that is not TOML: each of its lines, and what the others say.
+
+    A line is left out to read on only where it is a key with a value and wrong by itself: what stands behind a
+    header or within an array that never ends means something else without it.
+    """
+    found: list[tuple[places.Place, ConfigError]] = []
+    lines = file.text.split("\n")
+    data = None
+    while data is None:
+        text = "\n".join(lines)
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            what, place = places.place_of_mistake(str(error), text)
+            line = lines[place.line - 1] if place.line <= len(lines) else ""
+            is_assignment = _ASSIGNMENT.match(line) is not None
+            if is_assignment and line.count('"') % 2:
+                what = "a quote is missing"
+            found.append((place, file.at(place, _not_toml(what, is_assignment=is_assignment))))
+            if not (is_assignment and _is_wrong_by_itself(line)):
+                break
+            lines[place.line - 1] = ""
+    try:
+        OffloadConfig(**(data or {}))
+    except ConfigError as error:
+        rest = file._replace(text="\n".join(lines))
+        found += [rest.locate(problem) for problem in error.problems or (error,)]
+    return [problem for _, problem in sorted(found, key=lambda each: each[0])]
+
+
+def _is_wrong_by_itself(line: str) -> bool:
+    try:
+        tomllib.loads(line)
+    except tomllib.TOMLDecodeError:
+        return True
+    return False
 
 
 def _text(path: Path) -> str:
@@ -820,11 +860,11 @@ def _text(path: Path) -> str:
         raise _not_toml(str(error)).at(str(path)) from None
 
 
-def _not_toml(what: str) -> ConfigError:
-    return ConfigError(
-        f"This is not TOML: {what}",
-        change='Write tables and keys, for example [memory], then gpu = "20GiB".',
-    )
+def _not_toml(what: str, *, is_assignment: bool = False) -> ConfigError:
+    change = 'Write tables and keys, for example [memory], then gpu = "20GiB".'
+    if is_assignment:
+        change = 'Write one value, text between two quotes, for example gpu = "20GiB".'
+    return ConfigError(f"This is not TOML: {what}", change=change)
 
 
 def _abridged(text: str, length: int = 40) -> str:

@@ -25,6 +25,7 @@ FITS, SLOW, NOT = "fits", "fits but slow", "does not fit"
 SLOW_TOKEN_S = 0.1  # people read faster than ten tokens a second
 # Of the constants in `cost`, against `benchmarks/`: steps within 3 %, prefills within 15 % on the calibrated card.
 BAND = {"calibrated": 0.15, "data_sheet": 0.3}
+_SUGGESTED = 3  # changes with which it would fit: more than that nobody reads
 _LONGEST = 2**24  # tokens that the search for the longest context ends at
 
 
@@ -105,7 +106,7 @@ def machine_of(profile: Profile, config: OffloadConfig) -> Machine:
             requested=device,
             available=profile.memory,
             setting="memory.gpu",
-            change=f"A {profile.name} has no more. Lower it, or leave it out.",
+            change=f"The {profile.name} has no more: lower memory.gpu, or leave it out.",
         )
     # Beside the KV a host holds an operating system and the weights while they are loaded.
     of_host = profile.host * 3 // 4 - memory.reserve.resolve(total=profile.host, auto=0)
@@ -368,6 +369,8 @@ def _suggestions(
         found.append(Suggestion(change="--batch 1", result="fits"))
     free = OffloadConfig.build(config, gpu_memory="auto", cpu_memory="auto")
     for card in sorted(PROFILES.values(), key=lambda card: (card.memory, card.name)):
+        if len(found) >= _SUGGESTED:
+            break
         if card.memory > machine.profile.memory and fits(free, machine_of(card, free)):
             result = f"fits, with the {gib(card.memory)} of that card and {gib(card.host)} of host memory"
             drop = " without --gpu-memory and --cpu-memory"
@@ -375,8 +378,7 @@ def _suggestions(
             found.append(
                 Suggestion(change=f"--gpu {card.name}{drop if given else ''}", result=result)
             )
-            break
-    return found[:3]
+    return found[:_SUGGESTED]
 
 
 def _rounded(size: int) -> int:

@@ -127,7 +127,11 @@ class Runs:
         self._found: dict[str, Outcome] = {}
         if file is not None and file.is_file():
             self._found = self._read(file)
-        self.kept = len(self._found)
+
+    @property
+    def kept(self) -> int:
+        """How many there are."""
+        return len(self._found)
 
     def get(self, settings: Settings) -> Outcome | None:
         """The outcome of some settings, where they were run."""

@@ -387,15 +387,15 @@ def _device_layout(demand: Demand, budget: int) -> Layout:
         needed = min(needed, whole.device_bytes)
     if least.device_bytes > budget:
         if demand.window is None:
-            what = "Weights, workspace and the smallest window on the device"
+            what = "The sum of weights, workspace and the smallest window on the device"
             change = "Raise memory.gpu, lower prefill.chunk, or load the model with fewer bits."
             if demand.rungs:
                 rung = demand.rungs[0].rung
-                what = f"Weights, workspace, a window and the {rung.name} replica on the device"
+                what = f"The sum of weights, workspace, a window and the {rung.name} replica on the device"
                 change = 'Raise memory.gpu, or set replica.rung to "auto"'
                 change += " or to one of fewer bits." if rung.bits else ", which then streams."
         else:
-            what = f"Weights, workspace and a window of {demand.window:,} tokens on the device"
+            what = f"The sum of weights, workspace and a window of {demand.window:,} tokens on the device"
             change = "Raise memory.gpu, or lower cache.window, prefill.chunk or decode.staging."
         raise BudgetError(
             what,

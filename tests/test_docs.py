@@ -1,4 +1,4 @@
-"""What README.md and ARCHITECTURE.md say is so."""
+"""What README.md, ARCHITECTURE.md and the pages under docs/ say is so."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from families import FAMILIES
 from tiny_lm import save_tiny_lm
 
 from offload import cli, loading
+from offload.cli.settings import variable_of
 from offload.config import OffloadConfig
 from offload.kinds import REFUSED
 
@@ -291,6 +292,27 @@ def test_the_fidelity_table_of_the_readme_is_that_of_the_benchmark() -> None:
             assert f"{row['kl_mean']:.1e}".replace("e-0", "e-") == mean
             assert f"{row['kl_999']:.1e}".replace("e-0", "e-") == worst
             assert abs(100 * row["same_top"] - float(same)) < 0.05
+
+
+def test_the_reference_of_the_configuration_is_what_its_models_say() -> None:
+    made = runpy.run_path(str(ROOT / "tools" / "reference.py"))["reference"]()
+    shown = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert shown == made, "run: python tools/reference.py > docs/config.md"
+
+
+def test_the_reference_has_every_key_with_all_that_there_is_to_say() -> None:
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    entries = dict(re.findall(r"^###? ([\w.]+)\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL))
+    assert list(entries) == OffloadConfig.every_key()
+    for setting in OffloadConfig().settings():
+        entry = entries[setting.key]
+        assert setting.description in " ".join(entry.split())
+        for line in (
+            f"- value: {setting.unit}",
+            f"- default: `{json.dumps(setting.default)}`",
+            f"- variable: `{variable_of(setting.key)}`",
+        ):
+            assert line in entry.splitlines()
 
 
 def test_every_module_has_its_line_in_the_architecture_and_every_line_its_file() -> None:

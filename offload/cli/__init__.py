@@ -51,7 +51,10 @@ NOBODY_READS = 141
 app = typer.Typer(
     name="offload",
     help="Run Hugging Face models on contexts whose KV cache does not fit on the GPU.",
-    epilog="Example: offload demo",
+    epilog="\b\n"  # keeps the lines apart
+    "Example: offload doctor\n"
+    "         offload demo\n"
+    "         offload plan --model ./llama-8b --context 128K --gpu rtx4090",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -194,7 +194,7 @@ def _tokens(found: Profile, planned_ms: float | None) -> str:
     if not times:
         return "<p>One token was made, by the prompt's last pass.</p>"
     middle = sorted(times)[len(times) // 2]
-    top = max(4 * middle, planned_ms or 0.0, 1e-3)
+    top = max(min(4 * middle, 1.05 * max(times)), 1.05 * (planned_ms or 0.0), 1e-3)
     points = [(float(i), ms) for i, ms in enumerate(times, 2)]
     drawn = _chart(
         [("one", points)], label="milliseconds per token", x_unit="tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -62,10 +62,11 @@ def plan(
         typer.Option("--set", help="Any key of the file: --set replica.rung=4k4v."),
     ] = None,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Every context from 8K on, doubled, up to --context.")
-    ] = False,
+        Literal["context"] | None,
+        typer.Option("--sweep", help="context: every length from 8K on, doubled, up to --context."),
+    ] = None,
     compare: Annotated[
-        str | None, typer.Option("--compare", help="Several cards: rtx3090,rtx4090,rtx5090.")
+        str | None, typer.Option("--compare", help="Further cards: rtx3090,rtx4090,rtx5090.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -81,9 +82,11 @@ def plan(
     settings = asked(config, sets, mode=mode, gpu_memory=gpu_memory, cpu_memory=cpu_memory).config
     shape = describe(model, dtype=dtype)
     tokens, answer = parse_tokens(context), parse_tokens(output)
-    names = [name.strip() for name in (compare or gpu or "").split(",") if name.strip()]
-    machines = [_machine(name, settings) for name in names] or [_local_machine(settings)]
-    lengths = _doubled(tokens, answer) if sweep else [tokens]
+    names = [name.strip() for name in f"{gpu or ''},{compare or ''}".split(",") if name.strip()]
+    machines = [_machine(name, settings) for name in dict.fromkeys(names)] or [
+        _local_machine(settings)
+    ]
+    lengths = _doubled(tokens, answer) if sweep == "context" else [tokens]
     found = []
     for machine in machines:
         for length in lengths:
@@ -215,23 +218,26 @@ def _print_one(
 ) -> None:
     from offload.units import duration, gib
 
-    per_token = f"{sum(shape.token_bytes) / 1024:,.0f} KiB"
     print(
         f"{shape.name}  {shape.model_type}, {shape.layers} layers, {shape.dtype}; weights "
-        f"{gib(shape.weights)} ({shape.weights_are}), {per_token} of KV a token"
+        f"{gib(shape.weights)} ({shape.weights_are}), {_per_token(shape)} of KV a token"
     )
     sequences = "" if batch == 1 else f"{batch} sequences of "
     print(
         f"{machine.profile.name}  {gib(machine.device)} of device memory, {gib(machine.host)} of host memory; "
         f"{sequences}{result.context:,} tokens, {output:,} of them the answer"
     )
-    print(f"\n{result.verdict}")
     if result.missing is not None:
+        short = result.missing.requested - max(0, result.missing.available)
+        where = "on the device" if result.missing.setting == "memory.gpu" else "of host memory"
+        print(f"\n{result.verdict}: {gib(short)} short {where}")
         print(f"  {result.missing}")
         for suggestion in result.suggestions:
             print(f"  {suggestion.change}: {suggestion.result}")
-        print(f"  largest context at this budget: {result.largest:,} tokens")
+        largest = f"{result.largest:,} tokens" if result.largest else "none"
+        print(f"  largest context at this budget: {largest}")
     else:
+        print(f"\n{result.verdict}")
         layout, times = result.layout, result.times
         assert layout is not None
         assert times is not None
@@ -254,6 +260,10 @@ def _print_one(
         print(f"note: {note}")
 
 
+def _per_token(shape: FileShape) -> str:
+    return f"{sum(shape.token_bytes) / 1024:,.0f} KiB"
+
+
 def _about(name: str, result: Plan) -> str:
     layout = result.layout
     assert layout is not None
@@ -270,9 +280,7 @@ def _about(name: str, result: Plan) -> str:
 def _print_table(shape: FileShape, found: list[tuple[Machine, Plan]]) -> None:
     from offload.units import duration, gib
 
-    print(
-        f"{shape.name}  weights {gib(shape.weights)}, {gib(sum(shape.token_bytes))} of KV a token"
-    )
+    print(f"{shape.name}  weights {gib(shape.weights)}, {_per_token(shape)} of KV a token")
     head = (
         "card",
         "context",

@@ -112,7 +112,11 @@ def tune(
                 predict=predictor(model, str(loaded.model.dtype).removeprefix("torch."), length, tokens, settings),
             )  # fmt: skip
     except KeyboardInterrupt:
-        progress(f"stopped; the same command goes on from {kept}")
+        progress(
+            f"stopped; the same command goes on from {kept}"
+            if runs.kept
+            else "stopped before a run was over: the same command begins anew"
+        )
         raise
     _write(out, given, found, tokens)
     _say(found, out, tokens, as_json=as_json, objective=objective)

@@ -77,7 +77,12 @@ def test_version_names_what_offload_stands_on(capsys: pytest.CaptureFixture[str]
     [
         [],
         ["demo"],
+        ["generate"],
+        ["plan"],
+        ["profile"],
+        ["tune"],
         ["bench"],
+        ["doctor"],
         ["version"],
         ["config"],
         ["config", "show"],
@@ -108,6 +113,16 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "doctor",
         "version",
         "config",
+    ]
+
+
+def test_help_says_what_to_try_next(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--help"])
+    lines = capsys.readouterr().out.partition("Example: ")[2].splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["offload", "doctor"],
+        ["offload", "demo"],
+        ["offload", "plan"],
     ]
 
 
@@ -210,6 +225,44 @@ def test_config_check_lists_everything_that_is_wrong() -> None:
         "    5 | window = 100\n"
         "      |          ^^^\n"
     )
+
+
+def test_config_check_reads_on_behind_a_line_that_is_not_toml() -> None:
+    Path("my.toml").write_text('[memory]\ngpu = 24GiB"\ncpu = 8GiB\n[retreival]\ntokens = 4\n')
+    done = run("config", "check", "my.toml")
+    assert (done.returncode, done.stdout) == (2, "")
+    quotes = 'Write one value, text between two quotes, for example gpu = "20GiB".\n'
+    assert done.stderr == (
+        "error: 3 settings cannot be used.\n"
+        f"  my.toml:2:9: This is not TOML: a quote is missing. {quotes}"
+        '    2 | gpu = 24GiB"\n'
+        "      |         ^\n"
+        "  my.toml:3:8: This is not TOML: Expected newline or end of document after a statement. "
+        f"{quotes}"
+        "    3 | cpu = 8GiB\n"
+        "      |        ^\n"
+        "  my.toml:4:2: retreival: unknown section. Did you mean 'retrieval'?\n"
+        "    4 | [retreival]\n"
+        "      |  ^^^^^^^^^\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[memory\ngpu = 24 gigs\n",  # a header: whose key is it?
+        "[cache]\nwindow = [64,\npage = 64\nsinks = 64\n",  # nothing is wrong with the line of the place
+        'mode = """fast\n[memory]\ngup = 1\n',
+    ],
+)
+def test_config_check_takes_nothing_wrong_for_more_than_it_is(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("my.toml").write_text(text)
+    assert cli.main(["config", "check", "my.toml"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("This is not TOML") == 1
+    assert said.startswith("error: my.toml:")
 
 
 def test_config_check_finds_keys_that_exclude_each_other() -> None:

@@ -60,7 +60,8 @@ def test_what_does_not_fit_ends_with_3_and_says_what_would(
     arguments = ["plan", "--model", model, "--gpu", "rtx4090", "--gpu-memory", "12GiB", "--context"]
     assert cli.main([*arguments, "128K"]) == 3
     shown = capsys.readouterr().out
-    assert "does not fit" in shown
+    assert re.search(r"^does not fit: \d\.\d GiB short on the device$", shown, re.MULTILINE)
+    assert "largest context at this budget: none" in shown
     assert re.search(r"--gpu-memory \d+\.\d+GiB: fits", shown)
     assert cli.main([*arguments, "128K", "--json"]) == 3
     found = json.loads(capsys.readouterr().out)["plans"][0]
@@ -98,6 +99,26 @@ def test_each_suggestion_fits_when_it_is_followed(
         capsys.readouterr()
 
 
+def test_further_cards_are_suggested_until_there_are_three_changes(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--model", model, "--gpu", "rtx4090", "--gpu-memory", "12GiB", "--json"]
+    assert cli.main(arguments) == 3
+    suggestions = json.loads(capsys.readouterr().out)["plans"][0]["suggestions"]
+    assert [each["change"].split()[:2] for each in suggestions] == [
+        ["--gpu-memory", "15.94GiB"],
+        ["--gpu", "rtx5090"],
+        ["--gpu", "a100"],
+    ]
+
+
+def test_more_memory_than_the_card_has_is_refused(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--model", model, "--gpu", "rtx4090", "--gpu-memory", "40GiB"]) == 3
+    assert "The rtx4090 has no more: lower memory.gpu" in capsys.readouterr().err
+
+
 def test_json_has_every_byte(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         cli.main(["plan", "--model", model, "--gpu", "h100", "--mode", "verified", "--json"]) == 0
@@ -115,12 +136,28 @@ def test_json_has_every_byte(model: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_cards_and_lengths_are_compared_in_one_table(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["plan", "--model", model, "--compare", "rtx3090, rtx5090", "--sweep", "--context", "64K"]  # fmt: skip
+    arguments = ["plan", "--model", model, "--compare", "rtx3090, rtx5090", "--sweep", "context", "--context", "64K"]  # fmt: skip
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith(("rtx3090", "rtx5090"))]
     assert len(rows) == 8
     assert [row.split()[1] for row in rows[:4]] == ["8,192", "16,384", "32,768", "65,536"]
+    assert lines[0].endswith("128 KiB of KV a token")  # in the unit of a single plan
+
+
+def test_a_card_is_compared_with_further_ones(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--model", model, "--gpu", "l4", "--compare", "rtx3090,l4"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:4]
+    assert [row.split()[0] for row in rows] == ["l4", "rtx3090"]
+
+
+def test_host_memory_that_is_short_is_told_as_such(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--model", model, "--gpu", "rtx4090", "--cpu-memory", "1GiB"]) == 3
+    assert "does not fit: 15.0 GiB short of host memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,12 @@ def test_a_page_of_a_card_shows_what_is_unaccounted_and_the_plan(model: str) -> 
     assert "dashed: planned, 4.0 GiB" in text
     assert "dashed: planned, 12.0 ms" in text
     assert text.count('class="plan"') == 2
+    # Steps of even length fill the height of their chart; one that is captured does not set it.
+    start = of_card.bursts[0][0]
+    for lengths, top in (((0.1, 0.1, 0.1), "105 ms"), ((0.1, 0.1, 9.0), "400 ms")):
+        ends = [start + sum(lengths[:n]) for n in range(len(lengths) + 1)]
+        even = page("a run", replace(of_card, bursts=[(at, n) for n, at in enumerate(ends, 1)]), planned_ms=None)  # fmt: skip
+        assert f">{top}</text>" in even
     one = page("a run", replace(of_card, bursts=[(1.0, 1)]), planned_ms=None)
     assert "One token was made" in one
 

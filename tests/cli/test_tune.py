@@ -13,7 +13,7 @@ from offload import cli, hardware, tune
 from offload.config import OffloadConfig
 from offload.hardware import Card
 from offload.scheduler import cost
-from offload.tune import Knob, Predicted, Tuned
+from offload.tune import Knob, Outcome, Predicted, Runs, Tuned
 from offload.units import GIB
 
 
@@ -110,10 +110,17 @@ def test_bad_input_is_refused_before_anything_is_loaded(
 def test_a_stopped_search_says_how_to_go_on(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*given: object, **more: object) -> None:
+    over: list[Outcome] = []
+
+    def stopped(_config: object, _measure: object, runs: Runs, **_: object) -> None:
+        for outcome in over:
+            runs.add({}, outcome)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "tune", stopped)
+    assert run(model) == 130
+    assert "the same command begins anew" in capsys.readouterr().err
+    over.append(Outcome())
     assert run(model) == 130
     assert "goes on from offload.tuned.toml.runs.json" in capsys.readouterr().err
 
