@@ -254,20 +254,10 @@ def _priced(rung: Rung, config: OffloadConfig, shape: Shape, *, on_card: bool) -
 
 
 def ladder_rungs(config: OffloadConfig) -> tuple[Rung, ...]:
-    """Rungs that single layers may have where it is measured what they cost, best first; none where that is not asked for.
-
-    Two bits with few exact tokens are good enough for most layers, and take no longer than three.
-    """
+    """Rungs that single layers may have where it is measured what they cost, best first; none where that is not asked for."""
     if not config.replica.ladder or config.replica.rung != "auto" or not config.keeps_replica:
         return ()
-    coded = [rung for rung in RUNGS if rung.bits and not rung.clustered]
-    few = coded[0].selected(config.retrieval.tokens)
-    more = [
-        replace(rung, tokens=few, caches=False)
-        for rung in coded
-        if rung.selected(config.retrieval.tokens) > few
-    ]
-    return (*coded, *more)
+    return tuple(rung for rung in RUNGS if rung.bits and not rung.clustered)
 
 
 def _ladder(
@@ -277,7 +267,9 @@ def _ladder(
     *,
     on_card: bool,
 ) -> tuple[RungPrice, ...]:
-    return tuple(
-        replace(_priced(rung, config, shape, on_card=on_card), errors=tuple(errors[rung]))
-        for rung in ladder_rungs(config)
-    )
+    prices = []
+    for rung in ladder_rungs(config):
+        as_used = replace(rung, tokens=rung.selected(config.retrieval.tokens))
+        price = _priced(as_used, config, shape, on_card=on_card)
+        prices.append(replace(price, errors=tuple(errors[rung])))
+    return tuple(prices)

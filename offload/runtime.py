@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -558,7 +558,9 @@ class Runtime:
             return None
         began = time.perf_counter()
         try:
-            found = sensitivity.layer_errors(self.model, self.shape.modules, ids, rungs)
+            asked = self.config.retrieval.tokens
+            as_used = [replace(rung, tokens=rung.selected(asked)) for rung in rungs]
+            found = sensitivity.layer_errors(self.model, self.shape.modules, ids, as_used)
         except torch.cuda.OutOfMemoryError:
             self._notes.add(
                 "the device has no room to measure what layers need: the first and last get most bits"

@@ -389,7 +389,9 @@ def _device_layout(demand: Demand, budget: int) -> Layout:
         if demand.window is None:
             what = "The sum of weights, workspace and the smallest window on the device"
             change = "Raise memory.gpu, lower prefill.chunk, or load the model with fewer bits."
-            if demand.rungs:
+            if demand.weights + demand.overhead >= budget:  # nothing of ours is to blame
+                change = "The weights alone take more: raise memory.gpu, or load the model with fewer bits."
+            elif demand.rungs:
                 rung = demand.rungs[0].rung
                 what = f"The sum of weights, workspace, a window and the {rung.name} replica on the device"
                 change = 'Raise memory.gpu, or set replica.rung to "auto"'

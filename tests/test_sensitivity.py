@@ -108,6 +108,7 @@ def laid_out(model: Any, *, ids: torch.Tensor | None = None, **settings: Any) ->
         "window": 256,
         "staging": "1MiB",
         "chunk": 128,
+        "retrieved": 64,
     }
     with offload.attach(model, **(common | settings)) as runtime:
         cache = runtime.new_cache(max_tokens=N + 8)
@@ -146,7 +147,7 @@ def test_verified_tokens_are_the_stock_caches_with_layers_of_several_kinds() -> 
     want = model.generate(ids, max_new_tokens=24, do_sample=False)
     budget = laid_out(model, mode="verified", rung="3k3v")[0].device_bytes
     with offload.attach(
-        model, mode="verified", sinks=64, window=256, staging="1MiB", chunk=128,
+        model, mode="verified", sinks=64, window=256, staging="1MiB", chunk=128, retrieved=64,
         gpu_memory=budget, ladder=True,
     ) as runtime:  # fmt: skip
         cache = runtime.new_cache(max_tokens=N + 24)

@@ -267,7 +267,8 @@ def test_a_rung_that_was_asked_for_is_not_changed() -> None:
     roomy = lay_out(asked, device_budget=least_budget(asked) + 900 * MIB, host_budget=PLENTY)
     assert {rung.name for rung in roomy.rungs} == {"2k2v"}
     for price, way_out in ((LADDER[0], "one of fewer bits"), (LADDER[-1], "which then streams")):
-        refused = laid_out(replace(FAST, rungs=(price,), streams=False), -1)
+        only = replace(FAST, rungs=(price,), streams=False)
+        refused = laid_out(only, least_budget(only) - 1)
         assert isinstance(refused, BudgetError)
         assert price.rung.name in str(refused)
         assert way_out in str(refused)
@@ -342,3 +343,13 @@ def test_a_ladder_changes_nothing_where_everything_fits() -> None:
         lay_out(replace(demand, ladder=ladder), device_budget=PLENTY, host_budget=PLENTY) == plain
     )
     assert not plain.rungs
+
+
+def test_where_the_weights_alone_are_too_large_nothing_else_is_blamed() -> None:
+    for rungs in ((), LADDER[:1]):
+        demand = replace(FAST, rungs=rungs, weights=10 * 2**30, overhead=2**20)
+        refused = laid_out(demand, 10 * 2**30)
+        assert isinstance(refused, BudgetError)
+        assert "The weights alone take more" in str(refused)
+        assert "prefill.chunk" not in str(refused)
+        assert isinstance(laid_out(demand, refused.requested), Layout)

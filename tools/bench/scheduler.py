@@ -57,7 +57,9 @@ def decoded(case: Case, **settings: Any) -> dict[str, Any]:
     return {"logits": torch.cat(logits), **found}
 
 
-def measure_ladder(record: Record, models: list[str], context: int, steps: int) -> None:
+def measure_ladder(
+    record: Record, models: list[str], context: int, steps: int, rungs: list[str]
+) -> None:
     """Against one rung everywhere, under the device budget that it needs."""
     ratios = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +67,7 @@ def measure_ladder(record: Record, models: list[str], context: int, steps: int) 
         source, _, asked = given.partition("@")
         case = prepare(source, int(asked or context), steps, torch.float32, device)
         want, _, _ = dense(case, step=steps)
-        for rung in UNIFORM:
+        for rung in rungs:
             uniform = decoded(case, rung=rung)
             budget = uniform["device_bytes"]
             ladder = decoded(case, gpu_memory=budget, ladder=True)
@@ -78,7 +80,7 @@ def measure_ladder(record: Record, models: list[str], context: int, steps: int) 
                     f"{Path(source).name}: {what}", context=case.context, steps=steps, budget=budget, **row, **moved,
                     error="KL in nats, against transformers' own cache",
                 )  # fmt: skip
-            if rung == UNIFORM[0]:
+            if rung == rungs[0]:
                 ratios.append(kl[1] / kl[0])
         del case, want
         gc.collect()
@@ -89,6 +91,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", action="append", help="name@context; may be given several times")
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument(
+        "--rungs", nargs="+", default=list(UNIFORM), help="of all layers, to compare with"
+    )
     parser.add_argument("--steps", type=int, default=128)
     args = parse(parser)
     models = args.model or ["smollm2"]
@@ -98,7 +103,7 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
     shown = [Path(model).name for model in models]
     record = Record("scheduler", settings={**vars(args), "out": None, "model": shown})
-    measure_ladder(record, models, args.context, args.steps)
+    measure_ladder(record, models, args.context, args.steps, args.rungs)
     print(f"written to {record.write(args.out).name}")
 
 
