@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 from offload.index.base import Floats, Ids, Vectors
 
+# Keys of SmolLM2 at 7.8K, recall of the best 100, four (two) times over-fetched: at 4 bits 1.0 (0.9999, 0.9999, 0.9998) with
+# blocks of 64, 128 and 256, at 2 bits 0.986, 0.973 and 0.960; the steps take 1, 1/2 and 1/4 bit a value. A scan of blocks of
+# 64 takes twice as long as one of 128: too few bytes for whole vector registers.
 BLOCK = 128
 CHANNELS = 4  # channels of one step of the scan: codes are padded to a multiple
 _STEPS = 127
@@ -151,41 +154,77 @@ def _weigh(low: Any, step: Any, query: Any, weights: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
+def _add4(codes: Any, weights: Any, partial: Any, total: Any) -> None:
+    """Weighs one block for one query: total int32 [BLOCK] is written, partial int16 [BLOCK] is worked with."""
+    for j in range(BLOCK):
+        total[j] = 0
+    for first in range(0, codes.shape[0], _RUN4):
+        for j in range(BLOCK):
+            partial[j] = 0
+        for c in range(first, min(first + _RUN4, codes.shape[0]), 4):
+            w0, w1, w2, w3 = weights[c], weights[c + 1], weights[c + 2], weights[c + 3]
+            four = codes[c : c + 4]
+            for j in range(_HALF):
+                a, b, d, e = four[0, j], four[1, j], four[2, j], four[3, j]
+                partial[j] = _plus(
+                    partial[j],
+                    _plus(
+                        _plus(_times(w0, np.int16(a & 15)), _times(w1, np.int16(b & 15))),
+                        _plus(_times(w2, np.int16(d & 15)), _times(w3, np.int16(e & 15))),
+                    ),
+                )
+                partial[j + _HALF] = _plus(
+                    partial[j + _HALF],
+                    _plus(
+                        _plus(_times(w0, np.int16(a >> 4)), _times(w1, np.int16(b >> 4))),
+                        _plus(_times(w2, np.int16(d >> 4)), _times(w3, np.int16(e >> 4))),
+                    ),
+                )
+        for j in range(BLOCK):
+            total[j] += partial[j]
+
+
+@njit(nogil=True, cache=True)
+def _add2(codes: Any, weights: Any, partial: Any, total: Any) -> None:
+    """The same of 2-bit codes."""
+    for j in range(BLOCK):
+        total[j] = 0
+    for first in range(0, codes.shape[0], _RUN2):
+        for j in range(BLOCK):
+            partial[j] = 0
+        for c in range(first, min(first + _RUN2, codes.shape[0]), 4):
+            w0, w1, w2, w3 = weights[c], weights[c + 1], weights[c + 2], weights[c + 3]
+            four = codes[c : c + 4]
+            for part in range(4):
+                shift = np.uint8(2 * part)
+                out = partial[part * _QUARTER : (part + 1) * _QUARTER]
+                for j in range(_QUARTER):
+                    a = np.int16((four[0, j] >> shift) & 3)
+                    b = np.int16((four[1, j] >> shift) & 3)
+                    d = np.int16((four[2, j] >> shift) & 3)
+                    e = np.int16((four[3, j] >> shift) & 3)
+                    out[j] = _plus(
+                        out[j],
+                        _plus(
+                            _plus(_times(w0, a), _times(w1, b)),
+                            _plus(_times(w2, d), _times(w3, e)),
+                        ),
+                    )
+        for j in range(BLOCK):
+            total[j] += partial[j]
+
+
+@njit(nogil=True, cache=True)
 def _scan4(codes: Any, lows: Any, steps: Any, queries: Any, scores: Any) -> None:
     blocks, channels, _ = codes.shape
     weights = np.zeros(channels, np.int16)
     partial = np.empty(BLOCK, np.int16)
     total = np.empty(BLOCK, np.int32)
     for block in range(blocks):
+        start = block * BLOCK
         for g in range(queries.shape[0]):
             unit, offset = _weigh(lows[block], steps[block], queries[g], weights)
-            for j in range(BLOCK):
-                total[j] = 0
-            for first in range(0, channels, _RUN4):
-                for j in range(BLOCK):
-                    partial[j] = 0
-                for c in range(first, min(first + _RUN4, channels), 4):
-                    w0, w1, w2, w3 = weights[c], weights[c + 1], weights[c + 2], weights[c + 3]
-                    four = codes[block, c : c + 4]
-                    for j in range(_HALF):
-                        a, b, d, e = four[0, j], four[1, j], four[2, j], four[3, j]
-                        partial[j] = _plus(
-                            partial[j],
-                            _plus(
-                                _plus(_times(w0, np.int16(a & 15)), _times(w1, np.int16(b & 15))),
-                                _plus(_times(w2, np.int16(d & 15)), _times(w3, np.int16(e & 15))),
-                            ),
-                        )
-                        partial[j + _HALF] = _plus(
-                            partial[j + _HALF],
-                            _plus(
-                                _plus(_times(w0, np.int16(a >> 4)), _times(w1, np.int16(b >> 4))),
-                                _plus(_times(w2, np.int16(d >> 4)), _times(w3, np.int16(e >> 4))),
-                            ),
-                        )
-                for j in range(BLOCK):
-                    total[j] += partial[j]
-            start = block * BLOCK
+            _add4(codes[block], weights, partial, total)
             for j in range(BLOCK):
                 scores[g, start + j] = offset + unit * np.float32(total[j])
 
@@ -197,34 +236,10 @@ def _scan2(codes: Any, lows: Any, steps: Any, queries: Any, scores: Any) -> None
     partial = np.empty(BLOCK, np.int16)
     total = np.empty(BLOCK, np.int32)
     for block in range(blocks):
+        start = block * BLOCK
         for g in range(queries.shape[0]):
             unit, offset = _weigh(lows[block], steps[block], queries[g], weights)
-            for j in range(BLOCK):
-                total[j] = 0
-            for first in range(0, channels, _RUN2):
-                for j in range(BLOCK):
-                    partial[j] = 0
-                for c in range(first, min(first + _RUN2, channels), 4):
-                    w0, w1, w2, w3 = weights[c], weights[c + 1], weights[c + 2], weights[c + 3]
-                    four = codes[block, c : c + 4]
-                    for part in range(4):
-                        shift = np.uint8(2 * part)
-                        out = partial[part * _QUARTER : (part + 1) * _QUARTER]
-                        for j in range(_QUARTER):
-                            a = np.int16((four[0, j] >> shift) & 3)
-                            b = np.int16((four[1, j] >> shift) & 3)
-                            d = np.int16((four[2, j] >> shift) & 3)
-                            e = np.int16((four[3, j] >> shift) & 3)
-                            out[j] = _plus(
-                                out[j],
-                                _plus(
-                                    _plus(_times(w0, a), _times(w1, b)),
-                                    _plus(_times(w2, d), _times(w3, e)),
-                                ),
-                            )
-                for j in range(BLOCK):
-                    total[j] += partial[j]
-            start = block * BLOCK
+            _add2(codes[block], weights, partial, total)
             for j in range(BLOCK):
                 scores[g, start + j] = offset + unit * np.float32(total[j])
 

@@ -363,7 +363,7 @@ def test_a_row_that_is_not_finite_is_named_and_changes_nothing(
     index = make(name)
     index.build(keys.astype(dtype))
     before = index.search(queries, 10).ids.tolist()
-    wrong = keys.astype(dtype)
+    wrong: Vectors = keys.astype(dtype)
     wrong[[17, 33], 5] = bad
     calls: list[Callable[[], Any]] = [
         lambda: make(name).build(wrong),

@@ -72,7 +72,7 @@ def test_every_half_has_its_value() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_rescoring_is_exact(dtype: type) -> None:
-    keys = rows(80).astype(dtype)
+    keys: Vectors = rows(80).astype(dtype)
     ids = np.array([5, 0, 383, 5])
     query = np.random.default_rng(1).standard_normal(80).astype(np.float32)
     scores = np.empty(4, dtype=np.float32)
