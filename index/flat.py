@@ -57,9 +57,9 @@ class Flat:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of rows and codes, room for more included, and of the scores of the last search."""
-        held = sum(part.nbytes for part in self._parts) + self._scores.nbytes
-        return held + (self._rows.nbytes if self._rows else 0)
+        """Bytes of rows and codes, and of the scores of a search."""
+        rows = int(self._rows.rows.nbytes) if self._rows else 0
+        return rows + self.code_bytes + self._scores.nbytes
 
     @property
     def code_bytes(self) -> int:
@@ -71,7 +71,7 @@ class Flat:
         keys = checked_keys(keys, None)
         if queries is not None:
             checked_keys(queries, keys.shape[1], what="queries")
-        self._rows = Growing(keys.copy())
+        self._rows = Growing(keys)
         whole = keys.shape[0] // scan.BLOCK * scan.BLOCK
         self._parts = [Growing(part) for part in scan.encode(keys[:whole], self.bits)]
 
@@ -128,7 +128,7 @@ class Flat:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """See `Index`. Rows and codes stay in the file, mapped, until keys are added."""
+        """See `Index`. Rows and codes stay in the file, mapped, until keys are added; then they are copied."""
         _, metadata, arrays = file.read(path, cls.backend)
         if metadata["block"] != scan.BLOCK:
             raise ConfigError(
@@ -139,6 +139,6 @@ class Flat:
             )
         self = cls(bits=metadata["bits"], overfetch=metadata["overfetch"])
         if arrays:
-            self._rows = Growing(arrays["rows"])
-            self._parts = [Growing(arrays[name]) for name in ("codes", "lows", "steps")]
+            self._rows = Growing.around(arrays["rows"])
+            self._parts = [Growing.around(arrays[name]) for name in ("codes", "lows", "steps")]
         return self
