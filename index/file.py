@@ -4,7 +4,7 @@
     JSON: backend, metadata, name, dtype and shape of arrays
     the arrays as they lie in memory, each at a multiple of 64 bytes
 
-The checksum (BLAKE2b, 16 bytes) covers everything behind the first 64 bytes. `read` compares length and checksum before
+The checksum (BLAKE2b, 16 bytes) covers everything but itself and the filling behind it. `read` compares length and checksum before
 anything is parsed, and nothing in the file is executed: there is no pickle. Arrays are mapped, not read.
 """
 
@@ -28,8 +28,9 @@ from offload.errors import InputError
 MAGIC = b"OFFLDIDX"
 VERSION = 1
 ALIGNMENT = 64
-# Magic, version, padding, bytes of JSON, bytes of arrays, checksum, padding: little-endian.
+# Magic, version, zero, bytes of JSON, bytes of arrays; checksum, filling. Little-endian.
 _HEAD = struct.Struct("<8sIIQQ16s16x")
+_COVERED = 32  # bytes of the head before the checksum
 _DTYPES = ("<f2", "<f4", "<i4", "<i8", "|u1")
 _DAMAGED = "Build the index again, or copy the file again."
 
@@ -52,21 +53,21 @@ def write(
     said = {"backend": backend, "metadata": dict(metadata), "arrays": entries}
     text = json.dumps(said, allow_nan=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    digest = hashlib.blake2b(text, digest_size=16)
+    nbytes = sum(array.nbytes + -array.nbytes % ALIGNMENT for array in arrays.values())
+    head = _HEAD.pack(MAGIC, VERSION, 0, len(text), nbytes, bytes(16))
+    digest = hashlib.blake2b(head[:_COVERED] + text, digest_size=16)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(bytes(_HEAD.size))
             file.write(text)
-            nbytes = 0
             for array in arrays.values():
                 raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                 for part in (raw, np.zeros(-raw.nbytes % ALIGNMENT, dtype=np.uint8)):
                     digest.update(part.data)
                     file.write(part.data)
-                    nbytes += part.nbytes
             file.seek(0)
-            file.write(_HEAD.pack(MAGIC, VERSION, 0, len(text), nbytes, digest.digest()))
+            file.write(head[:_COVERED] + digest.digest())
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -105,7 +106,9 @@ def read(path: Path, backend: str | None = None) -> tuple[str, dict[str, Any], d
     if length != _HEAD.size + text_bytes + array_bytes:
         raise _wrong_length(path, _HEAD.size + text_bytes + array_bytes, length)
     mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    if hashlib.blake2b(mapped[_HEAD.size :].data, digest_size=16).digest() != digest:
+    found_digest = hashlib.blake2b(head[:_COVERED], digest_size=16)
+    found_digest.update(mapped[_HEAD.size :].data)
+    if found_digest.digest() != digest:
         raise InputError(f"{path.name} is not what was written", change=_DAMAGED)
     start = _HEAD.size + text_bytes
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offload.errors import ConfigError, InputError
 from offload.index import BACKENDS, backend, load
@@ -106,6 +110,21 @@ def test_keys_that_are_added_are_found_as_if_they_had_been_there(name: str) -> N
     assert (found.ids >= 700).any()
     if name.startswith("flat"):
         assert grown.search(queries, 50).ids.tolist() == whole.search(queries, 50).ids.tolist()
+
+
+@given(cuts=st.lists(st.integers(1, 399), max_size=8, unique=True), bits=st.sampled_from([2, 4]))
+def test_any_split_of_the_keys_makes_the_same_flat_index(cuts: list[int], bits: int) -> None:
+    keys, queries = vectors("clustered", 400)
+    whole, grown = Flat(bits=bits, overfetch=1), Flat(bits=bits, overfetch=1)
+    whole.build(keys)
+    edges = [0, *sorted(cuts), 400]
+    for a, b in itertools.pairwise(edges):
+        grown.add(keys[a:b])
+    found, want = grown.search(queries, 30), whole.search(queries, 30)
+    assert found.ids.tolist() == want.ids.tolist()
+    np.testing.assert_array_equal(found.scores, want.scores)
+    assert (found.scanned, found.touched_bytes) == (want.scanned, want.touched_bytes)
+    assert grown.nbytes == whole.nbytes
 
 
 def test_adding_to_an_index_without_keys_builds_it(name: str) -> None:
@@ -283,6 +302,22 @@ def test_a_file_with_a_wrong_byte_is_refused(name: str, at: int, tmp_path: Path)
     file.write_bytes(content)
     with pytest.raises(InputError, match="index"):
         load(file)
+
+
+@given(data=st.data())
+def test_no_changed_byte_goes_unnoticed(data: st.DataObject) -> None:
+    keys, _ = vectors("random", 130, 8)
+    index = Flat()
+    index.build(keys)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "index"
+        index.save(file)
+        content = bytearray(file.read_bytes())
+        read = [*range(48), *range(64, len(content))]  # the last 16 bytes of the head are filling
+        content[data.draw(st.sampled_from(read))] ^= data.draw(st.integers(1, 255))
+        file.write_bytes(content)
+        with pytest.raises(InputError):
+            load(file)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 63, 64, 200, 3000])
