@@ -5,8 +5,8 @@ byte j of 4-bit codes holds keys j and j + BLOCK / 2, byte j of 2-bit codes hold
 same step of all keys of a block is one vector instruction. Per channel, because keys have outlier channels (a bias, and what
 the position embedding leaves of it); see Liu et al., KIVI (arXiv 2402.02750), section 3.
 
-The scan counts in 16 bits: a query times the block's steps is rounded to 127 steps each way, which is a hundredth
-of what the codes themselves are off. Everything here is single-threaded and lets go of the interpreter's lock.
+The scan counts in 16 bits: a query times the block's steps is rounded to 127 steps each way. Where all channels weigh
+alike that adds a few hundredths to what 4-bit codes are off, and more where one outweighs the others. Everything here is single-threaded and lets go of the interpreter's lock.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Indexed are the tokens between the first 64 and the last 256 of a context, which attention has on the device anyway. Queries
 are those of the tokens behind the context (`tools/dump_vectors.py`), which no index has seen. A search is of the query heads
-of one KV head together. Figures are means over heads and steps, times medians of searches in one thread, with the tenth and
-the ninetieth of a hundred.
+of one KV head together. Figures are means over heads and steps; times are medians of searches in one thread, with their tenth and ninetieth
+percentile, of the machine as it was.
 
 - `recall`: share of the exactly best 100 that are found. `scanned`, `touched_bytes`: see `offload.index.base.Found`.
 - `mass`: share of the softmax over the whole context that is attended to with what was found, first and last tokens included;
@@ -17,6 +17,7 @@ the ninetieth of a hundred.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -288,7 +289,7 @@ def main() -> None:
     else:
         recorded = vectors(args.model, max(args.lengths), 4 * args.steps)
     record = Record("index", settings={
-        **vars(args), "out": None, "vectors": str(recorded["about"]), "k": K, "first": FIRST, "last": LAST,
+        **vars(args), "out": None, "vectors": json.loads(str(recorded["about"])), "k": K, "first": FIRST, "last": LAST,
         "heads": recorded["keys"].shape[0],
     })  # fmt: skip
     # Compiles, and reads what Numba keeps compiled.
