@@ -215,7 +215,7 @@ def measure(record: Record, recorded: dict[str, Array], length: int, steps: int,
             record.row(
                 f"out of distribution: {name}, {length}", **of,
                 scanned_for_decode_queries=least["decode"], scanned_for_keys=least["as a key"],
-                error=f"smallest of the sweep with a recall of {REACHED} or more; None where none has it",
+                error=f"smallest of the sweep with a recall of {REACHED} or more, so no less than needed; None where none has it",
             )  # fmt: skip
 
 
