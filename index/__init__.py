@@ -1,6 +1,70 @@
 """Which of the offloaded tokens matter to this query?
 
-Vector indexes over offloaded keys: NumPy, Numba and FAISS, no torch models. The folder is still
-empty. Exact mode attends over every offloaded token, so it asks no index; the first one comes with
-the first mode that reads fewer.
+| file | what |
+|---|---|
+| `base` | what every index can be asked, and what it may be given |
+| `flat` | all keys by a few bits, the best again exactly |
+| `ivf` | the lists of the nearest centroids, by FAISS |
+| `hnsw` | a walk over a graph of keys, by FAISS |
+| `scan` | the codes of `flat`, their scores and the best of them, in Numba |
+| `file` | how an index lies in a file |
+| `growing` | rows behind rows at O(1) |
+| `threads` | FAISS in one thread |
+
+Vector indexes over offloaded keys: NumPy, Numba and FAISS, no torch. Importing this package loads none of them.
+Nothing that generates uses an index yet: modes fast and verified select by the replica on the device.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from offload.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from offload.index.base import Index
+
+BACKENDS = ("flat", "ivf", "hnsw")
+
+
+def backend(name: str) -> type[Index]:
+    """The class of a backend; its arguments are its settings.
+
+    Args:
+        name: One of `BACKENDS`.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    if name == "flat":
+        from offload.index.flat import Flat
+
+        return Flat
+    if name == "ivf":
+        from offload.index.ivf import IVF
+
+        return IVF
+    if name == "hnsw":
+        from offload.index.hnsw import HNSW
+
+        return HNSW
+    change = f"Choose from {', '.join(BACKENDS)}."
+    raise ConfigError("there is no index of this name", asked=name, there=BACKENDS, change=change)
+
+
+def load(path: Path) -> Index:
+    """The index of a file, whichever backend saved it.
+
+    Args:
+        path: Of `Index.save`.
+
+    Raises:
+        InputError: The file is damaged or from a newer version.
+        ConfigError: It is of a backend that this version does not have.
+    """
+    from offload.index.file import read
+
+    name, _, _ = read(path)
+    return backend(name).load(path)

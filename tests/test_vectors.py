@@ -74,8 +74,9 @@ def test_a_model_attends_with_the_scores_that_were_recorded(repeats: int) -> Non
 def test_what_is_recorded_is_behind_the_position_embedding() -> None:
     model = load(None, dtype=torch.float32, device="cpu").model
     ids = torch.arange(1120)[None] * 37 % 40_000
-    got = record(model, ids, 1100)
-    assert got["keys"].shape == (24, 1120, 64)
+    got = record(model, ids, 1100, everything=True)
+    assert got["keys"].shape == got["values"].shape == (24, 1120, 64)
+    assert got["prompt_queries"].shape == (24, 1100, 3, 64)
     assert got["queries"].shape == (24, 20, 3, 64)
     assert len(set(got["layers"])) == 24
     assert bool(got["keys"].isfinite().all())
@@ -83,5 +84,13 @@ def test_what_is_recorded_is_behind_the_position_embedding() -> None:
     scores = torch.einsum("htgd,hkd->htgk", got["queries"].float(), got["keys"][:, :1100].float())
     mass = (scores * 64**-0.5).softmax(-1).sort(-1, descending=True).values
     assert float(mass[..., :110].sum(-1).mean()) > 0.8
+    # The context's own queries stand before the others: each points at the first token, as the others do.
+    first = got["prompt_queries"][:, -20:].float() @ got["keys"][:, None, :1].float().mT
+    assert float((first - scores[..., :1]).abs().mean() / scores[..., :1].std()) < 1
+    # Without everything the same is recorded, and no more.
+    less = record(model, ids, 1100)
+    assert set(got) - set(less) == {"values", "prompt_queries"}
+    assert torch.equal(less["queries"], got["queries"])
+    assert torch.equal(less["keys"], got["keys"])
     with pytest.raises(SystemExit, match="1,088"):
         record(model, ids, 1000)

@@ -33,17 +33,19 @@ RECORDER = "recorder"
 
 
 @torch.no_grad()
-def record(model: Any, ids: Tensor, context: int) -> dict[str, Any]:
+def record(model: Any, ids: Tensor, context: int, *, everything: bool = False) -> dict[str, Any]:
     """Keys and queries of a model that reads a document.
 
     Args:
         model: With rows of keys and queries of one head size in all layers.
         ids: [1, context + steps]: the queries of `steps` tokens are kept.
         context: Tokens before them.
+        everything: Values and the queries of the context are kept too.
 
     Returns:
         keys: float16 [heads, context + steps, D]; queries: float16 [heads, steps, G, D]; context; layers (that each
-        head is from).
+        head is from). With `everything` also values: float16 [heads, context + steps, D] and prompt_queries: float16
+        [heads, context, G, D].
     """
     if context <= FIRST + LAST:
         raise SystemExit(
@@ -58,17 +60,23 @@ def record(model: Any, ids: Tensor, context: int) -> dict[str, Any]:
     # Spread over the layers, and over the heads of each.
     pairs = [(i * layers // wanted, i % kv_heads) for i in range(wanted)]
     keys: list[list[Tensor]] = [[] for _ in pairs]
+    values: list[list[Tensor]] = [[] for _ in pairs]
     queries: list[list[Tensor]] = [[] for _ in pairs]
 
-    def attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         n = query.shape[2]
         first = key.shape[2] - n
         for at, (layer, head) in enumerate(pairs):
             if layer == module.layer_idx:
                 keys[at].append(key[0, head, first:].to("cpu", torch.float16))
-                heads = query[0, head * groups : (head + 1) * groups, max(0, context - first) :]
+                start = 0 if everything else max(0, context - first)
+                heads = query[0, head * groups : (head + 1) * groups, start:]
                 queries[at].append(heads.transpose(0, 1).to("cpu", torch.float16))
-        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+                if everything:
+                    values[at].append(value[0, head, first:].to("cpu", torch.float16))
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register(RECORDER, attention)
     AttentionMaskInterface.register(RECORDER, sdpa_mask)
@@ -76,12 +84,17 @@ def record(model: Any, ids: Tensor, context: int) -> dict[str, Any]:
     cache = DynamicCache(config=config)
     for at in range(0, ids.shape[1], 512):
         model(input_ids=ids[:, at : at + 512], **{CACHE: cache}, logits_to_keep=1)
-    return {
+    kept = torch.stack([torch.cat(parts) for parts in queries])
+    found = {
         "keys": torch.stack([torch.cat(parts) for parts in keys]),
-        "queries": torch.stack([torch.cat(parts) for parts in queries]),
+        "queries": kept[:, context:] if everything else kept,
         "context": context,
         "layers": [layer for layer, _ in pairs],
     }
+    if everything:
+        found["values"] = torch.stack([torch.cat(parts) for parts in values])
+        found["prompt_queries"] = kept[:, :context]
+    return found
 
 
 def places(length: int, context: int, recorded: int) -> Tensor:

@@ -1,0 +1,305 @@
+"""What does each index find, and what does it read for it? On keys and queries of a real model.
+
+Indexed are the tokens between the first 64 and the last 256 of a context, which attention has on the device anyway. Queries
+are those of the tokens behind the context (`tools/dump_vectors.py`), which no index has seen. A search is of the query heads
+of one KV head together. Figures are means over heads and steps; times are medians of searches in one thread, with their tenth and ninetieth
+percentile, of the machine as it was.
+
+- `recall`: share of the exactly best 100 that are found. `scanned`, `touched_bytes`: see `offload.index.base.Found`.
+- `mass`: share of the softmax over the whole context that is attended to with what was found, first and last tokens included;
+  `output_error`: of attention over these alone, the rest dropped, relative. The row `exact` is what the exactly best give.
+- `as a key`: the same searches with keys of the tokens behind the context as queries, of the keys' own distribution. The
+  rows `out of distribution` hold the smallest share of keys of each sweep whose recall is 0.95 for either kind.
+- `fastscan`: FAISS product quantiser of 4 bits for two channels, four times over-fetched, rows scored again by us.
+
+`scan` and `add` are of time alone and take random or repeated vectors. The bars of longer contexts are not measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss as _faiss
+import numpy as np
+from _record import Record, arguments, parse
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from dump_vectors import vectors
+
+from offload.index import scan
+from offload.index.base import Found, Index
+from offload.index.flat import Flat
+from offload.index.hnsw import HNSW
+from offload.index.ivf import IVF
+
+faiss: Any = _faiss  # its stubs leave out most of what is used here
+FIRST, LAST = 64, 256  # tokens of the context that are not indexed
+K = 100
+REACHED = 0.95
+Array = NDArray[Any]
+
+
+class Head(NamedTuple):
+    """One KV head of a context.
+
+    Attributes:
+        keys: float16 [N, D] that are indexed.
+        all_keys: float32 [context, D].
+        values: float32 [context, D].
+        first: Tokens of the context before the indexed ones.
+        queries: float32 [steps, G, D].
+        as_keys: float32 [steps, 1, D]: keys of the tokens that the queries are of.
+    """
+
+    keys: Array
+    all_keys: Array
+    values: Array
+    first: int
+    queries: Array
+    as_keys: Array
+
+
+def heads(recorded: dict[str, Array], length: int, steps: int) -> list[Head]:
+    """The last `length` tokens of the recorded context, and `steps` of its decode queries, evenly spread."""
+    context = recorded["prompt_queries"].shape[1]
+    at = np.linspace(0, recorded["decode_queries"].shape[1] - 1, steps).astype(int)
+    found = []
+    for h in range(recorded["keys"].shape[0]):
+        keys, values = (recorded[name][h, context - length : context] for name in ("keys", "values"))  # fmt: skip
+        queries = recorded["decode_queries"][h, at].astype(np.float32)
+        as_keys = recorded["keys"][h, context + at][:, None].astype(np.float32)
+        indexed = np.ascontiguousarray(keys[FIRST : length - LAST])
+        found.append(Head(indexed, keys.astype(np.float32), values.astype(np.float32), FIRST, queries, as_keys))  # fmt: skip
+    return found
+
+
+class FastScan:
+    """What FAISS has for the same purpose as `Flat`: codes of 2 bits a channel, scanned in registers."""
+
+    def __init__(self, keys: Array) -> None:
+        self._rows = keys
+        faiss.omp_set_num_threads(1)
+        self._index = faiss.IndexPQFastScan(keys.shape[1], keys.shape[1] // 2, 4, faiss.METRIC_INNER_PRODUCT)  # fmt: skip
+        self._index.train(keys.astype(np.float32))
+        self._index.add(keys.astype(np.float32))
+        self.nbytes = keys.nbytes + keys.shape[0] * keys.shape[1] // 4
+
+    def search(self, queries: Array, k: int) -> Found:
+        some = min(4 * k, len(self._rows))
+        _, candidates = self._index.search(queries, some)
+        candidates.sort(axis=1)
+        ids = np.empty((len(queries), k), dtype=np.int64)
+        scores = np.empty((len(queries), k), dtype=np.float32)
+        exact = np.empty(some, dtype=np.float32)
+        for g, query in enumerate(queries):
+            scan.rescore(self._rows, candidates[g], query, exact)
+            scan.ranked(candidates[g], exact, ids[g], scores[g])
+        touched = self._rows.size // 4 + len(queries) * some * self._rows[0].nbytes
+        return Found(ids, scores, 1.0, touched)
+
+
+def best(keys: Array, queries: Array) -> Array:
+    """Ids of the exactly best K of each query, [G, K]."""
+    ids: Array = np.argpartition(-(queries @ keys.astype(np.float32).T), K - 1, axis=1)[:, :K]
+    return ids
+
+
+def attended(head: Head, queries: Array, ids: Array) -> tuple[float, float]:
+    """Mass of the softmax, and relative error of the output, of attention over some of the indexed keys and all others."""
+    scores = queries @ head.all_keys.T / np.sqrt(queries.shape[1])
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    kept = np.ones_like(weights, dtype=bool)
+    kept[:, head.first : head.first + len(head.keys)] = False
+    np.put_along_axis(kept, ids + head.first, True, axis=1)
+    some = np.where(kept, weights, 0)
+    mass = some.sum(axis=1, keepdims=True)
+    full, ours = weights @ head.values, some / mass @ head.values
+    error = np.linalg.norm(ours - full, axis=1) / np.linalg.norm(full, axis=1)
+    return float(mass.mean()), float(error.mean())
+
+
+def searched(
+    heads: list[Head], indexes: list[Any], *, as_keys: bool = False
+) -> dict[str, float | list[float]]:
+    """Every step's search of every head."""
+    recall, scanned, touched, mass, error, times = [], [], [], [], [], []
+    for head, index in zip(heads, indexes, strict=True):
+        for queries in head.as_keys if as_keys else head.queries:
+            began = time.perf_counter()
+            found = index.search(queries, K)
+            times.append((time.perf_counter() - began) / len(queries))
+            want = best(head.keys, queries)
+            pairs = zip(found.ids.tolist(), want.tolist(), strict=True)
+            recall += [len(set(a) & set(b)) / K for a, b in pairs]
+            scanned.append(found.scanned)
+            touched.append(found.touched_bytes)
+            if not as_keys:
+                both = attended(head, queries, found.ids)
+                mass.append(both[0])
+                error.append(both[1])
+    tenths = [1e6 * float(t) for t in np.quantile(times, [0.1, 0.5, 0.9])]
+    shown: dict[str, float | list[float]] = {
+        "recall": statistics.mean(recall), "recall_5_percent": float(np.quantile(recall, 0.05)),
+        "scanned": statistics.mean(scanned), "touched_bytes": statistics.mean(touched),
+        "us_per_query": tenths[1], "us_per_query_spread": [tenths[0], tenths[2]],
+    }  # fmt: skip
+    if mass:
+        shown |= {"mass": statistics.mean(mass), "output_error": statistics.mean(error)}
+    return shown
+
+
+def settings(smoke: bool) -> Iterator[tuple[str, Callable[[], Index], str, list[int]]]:
+    """A name, how the index is made, and what is set to which values between searches."""
+    yield "flat 4 bits", lambda: Flat(bits=4), "overfetch", [4] if smoke else [1, 2, 4, 8]
+    yield "flat 2 bits", lambda: Flat(bits=2), "overfetch", [4] if smoke else [1, 2, 4, 8]
+    probes = [8] if smoke else [4, 8, 16, 24, 32, 48, 64]
+    yield "ivf", IVF, "probes", probes
+    yield "ivf, not centred", lambda: IVF(centred=False), "probes", probes
+    breadths = [200] if smoke else [100, 150, 200, 300, 400, 800]
+    yield "hnsw", HNSW, "breadth", breadths
+    yield "hnsw, not centred", lambda: HNSW(centred=False), "breadth", breadths
+
+
+def measure(record: Record, recorded: dict[str, Array], length: int, steps: int, smoke: bool) -> None:  # fmt: skip
+    """Every backend over its sweep at one length."""
+    some = heads(recorded, length, steps)
+    of = {"tokens": length, "indexed": len(some[0].keys)}
+    exact = [attended(head, queries, best(head.keys, queries)) for head in some for queries in head.queries]  # fmt: skip
+    mass, error = np.mean(exact, axis=0)
+    record.row(f"exact, {length}", **of, mass=float(mass), output_error=float(error), recall=1.0)
+    began = time.perf_counter()
+    fast = [FastScan(head.keys) for head in some]
+    seconds = (time.perf_counter() - began) / len(some)
+    held = statistics.mean(index.nbytes for index in fast)
+    record.row(f"fastscan, {length}", **of, build_s=seconds, nbytes=held, **searched(some, fast))
+    for name, make, setting, values in settings(smoke):
+        indexes: list[Any] = []
+        times = []
+        for head in some:
+            index = make()
+            began = time.perf_counter()
+            index.build(head.keys)
+            times.append(time.perf_counter() - began)
+            indexes.append(index)
+        held = statistics.mean(index.nbytes for index in indexes)
+        reached: dict[str, list[float]] = {"decode": [], "as a key": []}
+        for value in values:
+            for index in indexes:
+                setattr(index, setting, value)
+            found = searched(some, indexes)
+            record.row(f"{name}, {setting} {value}, {length}", **of, build_s=statistics.median(times), nbytes=held, **found)  # fmt: skip
+            both = {"decode": found}
+            if not name.startswith("flat"):
+                both["as a key"] = searched(some, indexes, as_keys=True)
+                record.row(f"{name}, {setting} {value}, as a key, {length}", **of, **both["as a key"])  # fmt: skip
+            for kind, figures in both.items():
+                recall, scanned = figures["recall"], figures["scanned"]
+                assert isinstance(recall, float)
+                assert isinstance(scanned, float)
+                if recall >= REACHED:
+                    reached[kind].append(scanned)
+            if name == "flat 4 bits" and value == 4:
+                recall = found["recall"]
+                assert isinstance(recall, float)
+                record.bars["flat_recall100"] = min(recall, record.bars.get("flat_recall100", 1.0))
+        if not name.startswith("flat"):
+            least = {kind: min(shares) if shares else None for kind, shares in reached.items()}
+            record.row(
+                f"out of distribution: {name}, {length}", **of,
+                scanned_for_decode_queries=least["decode"], scanned_for_keys=least["as a key"],
+                error=f"smallest of the sweep with a recall of {REACHED} or more, so no less than needed; None where none has it",
+            )  # fmt: skip
+
+
+def measure_scan(record: Record, count: int, size: int, groups: int) -> None:
+    """One thread's scan of random codes, beside the rate at which one thread reads."""
+    random = np.random.default_rng(0)
+    keys = random.standard_normal((count, size), dtype=np.float32).astype(np.float16)
+    queries = random.standard_normal((groups, size), dtype=np.float32)
+    scores = np.empty((groups, count), dtype=np.float32)
+    stream = np.ones(1 << 25, dtype=np.float32)
+    _, reads = timed(lambda: stream.sum())
+    fast = FastScan(keys)
+    whole, least = timed(lambda: fast.search(queries, K))
+    record.row(
+        "scan, fastscan", keys=count, size=size, groups=groups, search_us=1e6 * whole, search_us_least=1e6 * least,
+        code_bytes=count * size // 4, error="random vectors, one thread; median and least of 30",
+    )  # fmt: skip
+    for bits in (4, 2):
+        index = Flat(bits=bits)
+        index.build(keys)
+        parts = scan.encode(keys, bits)
+        took, took_least = timed(lambda: scan.scan(*parts, queries, bits, scores))  # noqa: B023
+        whole, least = timed(lambda: index.search(queries, K))  # noqa: B023
+        rate = index.code_bytes / took_least
+        record.row(
+            f"scan, {bits} bits", keys=count, size=size, groups=groups, scan_us=1e6 * took,
+            scan_us_least=1e6 * took_least, search_us=1e6 * whole, search_us_least=1e6 * least,
+            code_bytes=index.code_bytes, bytes_per_s=rate, share_of_one_thread_stream=rate * reads / stream.nbytes,
+            error="random vectors, one thread; median and least of 30, rates of the least; not the bar, which is of all cores",
+        )  # fmt: skip
+
+
+def measure_add(record: Record, recorded: dict[str, Array], counts: list[int]) -> None:
+    """A token added to one head's flat index."""
+    keys = recorded["keys"][0]
+    for count in counts:
+        index = Flat()
+        index.build(np.resize(keys, (count, keys.shape[1])))
+        times = []
+        for i in range(1024):
+            began = time.perf_counter()
+            index.add(keys[i : i + 1])
+            times.append(1e6 * (time.perf_counter() - began))
+        record.row(
+            f"flat, add at {count}", mean_us=statistics.mean(times), median_us=statistics.median(times), max_us=max(times),
+            error="1,024 tokens one by one; recorded keys, repeated to this length",
+        )  # fmt: skip
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Median and least seconds of a call; on a machine that others use, only the least says what the code takes."""
+    times = []
+    for _ in range(31):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:]), min(times[1:])
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--vectors", type=Path, help="of tools/dump_vectors.py; without it they are made")  # fmt: skip
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[4096, 7800])
+    parser.add_argument("--steps", type=int, default=32, help="decode queries of each head")
+    args = parse(parser)
+    if args.smoke:
+        args.lengths, args.steps = [1200], 4
+    if args.vectors:
+        recorded = dict(np.load(args.vectors))
+    else:
+        recorded = vectors(args.model, max(args.lengths), 4 * args.steps)
+    record = Record("index", settings={
+        **vars(args), "out": None, "vectors": json.loads(str(recorded["about"])), "k": K, "first": FIRST, "last": LAST,
+        "heads": recorded["keys"].shape[0],
+    })  # fmt: skip
+    # Compiles, and reads what Numba keeps compiled.
+    measure_scan(Record("warm", settings={}), 2 * scan.BLOCK, 64, 1)
+    for length in args.lengths:
+        measure(record, recorded, length, args.steps, args.smoke)
+    measure_scan(record, 4096 if args.smoke else 131072, 128, 4)
+    measure_add(record, recorded, [1024] if args.smoke else [8192, 524288])
+    print(f"written to {record.write(args.out).name}")
+
+
+if __name__ == "__main__":
+    main()
