@@ -102,7 +102,8 @@ class CacheMaker:
             layout = lay_out()
             if layout.rungs and self.errors is None and self.measure_errors is not None:
                 self.errors = self.measure_errors()
-                layout = lay_out()
+                if self.errors is not None:
+                    layout = lay_out()
             if layout.rungs and self.errors is not None:
                 bits = " ".join(
                     "whole" if i in layout.whole else str(rung.bits)

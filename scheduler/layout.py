@@ -291,7 +291,9 @@ def _climbed(layout: Layout, demand: Demand, budget: int) -> Layout | None:
                     tokens * p.layer_bytes[layer] + demand.batch * p.row_bytes[layer]
                     for p in prices
                 ]
-                rungs = [Option(n, p.errors[layer]) for n, p in zip(sizes, prices, strict=True)]
+                rungs = [
+                    Option(size, p.errors[layer]) for size, p in zip(sizes, prices, strict=True)
+                ]
                 options.append([*rungs, Option(beside * demand.token_bytes[layer], 0.0)])
             chosen = climb(options, room - n * scratch)
             if chosen is None:
