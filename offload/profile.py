@@ -28,8 +28,6 @@ from offload.trace import Event, Kernel, Recorder, Sample, Steps, Watch
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 # Of the second generate: tokens before those that are looked at, and of those.
 LEAD, LOOKED_AT = 8, 16
 

@@ -554,7 +554,12 @@ class Runtime:
     def _layer_errors(self, ids: Tensor) -> dict[Rung, tuple[float, ...]] | None:
         """What each layer's replica costs in fidelity, measured on a prompt; None where nothing can be."""
         rungs = ladder_rungs(self.config)
-        if not rungs or ids.shape[0] > 1 or ids.shape[1] < sensitivity.LEAST_READ:
+        if not rungs:
+            return None
+        if ids.shape[0] > 1 or ids.shape[1] < sensitivity.LEAST_READ:
+            self._notes.add(
+                f"replica.ladder measures one prompt of {sensitivity.LEAST_READ:,} tokens or more: all layers get the same bits"
+            )
             return None
         began = time.perf_counter()
         try:
@@ -570,6 +575,9 @@ class Runtime:
             if self._streams.on:
                 torch.cuda.empty_cache()
         logger.info("Measured what bits layers need in %.1f s", time.perf_counter() - began)
+        if not all(math.isfinite(error) for of_rung in found for error in of_rung):
+            self._notes.add("what bits layers need could not be measured (NaN): all get the same")
+            return None
         return dict(zip(rungs, found, strict=True))
 
     def _undrafted(self, prompt: Prompt, kwargs: dict[str, Any]) -> str | None:

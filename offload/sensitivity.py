@@ -131,8 +131,10 @@ def _probing() -> Iterator[_Probe]:
 
 
 def _divergence(exact: Tensor, other: Tensor) -> float:
-    """KL(exact || other) of logarithms of probabilities [N, V], the mean."""
-    return max(0.0, float((exact.exp() * (exact - other)).sum(-1).mean()))
+    """KL(exact || other) of logarithms of probabilities [N, V], the mean; NaN stays NaN."""
+    chances = exact.exp()
+    terms = torch.where(chances > 0, chances * (exact - other), 0.0)  # tokens that can never come
+    return max(float(terms.sum(-1).mean()), 0.0)
 
 
 def _replica(keys: Tensor, values: Tensor, rung: Rung) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from offload.scheduler.profiles import Profile
 
 # Of a layer of a captured step, without what its bytes take: launches, gaps, small kernels.
 _LAYER_S = 24e-6
-# Further, where layers are not compiled: some twenty small kernels more (`benchmarks/cli.json`).
+# Further, where layers are not compiled: some twenty small kernels more (`benchmarks/cli_card.json`).
 _EAGER_S = 71e-6
 # The device path of a layer besides its bytes: scan and selection until the tail is under way.
 _PATH_S = 39e-6

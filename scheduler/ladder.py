@@ -49,9 +49,8 @@ def climb(options: Sequence[Sequence[Option]], budget: int) -> list[int] | None:
     def offer(layer: int) -> None:
         """What the layer's next option takes of its error for a byte."""
         if at[layer] + 1 < len(hulls[layer]):
-            now, then = (options[layer][hulls[layer][at[layer] + step]] for step in (0, 1))
-            gain = (now.error - then.error) / (then.nbytes - now.nbytes)
-            heapq.heappush(waiting, (-gain, layer))
+            low, high = hulls[layer][at[layer] : at[layer] + 2]
+            heapq.heappush(waiting, (-_gain(options[layer], low, high), layer))
 
     for layer in range(len(hulls)):
         offer(layer)

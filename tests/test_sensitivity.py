@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -91,6 +92,14 @@ def test_an_error_is_what_the_replica_of_that_layer_alone_does() -> None:
     assert found[1] == pytest.approx(want, rel=1e-3)
 
 
+def test_a_token_that_can_never_come_costs_nothing_and_nan_is_not_taken_for_nothing() -> None:
+    exact = torch.tensor([[0.25, 0.75, 0.0]]).log()
+    other = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    want = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert sensitivity._divergence(exact, other) == pytest.approx(want)
+    assert math.isnan(sensitivity._divergence(exact, torch.full_like(exact, float("nan"))))
+
+
 def test_attention_is_ours_again_behind_an_exception() -> None:
     model = build()
     with (
@@ -164,4 +173,5 @@ def test_a_short_prompt_or_several_are_laid_out_as_ever() -> None:
     budget = laid_out(model, rung="3k3v")[0].device_bytes
     for ids in (prompts(1, 900), prompts(1, N)[:, :700]):
         _, notes = laid_out(model, ids=ids, gpu_memory=budget, ladder=True)
+        assert any("replica.ladder measures one prompt" in note for note in notes)
         assert not any("by what the prompt says" in note for note in notes)
