@@ -97,8 +97,7 @@ def scan(
         scores: float32 [G, at least n * BLOCK]: written.
     """
     assert codes.shape[1] % CHANNELS == 0
-    run = _scan4 if bits == 4 else _scan2
-    run(codes, lows, steps, queries, scores)
+    _scan(codes, lows, steps, queries, scores, bits)
 
 
 def rescore(rows: Vectors, ids: Ids, query: Floats, scores: Floats) -> None:
@@ -215,7 +214,7 @@ def _add2(codes: Any, weights: Any, partial: Any, total: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _scan4(codes: Any, lows: Any, steps: Any, queries: Any, scores: Any) -> None:
+def _scan(codes: Any, lows: Any, steps: Any, queries: Any, scores: Any, bits: int) -> None:
     blocks, channels, _ = codes.shape
     weights = np.zeros(channels, np.int16)
     partial = np.empty(BLOCK, np.int16)
@@ -224,22 +223,10 @@ def _scan4(codes: Any, lows: Any, steps: Any, queries: Any, scores: Any) -> None
         start = block * BLOCK
         for g in range(queries.shape[0]):
             unit, offset = _weigh(lows[block], steps[block], queries[g], weights)
-            _add4(codes[block], weights, partial, total)
-            for j in range(BLOCK):
-                scores[g, start + j] = offset + unit * np.float32(total[j])
-
-
-@njit(nogil=True, cache=True)
-def _scan2(codes: Any, lows: Any, steps: Any, queries: Any, scores: Any) -> None:
-    blocks, channels, _ = codes.shape
-    weights = np.zeros(channels, np.int16)
-    partial = np.empty(BLOCK, np.int16)
-    total = np.empty(BLOCK, np.int32)
-    for block in range(blocks):
-        start = block * BLOCK
-        for g in range(queries.shape[0]):
-            unit, offset = _weigh(lows[block], steps[block], queries[g], weights)
-            _add2(codes[block], weights, partial, total)
+            if bits == 4:
+                _add4(codes[block], weights, partial, total)
+            else:
+                _add2(codes[block], weights, partial, total)
             for j in range(BLOCK):
                 scores[g, start + j] = offset + unit * np.float32(total[j])
 

@@ -274,18 +274,31 @@ def register() -> None:
 
 
 @contextmanager
+def answered_by(function: Callable[..., Any]) -> Iterator[None]:
+    """Within, another function answers the attention of attached models.
+
+    Args:
+        function: With the signature of `attention`.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, function)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(NAME, attention)
+
+
+@contextmanager
 def kept_out_of_compiled_code(cache: Any) -> Iterator[None]:
     """Within, torch.compile leaves our attention and a cache's `update` to Python.
 
     Args:
         cache: The cache that the compiled code uses.
     """
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, torch.compiler.disable(attention))
     cache.update = torch.compiler.disable(cache.update)
     try:
-        yield
+        with answered_by(torch.compiler.disable(attention)):
+            yield
     finally:
         del cache.update
-        AttentionInterface.register(NAME, attention)

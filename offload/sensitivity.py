@@ -8,8 +8,7 @@ attention the model has answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -105,7 +104,8 @@ def layer_errors(
                 layer.crop(-_QUERIES)
         return logits.double().log_softmax(-1)
 
-    with _probing() as probe:
+    probe = _Probe()
+    with attending.answered_by(probe):
         exact = distribution()
         found = []
         for rung in rungs:
@@ -115,19 +115,6 @@ def layer_errors(
                 errors.append(_divergence(exact, distribution()))
             found.append(tuple(errors))
     return found
-
-
-@contextmanager
-def _probing() -> Iterator[_Probe]:
-    """Within, the attention of a model that is attached goes by a probe."""
-    from transformers import AttentionInterface
-
-    probe = _Probe()
-    AttentionInterface.register(attending.NAME, probe)
-    try:
-        yield probe
-    finally:
-        AttentionInterface.register(attending.NAME, attending.attention)
 
 
 def _divergence(exact: Tensor, other: Tensor) -> float:
