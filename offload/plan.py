@@ -10,10 +10,10 @@ import json
 from dataclasses import dataclass, field, replace
 
 from offload import hardware
-from offload.checkpoint import FileShape
+from offload.checkpoint import FileShape, describe
 from offload.config import OffloadConfig
 from offload.demand import CUBLAS_WORKSPACE, Held, demand_of
-from offload.errors import BudgetError, InputError
+from offload.errors import BudgetError, InputError, OffloadError
 from offload.scheduler import cost
 from offload.scheduler.layout import REPLICA_WINDOW, Demand, Layout, lay_out
 from offload.scheduler.pace import Drafts
@@ -126,6 +126,23 @@ def local_machine(config: OffloadConfig) -> Machine | None:
         return None
     known = replace(profile_of(card.name), memory=card.total, host=hardware.host_memory().total)
     return machine_of(known, config)
+
+
+def of_this_machine(
+    config: OffloadConfig, source: str | None, dtype: str
+) -> tuple[FileShape, Machine] | None:
+    """A model and this machine, to plan with; None without a known card, or where the files do not say enough.
+
+    Args:
+        config: Budgets among it.
+        source: As for `describe`.
+        dtype: Likewise.
+    """
+    try:
+        machine = local_machine(config)
+        return None if machine is None else (describe(source, dtype=dtype), machine)
+    except OffloadError:
+        return None
 
 
 def plan(

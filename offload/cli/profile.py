@@ -104,17 +104,15 @@ def _planned(
     source: str | None, dtype: str, settings: OffloadConfig, prompt: int, output: int
 ) -> Plan | None:
     """The plan of this run on the card that is there; None where there is none, or the files do not say enough."""
-    from offload.checkpoint import describe
-    from offload.plan import local_machine
+    from offload.plan import of_this_machine
     from offload.plan import plan as planned
 
+    there = of_this_machine(settings, source, dtype)
+    if there is None:
+        return None
     try:
-        machine = local_machine(settings)
-        if machine is None:
-            return None
-        shape = describe(source, dtype=dtype)
-        return planned(settings, shape, machine, context=prompt + output, output=output)
-    except OffloadError:
+        return planned(settings, *there, context=prompt + output, output=output)
+    except OffloadError:  # it ran, whatever a plan thinks of it
         return None
 
 

@@ -16,7 +16,7 @@ import typer
 from offload.cli.options import ConfigFile, CpuMemory, Dtype, GpuMemory, Json, Mode, Model
 from offload.cli.settings import asked
 from offload.cli.text import encoded, no_bars, progress, read_text, require_writable
-from offload.errors import InputError, OffloadError
+from offload.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -237,17 +237,13 @@ def predictor(
         output: Likewise, of an answer.
         settings: Budgets among them.
     """
-    from offload.checkpoint import describe
-    from offload.plan import local_machine, plan
+    from offload.plan import of_this_machine, plan
     from offload.tune import Predicted
 
-    try:
-        machine = local_machine(settings)
-        if machine is None:
-            return None
-        shape = describe(source, dtype=dtype)
-    except OffloadError:
+    there = of_this_machine(settings, source, dtype)
+    if there is None:
         return None
+    shape, machine = there
 
     def predict(config: OffloadConfig) -> Predicted:
         found = plan(config, shape, machine, context=prompt + output, output=output)
