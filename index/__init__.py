@@ -9,7 +9,7 @@
 | `scan` | the codes of `flat`, their scores and the best of them, in Numba |
 | `file` | how an index lies in a file |
 | `growing` | rows behind rows at O(1) |
-| `threads` | FAISS in one thread |
+| `on_faiss` | what the backends that FAISS holds have in common |
 
 Vector indexes over offloaded keys: NumPy, Numba and FAISS, no torch. Importing this package loads none of them.
 Nothing that generates uses an index yet: modes fast and verified select by the replica on the device.

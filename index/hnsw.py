@@ -10,23 +10,20 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
-import faiss as _faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from offload.errors import ConfigError
 from offload.index import file
-from offload.index.base import Floats, Found, Vectors, checked_keys, checked_search
-from offload.index.threads import single_thread
+from offload.index.base import Found, Vectors, checked_keys, checked_search
+from offload.index.on_faiss import OnFaiss, faiss, single_thread
 
-faiss: Any = _faiss  # its stubs leave out most of what is used here
 # FAISS counts work in one place for the whole process.
 _counting = threading.Lock()
 
 
-class HNSW:
+class HNSW(OnFaiss):
     """A layered graph of keys, each linked to near ones; a best-first search over it.
 
     Rows are float32. `add` walks and links as `build` does, but FAISS makes a lock for every key at each call, so one key
@@ -65,19 +62,9 @@ class HNSW:
         self.links = links
         self.build_breadth = build_breadth
         self.breadth = breadth
-        self.centred = centred
+        super().__init__(centred=centred)
         self.counted = counted
         self.seed = seed
-        self._index: Any = None
-        self._mean: Floats = np.empty(0, dtype=np.float32)
-
-    def __len__(self) -> int:
-        return int(self._index.ntotal) if self._index is not None else 0
-
-    @property
-    def dimension(self) -> int | None:
-        """D. None as long as there is no key."""
-        return int(self._index.d) if self._index is not None else None
 
     @property
     def nbytes(self) -> int:
@@ -94,15 +81,12 @@ class HNSW:
         dimension = keys.shape[1]
         if queries is not None:
             checked_keys(queries, dimension, what="queries")
-        values = keys.astype(np.float32)
-        self._mean = np.zeros(dimension, dtype=np.float32)
-        if self.centred:
-            self._mean = values.mean(axis=0)
+        values = self._first_rows(keys)
         self._index = faiss.IndexHNSWFlat(dimension, self.links, faiss.METRIC_INNER_PRODUCT)
         self._index.hnsw.efConstruction = self.build_breadth
         self._index.hnsw.rng = faiss.RandomGenerator(self.seed)
         with single_thread():
-            self._index.add(values - self._mean)
+            self._index.add(values)
 
     def add(self, keys: Vectors) -> None:
         """See `Index`, and the class for what it costs."""
@@ -111,7 +95,7 @@ class HNSW:
             return
         keys = checked_keys(keys, self.dimension)
         with single_thread():
-            self._index.add(keys.astype(np.float32) - self._mean)
+            self._index.add(self._further_rows(keys))
 
     def search(self, queries: Vectors, k: int) -> Found:
         """See `Index`. A query that reaches fewer than k keys by links is answered by scoring all, and counted so."""
@@ -139,9 +123,6 @@ class HNSW:
 
     def save(self, path: Path) -> None:
         """See `Index`."""
-        arrays: dict[str, NDArray[Any]] = {}
-        if self._index is not None:
-            arrays = {"faiss": faiss.serialize_index(self._index), "mean": self._mean}
         metadata = {
             "links": self.links,
             "build_breadth": self.build_breadth,
@@ -150,14 +131,12 @@ class HNSW:
             "counted": self.counted,
             "seed": self.seed,
         }
-        file.write(path, self.backend, metadata, arrays)
+        file.write(path, self.backend, metadata, self._arrays())
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """See `Index`. FAISS keeps a copy of what is in the file."""
         _, metadata, arrays = file.read(path, cls.backend)
         self = cls(**metadata)
-        if arrays:
-            self._index = faiss.deserialize_index(np.array(arrays["faiss"]))
-            self._mean = np.array(arrays["mean"])
+        self._take(arrays)
         return self

@@ -7,21 +7,17 @@ queries are of another distribution: RetrievalAttention (arXiv 2409.10516), sect
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
-import faiss as _faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from offload.errors import ConfigError, InputError
 from offload.index import file
 from offload.index.base import Floats, Found, Ids, Vectors, checked_keys, checked_search
-from offload.index.threads import single_thread
-
-faiss: Any = _faiss  # its stubs leave out most of what is used here
+from offload.index.on_faiss import OnFaiss, faiss, single_thread
 
 
-class IVF:
+class IVF(OnFaiss):
     """k-means over the keys; a query scans the lists of the `probes` centroids of largest inner product.
 
     Rows are float32. Centroids are those of `build`: keys that `add` brings are put into its lists.
@@ -59,19 +55,9 @@ class IVF:
         self.lists = lists
         self.probes = probes
         self.iterations = iterations
-        self.centred = centred
+        super().__init__(centred=centred)
         self.seed = seed
-        self._index: Any = None
-        self._mean: Floats = np.empty(0, dtype=np.float32)
         self._sizes: Ids = np.empty(0, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._index.ntotal) if self._index is not None else 0
-
-    @property
-    def dimension(self) -> int | None:
-        """D. None as long as there is no key."""
-        return int(self._index.d) if self._index is not None else None
 
     @property
     def nbytes(self) -> int:
@@ -98,11 +84,7 @@ class IVF:
                 there=count,
                 change="Leave `lists` out, or build from more keys.",
             )
-        values = keys.astype(np.float32)
-        self._mean = np.zeros(dimension, dtype=np.float32)
-        if self.centred:
-            self._mean = values.mean(axis=0)
-        values -= self._mean
+        values = self._first_rows(keys)
         quantizer = faiss.IndexFlatIP(dimension)
         index = faiss.IndexIVFFlat(quantizer, dimension, lists, faiss.METRIC_INNER_PRODUCT)
         index.cp.seed = self.seed
@@ -119,7 +101,7 @@ class IVF:
         if self._index is None:
             self.build(keys)
             return
-        self._put(checked_keys(keys, self.dimension).astype(np.float32) - self._mean)
+        self._put(self._further_rows(checked_keys(keys, self.dimension)))
 
     def search(self, queries: Vectors, k: int) -> Found:
         """See `Index`. Each query reads its own lists, so what two of them share counts twice."""
@@ -146,9 +128,6 @@ class IVF:
 
     def save(self, path: Path) -> None:
         """See `Index`."""
-        arrays: dict[str, NDArray[Any]] = {}
-        if self._index is not None:
-            arrays = {"faiss": faiss.serialize_index(self._index), "mean": self._mean}
         metadata = {
             "lists": self.lists,
             "probes": self.probes,
@@ -156,16 +135,15 @@ class IVF:
             "centred": self.centred,
             "seed": self.seed,
         }
-        file.write(path, self.backend, metadata, arrays)
+        file.write(path, self.backend, metadata, self._arrays())
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """See `Index`. FAISS keeps a copy of what is in the file."""
         _, metadata, arrays = file.read(path, cls.backend)
         self = cls(**metadata)
+        self._take(arrays)
         if arrays:
-            self._index = faiss.deserialize_index(np.array(arrays["faiss"]))
-            self._mean = np.array(arrays["mean"])
             lists = self._index.invlists
             self._sizes = np.array([lists.list_size(i) for i in range(self._index.nlist)])
         return self
