@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from offload.config import OffloadConfig
 from offload.hardware import host_memory
 from offload.model import ModelShape, text_config
 from offload.report import Notes
-from offload.scheduler.layout import AUTO_CHUNK, Layout
+from offload.scheduler.layout import AUTO_CHUNK, Demand, Layout
 from offload.scheduler.rungs import Rung, cached_rows
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
@@ -86,30 +87,15 @@ class CacheMaker:
                     store.drop_resident()  # copies that an idle cache does without
             if self.streams.on:
                 torch.cuda.empty_cache()
-            idle = sum(r.committed for free in list(self._free_regions.values()) for r in free)
-
-            def lay_out() -> Layout:
-                demand = self._budgets.demand(
-                    batch=sequences * copies,
-                    tokens=tokens,
-                    copies=copies,
-                    prompt=prompt_tokens,
-                    exact=exact,
-                    errors=self.errors,
-                )
-                return self._budgets.lay_out(demand, idle_host=idle)
-
-            layout = lay_out()
-            if layout.rungs and self.errors is None and self.measure_errors is not None:
-                self.errors = self.measure_errors()
-                if self.errors is not None:
-                    layout = lay_out()
-            if layout.rungs and self.errors is not None:
-                bits = " ".join(
-                    "whole" if i in layout.whole else str(rung.bits)
-                    for i, rung in enumerate(layout.rungs)
-                )
-                self._notes.add(f"bits of each layer's replica, by what the prompt says: {bits}")
+            demand = partial(
+                self._budgets.demand,
+                batch=sequences * copies,
+                tokens=tokens,
+                copies=copies,
+                prompt=prompt_tokens,
+                exact=exact,
+            )
+            layout = self._laid_out(demand)
             auto = isinstance(self._config.prefill.chunk, str) and self._shape.fed_whole is None
             if auto and layout.chunk < min(AUTO_CHUNK, tokens or AUTO_CHUNK):
                 note = (
@@ -188,6 +174,26 @@ class CacheMaker:
         for region in self._regions:
             region.close()
         self._regions.clear()
+
+    def _laid_out(self, demand: Callable[..., Demand]) -> Layout:
+        """A layout by what layers need, where that is known or can be measured now.
+
+        Args:
+            demand: Makes the demand; takes `errors`.
+        """
+        idle = sum(r.committed for free in list(self._free_regions.values()) for r in free)
+        layout = self._budgets.lay_out(demand(errors=self.errors), idle_host=idle)
+        if not layout.rungs:
+            return layout
+        if self.errors is None and self.measure_errors is not None:
+            self.errors = self.measure_errors()
+            if self.errors is not None:
+                layout = self._budgets.lay_out(demand(errors=self.errors), idle_host=idle)
+        if self.errors is not None:
+            whole, rungs = layout.whole, enumerate(layout.rungs)
+            bits = " ".join("whole" if i in whole else str(rung.bits) for i, rung in rungs)
+            self._notes.add(f"bits of each layer's replica, by what the prompt says: {bits}")
+        return layout
 
     def _layer_limits(self, layout: Layout, tokens: int | None, batch: int) -> list[StoreLimits]:
         """How each layer's tokens are divided between the tiers."""

@@ -290,13 +290,17 @@ def test_an_empty_index_is_saved_too(name: str, tmp_path: Path) -> None:
     assert again.dimension is None
 
 
+def saved(name: str, folder: Path) -> Path:
+    """The file of an index of 300 keys."""
+    index, file = make(name), folder / "index"
+    index.build(vectors("random", 300)[0])
+    index.save(file)
+    return file
+
+
 @pytest.mark.parametrize("at", [0, 9, 17, 25, 33, 80, 200, 5000, -1])
 def test_a_file_with_a_wrong_byte_is_refused(name: str, at: int, tmp_path: Path) -> None:
-    keys, _ = vectors("random", 300)
-    index = make(name)
-    index.build(keys)
-    file = tmp_path / "index"
-    index.save(file)
+    file = saved(name, tmp_path)
     content = bytearray(file.read_bytes())
     content[at] ^= 0x40
     file.write_bytes(content)
@@ -322,11 +326,7 @@ def test_no_changed_byte_goes_unnoticed(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 63, 64, 200, 3000])
 def test_a_truncated_file_is_refused(name: str, kept: int, tmp_path: Path) -> None:
-    keys, _ = vectors("random", 300)
-    index = make(name)
-    index.build(keys)
-    file = tmp_path / "index"
-    index.save(file)
+    file = saved(name, tmp_path)
     content = file.read_bytes()
     file.write_bytes(content[:kept])
     with pytest.raises(InputError):
