@@ -125,6 +125,22 @@ def dense(case: Case, *, step: int) -> tuple[Tensor, list[Tensor], Any]:
     return torch.cat(logits), hidden, cache
 
 
+def behind_context(runtime: Any, case: Case) -> Any:
+    """A cache of a case's context, as the device path has read it."""
+    cache = runtime.new_cache(case.ids.shape[1] + 64)
+    runtime.generate(case.ids[:, : case.context], cache=cache, max_new_tokens=1, do_sample=False)
+    cache.crop(case.context - cache.get_seq_length())
+    return cache
+
+
+def fed(case: Case, cache: Any, at: int, **more: Any) -> Any:
+    """The model's output of one token of a case."""
+    position = torch.tensor([[at]], device=case.ids.device)
+    return case.model(
+        input_ids=case.ids[:, at : at + 1], position_ids=position, **{CACHE: cache}, use_cache=True, **more
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def ours(case: Case, rung: str, tokens: int, skipped: float) -> dict[str, Any]:
     """The same through the device path, one token at a time, and the facts."""
@@ -132,18 +148,12 @@ def ours(case: Case, rung: str, tokens: int, skipped: float) -> dict[str, Any]:
     on_card = ids.device.type == "cuda"
     settings: dict[str, Any] = {"mode": "fast", "window": REPLICA_WINDOW, "rung": rung, "retrieved": tokens, "skipped_mass": skipped}  # fmt: skip
     with offload.attach(model, **settings, chunk=1024, capture=False) as runtime:
-        cache = runtime.new_cache(ids.shape[1] + 64)
-        runtime.generate(ids[:, : case.context], cache=cache, max_new_tokens=1, do_sample=False)
-        cache.crop(case.context - cache.get_seq_length())
+        cache = behind_context(runtime, case)
         logits, hidden = [], []
         began = 0.0
 
         def feed(at: int, **more: Any) -> Any:
-            position = torch.tensor([[at]], device=ids.device)
-            out = model(
-                input_ids=ids[:, at : at + 1], position_ids=position, **{CACHE: cache},
-                use_cache=True, **more,
-            )  # fmt: skip
+            out = fed(case, cache, at, **more)
             logits.append(out.logits[0].float().cpu())
             return out
 

@@ -19,10 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _record import Record, arguments, parse
-from fidelity import Case, dense, divergence, prepare
+from fidelity import Case, behind_context, dense, divergence, fed, prepare
 
 import offload
-from offload.cache import CACHE
 from offload.scheduler.layout import REPLICA_WINDOW
 
 UNIFORM = ("3k3v", "4k4v")  # the bar is that of the first
@@ -31,21 +30,13 @@ UNIFORM = ("3k3v", "4k4v")  # the bar is that of the first
 @torch.no_grad()
 def decoded(case: Case, **settings: Any) -> dict[str, Any]:
     """Logits [steps, V] of mode fast, and how its cache was laid out."""
-    ids = case.ids
     common: dict[str, Any] = {"window": REPLICA_WINDOW, "chunk": 512, "staging": "2MiB"}
     with offload.attach(case.model, mode="fast", capture=False, **common, **settings) as runtime:
-        cache = runtime.new_cache(ids.shape[1] + 64)
         began = time.perf_counter()
-        runtime.generate(ids[:, : case.context], cache=cache, max_new_tokens=1, do_sample=False)
+        cache = behind_context(runtime, case)
         seconds = time.perf_counter() - began
-        cache.crop(case.context - cache.get_seq_length())
-        logits = []
-        for at in range(case.context, ids.shape[1]):
-            position = torch.tensor([[at]], device=ids.device)
-            out = case.model(
-                input_ids=ids[:, at : at + 1], position_ids=position, **{CACHE: cache}, use_cache=True
-            )  # fmt: skip
-            logits.append(out.logits[0].float().cpu())
+        steps = range(case.context, case.ids.shape[1])
+        logits = [fed(case, cache, at).logits[0].float().cpu() for at in steps]
         layout = cache.layout
         assert layout is not None
         found = {
