@@ -213,19 +213,22 @@ def _tried(
     return fits, refused
 
 
-def measure_tune(record: Record, model: Any, prompt: int, cap: int, limit_s: float) -> None:
+def measure_tune(
+    record: Record, model: Any, prompt: int, cap: int, limit_s: float, kept: str | None
+) -> None:
     """What `offload tune` finds for a prompt, beside the defaults."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(model.config.to_json_string(use_diff=False))
         ids = torch.randint(1, model.config.vocab_size, (1, prompt), device=model.device)
         settings = OffloadConfig.build(None, gpu_memory=cap)
-        runs = Runs(Path(folder) / "runs.json", {})
+        outcomes = Path(kept or Path(folder) / "runs.json")
+        runs = Runs(outcomes, {})
         found = tune(
             settings, measurer(model, ids, TUNED_OUTPUT), runs, objective="speed", output=TUNED_OUTPUT, prompt=prompt,
             predict=predictor(str(file), "bfloat16", prompt, TUNED_OUTPUT, settings), until=time.monotonic() + limit_s, tell=print,
         )  # fmt: skip
-        made = json.loads((Path(folder) / "runs.json").read_text())
+        made = json.loads(outcomes.read_text())
     before, after = found.before.seconds(TUNED_OUTPUT), found.after.seconds(TUNED_OUTPUT)
     record.row(
         f"tune {prompt}", settings=found.settings, before_s=before, after_s=after, runs=found.runs, skipped=found.skipped,
@@ -244,6 +247,7 @@ def main() -> None:
     parser.add_argument(
         "--tune-s", type=float, default=300, help="seconds after which no run of tune begins"
     )
+    parser.add_argument("--tune-runs", help="a file of runs of an earlier search, which goes on")
     parser.add_argument("--contexts", nargs="*", type=int, default=[32768, 131072, 262144])
     parser.add_argument("--mode", default="fast")
     parser.add_argument("--repeats", type=int, default=7)
@@ -261,7 +265,8 @@ def main() -> None:
         if "profile" in args.only:
             measure_profile(record, model, [4096] if args.smoke else args.contexts, args.mode)
         if "tune" in args.only:
-            measure_tune(record, model, 4096 if args.smoke else args.tuned, CAP_BYTES, args.tune_s)
+            tuned = 4096 if args.smoke else args.tuned
+            measure_tune(record, model, tuned, CAP_BYTES, args.tune_s, args.tune_runs)
     print(f"written to {record.write(args.out).name}")
 
 
