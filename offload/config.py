@@ -324,7 +324,21 @@ class ReplicaConfig(_Table):
 
 
 class SchedulerConfig(_Table):
-    """How the placement of tokens is decided. No keys yet: exact mode has one placement."""
+    """What becomes of tokens that a step needs and the device does not hold."""
+
+    recompute: Literal["off", "hidden"] = Field(
+        default="off",
+        description="off: keys and values on the host are copied. hidden, in mode exact: the host keeps the inputs of "
+        "attention instead, which are fewer bytes where a model has as many KV heads as query heads, and the device "
+        "rebuilds keys and values from them, to the rounding of its matrix products.",
+        json_schema_extra=_unit('"off" or "hidden"'),
+    )
+    recomputed: Annotated[float, Field(gt=0.0, le=1.0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Share of the tokens on the host that are rebuilt, where recompute is hidden. auto: so many that "
+        "copies and matrix products end together.",
+        json_schema_extra=_unit("share, or auto"),
+    )
 
 
 class PrefillConfig(_Table):

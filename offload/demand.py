@@ -12,7 +12,8 @@ from typing import Protocol
 
 from offload.config import OffloadConfig
 from offload.errors import ConfigError
-from offload.scheduler.layout import Demand, RungPrice
+from offload.scheduler.cost import hidden_share
+from offload.scheduler.layout import Demand, HiddenPrice, RungPrice
 from offload.scheduler.pace import Drafts
 from offload.scheduler.rungs import (
     RUNGS,
@@ -29,6 +30,8 @@ ALLOCATOR_SLACK = 256 * 2**20
 # What the driver takes after attaching: kernels loaded when they first run, tables of pinned pages. Without it the
 # same run went 7 MiB over the cap as the driver counts.
 DRIVER_GROWTH = 96 * 2**20
+# Of all sequences, rebuilt together: `offload.tiers.hidden`; a test compares the two.
+REBUILT_TOKENS = 4096
 # What cuBLAS keeps for every stream that it is called on, on Hopper; on others it is 8 MiB.
 CUBLAS_WORKSPACE = 32 * 2**20
 # The stream of passes over drafts: for cuBLAS, and as much for cuBLASLt.
@@ -87,6 +90,10 @@ class Shape(Protocol):
         """Logits of one token."""
 
     @property
+    def hidden(self) -> int:
+        """Size of the residual stream."""
+
+    @property
     def token_bytes(self) -> tuple[int, ...]:
         """KV bytes of one token of one sequence, for each layer of `rows`."""
 
@@ -103,12 +110,14 @@ class Held:
         weights: Bytes of weights and other live tensors.
         overhead: Bytes that are nobody's tensors: driver contexts, other processes.
         on_card: Whether it is a card; a CPU has neither an allocator of ours nor streams.
+        flops_per_byte: Of matrix products while PCIe brings a byte; None where nobody knows.
     """
 
     total: int
     weights: int
     overhead: int
     on_card: bool
+    flops_per_byte: float | None = None
 
 
 def demand_of(
@@ -141,6 +150,9 @@ def demand_of(
     whole = prompt if shape.fed_whole is not None and prompt else None
     selected = max(rung.selected(config.retrieval.tokens) for rung in RUNGS)
     overhead = held.overhead + ALLOCATOR_SLACK + DRIVER_GROWTH if held.on_card else 0
+    hidden = None
+    if config.scheduler.recompute == "hidden" and config.mode == "exact" and tokens is not None:
+        hidden = hidden_price(config, shape, held.flops_per_byte)
     captures = CUBLAS_WORKSPACE if held.on_card and fast and config.decode.capture else 0
     return Demand(
         batch=batch,
@@ -174,6 +186,55 @@ def demand_of(
         else 0,
         scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
         longest=shape.max_positions or 2**20,
+        hidden=hidden,
+    )
+
+
+def hidden_price(config: OffloadConfig, shape: Shape, flops_per_byte: float | None) -> HiddenPrice:
+    """What pages take that hold inputs of attention instead of the keys and values of some tokens.
+
+    Args:
+        config: As asked.
+        shape: Of the model.
+        flops_per_byte: As of `Held`.
+
+    Raises:
+        ConfigError: Nothing would be gained.
+    """
+    page, asked = config.cache.page, config.scheduler.recomputed
+    row = max(shape.rows, key=lambda one: one.token_bytes)
+    values = row.kv_heads * (row.key_dim + row.value_dim)
+    itemsize = row.token_bytes // values
+    if shape.hidden >= values:
+        raise ConfigError(
+            "Inputs of attention are no fewer bytes than keys and values in this model",
+            asked='scheduler.recompute = "hidden"',
+            there=f"{shape.hidden * itemsize:,} bytes of an input, {row.token_bytes:,} of keys and values",
+            change='Write scheduler.recompute = "off".',
+        )
+    share = hidden_share(values, shape.hidden, itemsize, flops_per_byte)
+    if not isinstance(asked, str):
+        share = asked
+    tokens = max(1, round(share * page))
+    # Keys, values, and copies that a rotation makes of keys; the pages that a block is packed from.
+    rebuilt = REBUILT_TOKENS * itemsize * (values + 3 * row.kv_heads * row.key_dim + shape.hidden)
+    return HiddenPrice(
+        tokens=tokens,
+        page_bytes=tuple(
+            tokens * shape.hidden * itemsize + (page - tokens) * one.token_bytes
+            for one in shape.rows
+        ),
+        row_bytes=tuple(
+            -(-shape.hidden // (one.key_dim + one.value_dim))
+            * (one.key_dim + one.value_dim)
+            * itemsize
+            for one in shape.rows
+        ),
+        flops=2.0
+        * shape.hidden
+        * sum(one.kv_heads * (one.key_dim + one.value_dim) for one in shape.rows),
+        workspace=rebuilt,
+        angle_bytes=2 * row.key_dim * itemsize,
     )
 
 

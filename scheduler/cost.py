@@ -129,7 +129,12 @@ def step(layout: Layout, work: Work, profile: Profile, way: Way) -> dict[str, fl
     # Several sequences are not drafted: mode verified makes exact steps of them.
     streams = way.mode == "exact" or (way.mode == "verified" and batch > 1) or not layout.rungs
     if layout.host_tokens and streams:
-        parts[LINK] = layout.host_bytes / profile.pcie / _STREAM_SHARE
+        # What is left of the budget keeps rebuilt rows.
+        streamed = 1.0 - layout.resident_share
+        parts[LINK] = streamed * layout.host_bytes / profile.pcie / _STREAM_SHARE
+        if layout.hidden is not None:
+            rebuilt = layout.hidden.tokens / layout.page * layout.host_tokens * batch * streamed
+            parts["rebuilding"] = rebuilt * layout.hidden.flops / profile.gemm_flops
     elif layout.rungs:
         rung = layout.rung
         assert rung is not None
@@ -139,6 +144,26 @@ def step(layout: Layout, work: Work, profile: Profile, way: Way) -> dict[str, fl
         parts["selection"] = replicas * (_PATH_S + batch * layout.replica_tokens * _PATH_TOKEN_S)
         parts["selection"] += replicas * batch * max(0, selected - 64) * _ROW_S
     return parts
+
+
+def hidden_share(values: int, inputs: int, itemsize: int, flops_per_byte: float | None) -> float:
+    """Share of tokens to rebuild, so that copies and matrix products of a layer end together.
+
+    Of share x a token takes x inputs + (1 - x) values from the host, times the bytes of one, and 2 x inputs values
+    operations. Both take as long at x = values / (values - inputs + 2 inputs values / (flops per byte itemsize)).
+
+    Args:
+        values: Of a token's keys and values.
+        inputs: Of its input.
+        itemsize: Bytes of a value.
+        flops_per_byte: Operations while PCIe brings a byte; None where nobody knows: then all of them.
+    """
+    if inputs >= values:
+        return 0.0
+    if flops_per_byte is None:
+        return 1.0
+    products = 2.0 * inputs * values / (flops_per_byte * itemsize)
+    return min(1.0, values / (values - inputs + products))
 
 
 def prefill(layout: Layout, work: Work, profile: Profile, *, batch: int, prompt: int) -> float:
