@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offload.tiers.rows import RowShape
 
-REBUILT_TOKENS = 4096  # of all sequences that are rebuilt together: they bound the memory it takes
+REBUILT_TOKENS = 2048  # of all sequences that are rebuilt together: they bound the memory it takes
 
 
 class Source(Protocol):
