@@ -31,7 +31,7 @@ ALLOCATOR_SLACK = 256 * 2**20
 # same run went 7 MiB over the cap as the driver counts.
 DRIVER_GROWTH = 96 * 2**20
 # Of all sequences, rebuilt together: `offload.tiers.hidden`; a test compares the two.
-REBUILT_TOKENS = 2048
+REBUILT_TOKENS = 8192
 # What cuBLAS keeps for every stream that it is called on, on Hopper; on others it is 8 MiB.
 CUBLAS_WORKSPACE = 32 * 2**20
 # The stream of passes over drafts: for cuBLAS, and as much for cuBLASLt.
@@ -216,8 +216,8 @@ def hidden_price(config: OffloadConfig, shape: Shape, flops_per_byte: float | No
     if not isinstance(asked, str):
         share = asked
     tokens = max(1, round(share * page))
-    # Keys and values of two parts and copies of them as rows, copies that a rotation makes of keys, inputs side by side.
-    of_token = 4 * values + 5 * row.kv_heads * row.key_dim + shape.hidden
+    # Keys and values of two parts, inputs side by side, and copies that a rotation makes of some keys.
+    of_token = 2 * values + shape.hidden + row.kv_heads * row.key_dim
     rebuilt = REBUILT_TOKENS * itemsize * of_token
     return HiddenPrice(
         tokens=tokens,

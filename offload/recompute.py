@@ -8,7 +8,7 @@ model cached.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from offload.cache import CACHE, OffloadCache, cache_in
 from offload.errors import CacheError, UnsupportedModelError
+from offload.kernels.rotate import rotate_
 from offload.model import ModelShape, text_config
 from offload.tiers.rows import RowShape
 
 _TRIED = 8  # tokens
+_PIECE = 1024  # tokens that are rotated together where no kernel does it
 _ROUNDINGS = 8  # by which rebuilt keys may differ, in roundings of the largest
 _Project = Callable[[Tensor], Tensor]
 
@@ -48,15 +50,18 @@ class Recipe:
             sys.modules[type(module).__module__], "apply_rotary_pos_emb", None
         )
         self.width = _width(module)
+        # By one kernel, on a card, where that comes to the same.
+        self._in_place = next(module.parameters()).is_cuda
 
     def __call__(
-        self, inputs: Tensor, angles: tuple[Tensor, Tensor] | None
+        self, inputs: Tensor, angles: tuple[Tensor, Tensor] | None, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Keys [B, H_kv, T, D] and values [B, H_kv, T, D_v].
 
         Args:
             inputs: [B, T, E].
-            angles: Cosines and sines [B or 1, T, D or fewer] of the tokens; None where keys are not rotated.
+            angles: Cosines and sines [B or 1, N, D or fewer] by position; None where keys are not rotated.
+            positions: int64 [T].
         """
         heads = self._row.kv_heads
         keys, values = self._keys(inputs), self._values(inputs)
@@ -67,13 +72,27 @@ class Recipe:
         keys = keys.unflatten(-1, (heads, self._row.key_dim))
         if norm is not None:
             keys = norm(keys)
+        if angles is not None and self._in_place:
+            rotate_(keys, *angles, positions)
+            angles = None
         keys = keys.transpose(1, 2)
         if angles is not None and self._rotate is not None:
-            cos, sin = angles
-            turned, still = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
-            turned = self._rotate(turned[:, :0], turned, cos, sin)[1]
-            keys = torch.cat([turned, still], dim=-1) if still.shape[-1] else turned
+            for at in range(0, positions.shape[0], _PIECE):
+                piece = slice(at, at + _PIECE)  # copies of all would be as large as keys and values
+                cos, sin = (part[:, positions[piece]] for part in angles)
+                turned = keys[:, :, piece, : cos.shape[-1]]
+                turned.copy_(self._rotate(turned[:, :0], turned, cos, sin)[1])
         return keys, values.unflatten(-1, (heads, self._row.value_dim)).transpose(1, 2)
+
+    def tries(
+        self, inputs: Tensor, angles: tuple[Tensor, Tensor] | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What comes of tokens from position 0 on, by each way there is; the way tried last stays."""
+        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        if self._in_place:
+            yield self(inputs, angles, positions)
+            self._in_place = False
+        yield self(inputs, angles, positions)
 
 
 class Inputs:
@@ -166,11 +185,11 @@ class Angles:
             grown.append(table)
         self._table = grown[0], grown[1]
 
-    def at(self, positions: Tensor, sequence: int | None) -> tuple[Tensor, Tensor] | None:
-        """Those of some positions [T]; of one sequence, or of all."""
+    def of(self, sequence: int | None) -> tuple[Tensor, Tensor] | None:
+        """Those of one sequence, or of all: each [B or 1, N, D], by position. None where keys are not rotated."""
         if self._table is None:
             return None
-        cos, sin = (table[:, positions] for table in self._table)
+        cos, sin = self._table
         if sequence is not None and cos.shape[0] > 1:
             return cos[sequence : sequence + 1], sin[sequence : sequence + 1]
         return cos, sin
@@ -211,7 +230,7 @@ class LayerSource:
         self, inputs: Tensor, positions: Tensor, sequence: int | None
     ) -> tuple[Tensor, Tensor]:
         """As of `Source`."""
-        return self._inputs.recipes[self._layer](inputs, self._angles.at(positions, sequence))
+        return self._inputs.recipes[self._layer](inputs, self._angles.of(sequence), positions)
 
     def select(self, rows: Tensor) -> None:
         """As of `Source`."""
@@ -256,8 +275,10 @@ def recipes(model: Any, shape: ModelShape) -> list[Recipe]:
             raise _unsupported(shape, f"what layer {layer} is given is not known")
         held: Any = cache.layers[layer]
         try:
-            keys, values = recipe(*given[index])
-            alike = _alike(keys, held.keys) and _alike(values, held.values)
+            alike = any(
+                _alike(keys, held.keys) and _alike(values, held.values)
+                for keys, values in recipe.tries(*given[index])
+            )
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise _unsupported(shape, f"layer {layer} is rebuilt otherwise ({error})") from error
         if not alike:

@@ -32,6 +32,7 @@ _KERNELS = (
     ("selected rows", r"^_rows_kernel"),
     ("window and merge", r"^_(window|merge|combine)_kernel"),
     ("quantising", r"^_quantize"),
+    ("rebuilding", r"^_rotate_kernel"),
     ("attention", r"flash|fmha|attention|mem_eff"),
     ("copies from the host", r"memcpy.*htod|memcpy.*host.*->.*device"),
     ("copies to the host", r"memcpy.*dtoh|memcpy.*device.*->.*(host|pinned|pageable)"),

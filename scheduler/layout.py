@@ -502,7 +502,13 @@ def _full_staging(demand: Demand) -> int:
     limit = STAGING_BYTES
     if demand.tokens is not None:
         layer = demand.batch * demand.tokens * max(demand.token_bytes, default=0)
-        limit = min(limit, max(layer // 4, min(layer, USEFUL_STAGING_BYTES)))
+        if demand.hidden is not None:
+            # What is rebuilt takes as long as the copies, which overlap from the second piece of a layer on; smaller
+            # pieces take longer to launch.
+            layer = demand.batch * demand.tokens * max(demand.hidden.page_bytes) // demand.page
+            limit = min(limit, layer // 3)
+        else:
+            limit = min(limit, max(layer // 4, min(layer, USEFUL_STAGING_BYTES)))
     return max(1, limit // max(1, _page_bytes(demand))) * _page_bytes(demand)
 
 

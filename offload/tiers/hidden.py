@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offload.tiers.rows import RowShape
 
-REBUILT_TOKENS = 2048  # of all sequences that are rebuilt together: they bound the memory it takes
+REBUILT_TOKENS = 8192  # of all sequences that are rebuilt together: they bound the memory it takes
 
 
 class Source(Protocol):
@@ -86,7 +86,7 @@ class HiddenForm:
         """Keys, values and positions of a few pages, in parts of any order.
 
         Args:
-            pages: uint8 [B, n, bytes of a page] on the device, contiguous.
+            pages: uint8 [B, n, bytes of a page] on the device.
             shape: Of the rows.
             page: Tokens of a page.
             first: The position of the first token.

@@ -435,11 +435,16 @@ class LayerStore:
             add(keys, values, mask(first_host + chunk.start * page, first_host + chunk.stop * page))
         return merge.result(query.dtype).out.transpose(1, 2).contiguous()
 
-    def _rebuilt(self, chunk: Chunk, staged: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Keys [B, H_kv, T, D], values and positions [T] of a staged chunk, some pages at a time."""
+    def _rebuilt(
+        self, chunk: Chunk, staged: Tensor, columns: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Keys [B, H_kv, T, D], values and positions [T] of a staged chunk up to a column, some pages at a time."""
         assert self._hidden is not None
         page, count = self.limits.page, chunk.stop - chunk.start
         pages = staged.view(chunk.rows, count, self.page_bytes)
+        if columns is not None:
+            count = min(count, columns - chunk.start)
+            pages = pages[:, :count]
         per_piece = max(1, REBUILT_TOKENS // (page * chunk.rows))
         one = (
             0 if chunk.rows < self.batch else None
@@ -858,14 +863,13 @@ class LayerStore:
             self._reader.load(self, copies, columns, resident)
         else:
             for chunk, staged in self._reader.read(self):
-                count = min(chunk.stop, columns) - chunk.start
-                if count <= 0 or chunk.rows != copies:
+                if chunk.start >= columns or chunk.rows != copies:
                     break
-                for keys, values, positions in self._rebuilt(chunk, staged):
+                for keys, values, positions in self._rebuilt(chunk, staged, columns):
                     places = positions - self.first_host_token
-                    inside = places < columns * self.limits.page
-                    found = torch.cat([keys, values], dim=-1)[:copies].transpose(1, 2)
-                    resident.flatten(1, 2)[:, places[inside]] = found[:, inside]
+                    there = resident.flatten(1, 2)
+                    there[:, places, :, : shape.key_dim] = keys[:copies].transpose(1, 2)
+                    there[:, places, :, shape.key_dim :] = values[:copies].transpose(1, 2)
         self._resident = resident
 
     def drop_resident(self) -> None:

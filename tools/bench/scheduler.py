@@ -107,10 +107,19 @@ def random_model(kind: str, smoke: bool) -> Any:
     shape = LLAMA_2_7B if kind == "llama" else OPT_6_7B
     shape = shape | SMALL | small[kind] if smoke else shape
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(kind, **shape), dtype=torch.bfloat16
-        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = AutoConfig.for_model(kind, **shape)
+    with device if kind == "llama" else torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if kind == "opt":  # weights alone: copies that an initialisation makes leave holes between them
+        model.to_empty(device=device)
+        model.tie_weights()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() > 1:
+                    weight.normal_(std=0.02)
+                else:
+                    weight.fill_(1.0 if name.endswith("norm.weight") else 0.0)
     return model.eval()
 
 
@@ -128,6 +137,10 @@ def exact_steps(
         settings: As for `attach`.
     """
     on_card = ids.device.type == "cuda"
+    gc.collect()
+    if on_card:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     with offload.attach(model, mode="exact", **settings) as runtime:
         cache = runtime.new_cache(max_tokens=total)
         began, prompt = time.perf_counter(), ids.shape[1] - steps
@@ -198,6 +211,8 @@ def measure_hidden(record: Record, contexts: list[int], steps: int, smoke: bool)
             record.bars["hidden_vs_fetch_32k_mha"] = fetched["step_ms"] / ours["step_ms"]
     del model
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # or the next model comes to lie in what is left of this one
 
 
 def measure_schedule(
