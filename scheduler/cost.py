@@ -38,7 +38,7 @@ AGREEMENT = {4: 0.9987, 3: 0.998, 2: 0.989, 0: 0.9}
 LINK, PASSES = "PCIe", "passes"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: a sum over layers is kept
 class Work:
     """What a model computes, beside the bytes of its layout.
 
@@ -54,7 +54,7 @@ class Work:
     heads: Sequence[tuple[int, int]]
     layers: int
 
-    @property
+    @cached_property
     def attention_flops(self) -> float:
         """Of one query and one key, in all layers."""
         return float(sum(4 * heads * size for heads, size in self.heads))

@@ -29,7 +29,7 @@ from offload.units import duration, gib
 # Shares of the host's tokens that may be kept as inputs. The same ones for every budget: else more of it could find less.
 # A half of a 32nd off the best split costs 1 % of a step.
 _SHARES = 32
-_POINTS = 24  # steps that are priced of a longer answer, each for those around it
+_POINTS = 16  # steps that are priced of a longer answer, each for those around it
 _MOST_CHANGED = 2**63 - 1
 
 
@@ -241,15 +241,24 @@ class PhasePlan:
             busy = placed(at, self.ask.shape, self.profile)
             return busy.link, busy.computes
 
-        # With each token that is dropped the link has less to do, and the card more.
+        # With each token that is dropped the link has less to do, and the card more: up to where one takes over.
         link, computes = seconds(least)
         if link <= computes:
             return where
-        low, high = least, most
+        low, high, above = least, most, link - computes
+        link, computes = seconds(most)
+        below, halve = computes - link, False
         while high - low > 1:
-            middle = (low + high) // 2
-            of_link, of_card = seconds(middle)
-            low, high = (middle, high) if of_link > of_card else (low, middle)
+            # Both are nearly straight lines, so the guess is close; every other time the middle, lest it creep.
+            guess = low + int(
+                (high - low) * (0.5 if halve or below <= 0 else above / (above + below))
+            )
+            middle, halve = min(max(guess, low + 1), high - 1), not halve
+            link, computes = seconds(middle)
+            if link > computes:
+                low, above = middle, link - computes
+            else:
+                high, below = middle, computes - link
         # Where it makes no difference, what is kept is kept.
         best = min((max(seconds(dropped)), dropped) for dropped in (least, low, high))[1]
         return self._with_dropped(best, tokens, away, sequences)
@@ -451,7 +460,7 @@ def prefill_seconds(where: Placement, ask: Ask, profile: Profile, *, tokens: int
 
 
 def _timed(untimed: PhasePlan) -> PhasePlan:
-    """A plan with its times: of every step, or of 24 that stand for those around them."""
+    """A plan with its times: of every step, or of 16 that stand for those around them."""
     ask, profile = untimed.ask, untimed.profile
     start = untimed.placement(ask.batch * ask.prompt)
     first = prefill_seconds(start, ask, profile, tokens=ask.batch * ask.prompt)

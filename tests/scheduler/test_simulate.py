@@ -80,7 +80,7 @@ def test_what_is_moved_is_what_was_planned(
     assert result.device_peak == plan.device_bytes(end)
     assert result.host_peak == max(plan.host_bytes(plan.placement(batch * n)) for n in lengths)
     assert result.bytes_out == pytest.approx(result.bytes_freed)
-    # Beside what leaves the device, which a plan does not count. Of up to 24 steps each is priced, of more some.
+    # Beside what leaves the device, which a plan does not count. Of up to 16 steps each is priced, of more some.
     assert result.seconds == pytest.approx(plan.seconds, rel=0.05)
     assert sum(result.phases.values()) == result.seconds
 
