@@ -1,7 +1,7 @@
 """How do keys get their positions? By a rotation of pairs of channels, where they lie.
 
 Channel i is paired with channel i + R/2 of the R that are rotated, as in Llama and most models after it; further ones
-stay. Products are rounded to the keys' dtype before they are added, as torch rounds them.
+stay. What comes out is within a rounding or two of what torch makes of the same keys.
 The reference is `offload.kernels.reference.rotate`.
 """
 

@@ -29,5 +29,7 @@ def test_keys_are_those_of_the_reference(
     want = reference.rotate(keys, cos[:, positions], sin[:, positions])
     behind = rows[..., size:].clone()
     rotate_(keys, cos, sin, positions)
-    torch.testing.assert_close(keys, want)
+    # A compiler may leave out the rounding of a product before its sum.
+    off = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(keys, want, rtol=off, atol=off)
     assert torch.equal(rows[..., size:], behind)
