@@ -499,12 +499,21 @@ class OffloadConfig(_Table):
         "skipped_mass": "replica.skipped_mass",
         "retrieved": "retrieval.tokens",
         "row_cache": "retrieval.row_cache",
+        "recompute": "scheduler.recompute",
+        "recomputed": "scheduler.recomputed",
         "progress": "trace.progress",
         "progress_from": "trace.progress_from",
     }
 
     def require_usable(self) -> None:
         """Raises ConfigError where keys that are right by themselves exclude each other."""
+        if self.scheduler.recompute != "off" and self.mode != "exact":
+            raise ConfigError(
+                "Inputs of attention stand for keys and values in mode exact only: other modes read rows of single tokens",
+                asked=f'scheduler.recompute = "{self.scheduler.recompute}"',
+                there=f"mode {self.mode}",
+                change='Write mode = "exact", or scheduler.recompute = "off".',
+            )
         if self.keeps_replica and self.cache.page != FAST_PAGE:
             raise ConfigError(
                 f"Mode {self.mode} works in pages of {FAST_PAGE} tokens, which share the scales of their keys",

@@ -130,6 +130,11 @@ def test_what_differs_from_the_cache_is_refused() -> None:
         answer(runtime, torch.ones((2, 400), dtype=torch.long))
 
 
+def test_other_modes_refuse_it() -> None:
+    with pytest.raises(ConfigError, match="in mode exact only"):
+        offload.attach(build("llama"), mode="verified", recompute="hidden")
+
+
 def test_copies_and_products_end_together() -> None:
     flops_per_byte = 5000.0
     values, inputs, itemsize = 8192, 4096, 2
