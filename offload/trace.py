@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity
 MOST_SAMPLES = 4096  # beyond, every other one is dropped and half as many are taken
 MOST_EVENTS = 200_000  # of a trace: some 3 MB
 _EVERY_S = 0.02
-_BURST_S = 0.0005  # between tokens of one burst, at most; no step is as short
+_BURST_S = 0.0001  # between tokens of one burst, at most: a replayed step of the smallest models takes twice as long
 
 # The first pattern that a kernel's name matches says what it is for. Ours first: libraries use many words.
 _KERNELS = (
