@@ -19,6 +19,7 @@ from offload.errors import ConfigError, InputError
 from offload.index import BACKENDS, backend, load
 from offload.index.base import Found, Index, Vectors
 from offload.index.flat import Flat
+from offload.index.graph import Graph
 from offload.index.hnsw import HNSW
 from offload.index.ivf import IVF
 
@@ -29,6 +30,8 @@ MAKERS: dict[str, tuple[Callable[[], Index], float]] = {
     "ivf": (lambda: IVF(probes=32), 0.85),
     "ivf, all lists": (lambda: IVF(lists=20, probes=20, centred=False), 0.999),
     "hnsw": (lambda: HNSW(links=24, build_breadth=100, breadth=300), 0.95),
+    "graph": (lambda: Graph(breadth=300), 0.95),
+    "graph, every key met": (lambda: Graph(links=24, breadth=200, votes=1), 0.95),
 }
 EXACT = ["flat", "ivf, all lists"]  # by the settings above, as good as brute force
 COUNT = 1511
@@ -475,6 +478,12 @@ def test_fewer_keys_than_lists_are_refused() -> None:
         (lambda: HNSW(links=1), "links"),
         (lambda: HNSW(breadth=0), "breadth"),
         (lambda: HNSW(build_breadth=0), "build_breadth"),
+        (lambda: Graph(links=1), "links"),
+        (lambda: Graph(reach=1), "reach"),
+        (lambda: Graph(teachers=0), "teachers"),
+        (lambda: Graph(breadth=0), "breadth"),
+        (lambda: Graph(votes=0), "votes"),
+        (lambda: Graph(votes=255), "votes"),
     ],
 )
 def test_settings_are_checked(make: Callable[[], Index], key: str) -> None:
@@ -485,6 +494,6 @@ def test_settings_are_checked(make: Callable[[], Index], key: str) -> None:
 
 def test_a_backend_is_chosen_by_name() -> None:
     assert [backend(name).backend for name in BACKENDS] == list(BACKENDS)
-    with pytest.raises(ConfigError, match="flat, ivf, hnsw") as caught:
+    with pytest.raises(ConfigError, match="flat, ivf, hnsw, graph") as caught:
         backend("faiss")
     assert caught.value.asked == "faiss"
