@@ -58,7 +58,8 @@ class Graph:
         """An index without keys.
 
         Args:
-            links: Of a key after `build`; `add` may lead half as many more to it. More find more and score more.
+            links: Of a key, drawn by queries. Half as many more lead to keys that no query likes, or that `add` brought.
+                More find more and score more.
             reach: Best keys of a query that are linked among each other. More build longer.
             teachers: Queries that are learned from, at random where there are more; None for a quarter of the keys, at
                 least 1,024. More build longer.
@@ -499,6 +500,16 @@ def _back(values: Any, links: Any, counts: Any, i: int, most: int, out: Any) -> 
 
 
 @njit(nogil=True, cache=True)
+def _back_into_room(links: Any, counts: Any, i: int) -> None:
+    """Links to key i from those that it is linked to, as far as they have room."""
+    for j in range(counts[i]):
+        v = links[i, j]
+        if counts[v] < links.shape[1] and not _has(links, counts, v, i):
+            links[v, counts[v]] = i
+            counts[v] += 1
+
+
+@njit(nogil=True, cache=True)
 def _project(values: Any, lists: Any, links: Any, counts: Any, most: int) -> None:
     """Links keys that stand in the same lists: what all lists of a key propose is merged, then pruned.
 
@@ -571,7 +582,9 @@ def _connect(
 ) -> None:
     """Links keys without links to what a walk finds for them; then sees to it that the first start leads to all keys.
 
-    RoarGraph, algorithm 3, for those that need it.
+    RoarGraph, algorithm 3, for those that need it: those that no query likes, of which later ones want some (with 2,000
+    teachers of Qwen2.5-Coder at 8,192 tokens 5 % of the best 100). Links to them take the room that is left; they take
+    no place of those that queries drew.
 
     Args:
         raw: Of `_raw`, of values.
@@ -596,7 +609,7 @@ def _connect(
             counts[i] = _prune(values, i, found, most, out)
             for j in range(counts[i]):
                 links[i, j] = out[j]
-            _back(values, links, counts, i, most, out)
+            _back_into_room(links, counts, i)
     reached, queue = np.zeros(count, np.bool_), np.empty(count, np.int64)
     queue[0] = starts[0]
     reached[starts[0]] = True
@@ -657,9 +670,4 @@ def _extend(
         for j in range(taken):
             links[u, j] = found[out[j]]
         _hang(links, counts, u, found[out[:taken]])
-        room = links.shape[1]
-        for j in range(taken):
-            v = found[out[j]]
-            if counts[v] < room and not _has(links, counts, v, u):
-                links[v, counts[v]] = u
-                counts[v] += 1
+        _back_into_room(links, counts, u)

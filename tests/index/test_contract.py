@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from brute import brute, check, recall
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.errors import ConfigError, InputError
 from offload.index import BACKENDS, backend, load
-from offload.index.base import Found, Index, Vectors
+from offload.index.base import Index, Vectors
 from offload.index.flat import Flat
 from offload.index.graph import Graph
 from offload.index.hnsw import HNSW
@@ -48,31 +49,6 @@ def vectors(kind: str, count: int = COUNT, size: int = 64, seed: int = 0) -> tup
     keys = centres[random.integers(0, 30, count)] + random.standard_normal((count, size))
     keys += np.where(np.arange(size) % 16 == 3, 20, 0)
     return keys.astype(np.float16), queries
-
-
-def brute(keys: Vectors, queries: Vectors) -> Vectors:
-    """Scores of all keys, [G, N]."""
-    scores: Vectors = queries.astype(np.float32) @ keys.astype(np.float32).T
-    return scores
-
-
-def recall(found: Found, scores: Vectors) -> float:
-    k = found.ids.shape[1]
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    pairs = zip(found.ids, best, strict=True)
-    return float(np.mean([len(set(a) & set(b)) / k for a, b in pairs]))
-
-
-def check(found: Found, scores: Vectors, k: int) -> None:
-    """Whatever was found has distinct ids, their scores, in order."""
-    assert found.ids.dtype == np.int64
-    assert found.scores.dtype == np.float32
-    assert found.ids.shape == found.scores.shape == (scores.shape[0], k)
-    assert all(len(set(row)) == k for row in found.ids.tolist())
-    want = np.take_along_axis(scores, found.ids, axis=1)
-    np.testing.assert_allclose(found.scores, want, rtol=1e-4, atol=1e-3)
-    assert (np.diff(found.scores, axis=1) <= 0).all()
-    assert found.touched_bytes > 0
 
 
 @pytest.fixture(params=MAKERS)
