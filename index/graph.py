@@ -30,6 +30,8 @@ _HUBS = 32  # keys where a search begins; of 4, 8, 16 and 32 the most find most 
 _LISTS = 32  # lists of one key that are merged: keys that all queries like are in thousands
 _NEAR = 64  # keys in view while one is linked that no list has
 _EAGER = 10  # keys that are opened before votes count: until then the walk is on its way, and few keys have any
+_LIKING = 4  # lists whose keys are proposed to one that is added
+_KEPT = 1024  # teachers that are kept for it: what they take, and an addition, do not grow with the keys
 _ROUNDS = 1 << 24  # searches until the marks of visited keys are wiped
 _SCORED = 255  # where another key has the count of its votes
 _HALF_SCALE = np.float32(2.0**112)  # see `offload.index.scan`
@@ -38,8 +40,8 @@ _HALF_SCALE = np.float32(2.0**112)  # see `offload.index.scan`
 class Graph:
     """Links between keys, made from what queries like; a best-first walk over them.
 
-    Rows are stored as they come. Keys of `add` are linked to what the walk finds for them, so to what their likes are
-    liked for; nothing that is there is linked anew, and every key can be reached from the first one.
+    Rows are stored as they come. Keys of `add` are linked to those that are liked by the teachers that like them
+    most, of which some are kept; every key can be reached from the first start, then too.
     """
 
     backend: ClassVar[str] = "graph"
@@ -89,6 +91,9 @@ class Graph:
         self._links: Growing  # int32 [N, room]
         self._counts: Growing  # int32 [N]: links of each
         self._marks: Growing  # uint32 [N]: the search that met a key last, and its votes
+        self._taught: Floats  # [T, D]: teachers that are kept
+        self._bars: Floats  # [T]: what the last of each one's list scored
+        self._lists: NDArray[np.int32]  # [T, reach]
         self._starts: Ids = np.empty(0, np.int64)
         self._mean: Floats = np.empty(0, np.float32)
         self._begin()
@@ -113,7 +118,8 @@ class Graph:
         if self._rows is None:
             return 0
         parts = (self._rows, self._links, self._counts, self._marks)
-        return sum(int(part.rows.nbytes) for part in parts)
+        kept = self._taught.nbytes + self._bars.nbytes + self._lists.nbytes
+        return kept + sum(int(part.rows.nbytes) for part in parts)
 
     def build(self, keys: Vectors, queries: Vectors | None = None) -> None:
         """See `Index`. Learns from queries; best from those of the last tokens, which are most like those to come.
@@ -132,21 +138,28 @@ class Graph:
         if len(taught) > most:
             chosen = np.random.default_rng(self.seed).choice(len(taught), most, replace=False)
             taught = taught[np.sort(chosen)]
-        self.build_from(keys, nearest(values, taught, min(self.reach, len(keys))))
+        self.build_from(keys, taught, nearest(values, taught, min(self.reach, len(keys))))
 
-    def build_from(self, keys: Vectors, lists: Ids) -> None:
+    def build_from(self, keys: Vectors, queries: Vectors, lists: Ids) -> None:
         """`build`, where the best keys of queries are known already, as from a GPU.
 
         Args:
             keys: [N, D].
+            queries: [M, D].
             lists: int64 [M, n], n <= N: of each query its best keys, best first.
 
         Raises:
             InputError: See `Index`; or a list names a key that is not there.
         """
         keys = checked_keys(keys, None)
-        if lists.ndim != 2 or 0 in lists.shape or lists.dtype != np.int64:
-            raise InputError("The lists are no int64 [M, n]", there=lists.shape, change="Pass the best keys of at least one query.")  # fmt: skip
+        queries = checked_keys(queries, keys.shape[1], what="queries")
+        if (
+            lists.ndim != 2
+            or 0 in lists.shape
+            or lists.dtype != np.int64
+            or len(lists) != len(queries)
+        ):
+            raise InputError("The lists are no int64 [M, n]", asked=len(queries), there=lists.shape, change="Pass the best keys of each query.")  # fmt: skip
         if lists.min() < 0 or lists.max() >= len(keys):
             raise InputError("A list names a key that is not there", asked=int(lists.max()), there=len(keys), change="Make lists from these keys.")  # fmt: skip
         count, room = len(keys), self.links + self.links // 2
@@ -159,12 +172,16 @@ class Graph:
         marks = np.zeros(count, np.uint32)
         _connect(_raw(values), values, links, counts, self.links, starts, marks)
         marks[:] = 0
+        some = np.linspace(0, len(lists) - 1, min(_KEPT, len(lists))).astype(np.int64)
+        self._taught = queries[some].astype(np.float32)
+        self._lists = lists[some].astype(np.int32)
+        self._bars = (self._taught * values[self._lists[:, -1]]).sum(axis=1)
         self._rows, self._links, self._counts = Growing(keys), Growing(links), Growing(counts)
         self._marks, self._starts, self._mean = Growing(marks), starts, mean
         self._begin()
 
     def add(self, keys: Vectors) -> None:
-        """See `Index`; times what a search takes. Keys are stored in the dtype of the first ones."""
+        """See `Index`. Keys are stored in the dtype of the first ones."""
         if self._rows is None:
             self.build(keys)
             return
@@ -177,7 +194,7 @@ class Graph:
         base = self._rounds(n)
         _extend(
             _raw(self._rows.rows), keys.astype(np.float32) - self._mean, self._links.rows, self._counts.rows,
-            self.links, self._starts, self._marks.rows, base, before,
+            self.links, self._taught, self._bars, self._lists, self._marks.rows, base, before,
         )  # fmt: skip
 
     def search(self, queries: Vectors, k: int) -> Found:
@@ -220,6 +237,7 @@ class Graph:
                 "counts": self._counts.rows,
             }
             arrays |= {"starts": self._starts, "mean": self._mean}
+            arrays |= {"taught": self._taught, "bars": self._bars, "lists": self._lists}
         file.write(path, self.backend, metadata, arrays)
 
     @classmethod
@@ -233,6 +251,8 @@ class Graph:
             )
             self._marks = Growing(np.zeros(len(self), np.uint32))
             self._starts, self._mean = np.array(arrays["starts"]), np.array(arrays["mean"])
+            self._taught, self._bars = np.array(arrays["taught"]), np.array(arrays["bars"])
+            self._lists = np.array(arrays["lists"])
         return self
 
     def _rounds(self, n: int) -> int:
@@ -638,10 +658,10 @@ def _connect(
 
 @njit(nogil=True, cache=True)
 def _extend(
-    raw: Any, values: Any, links: Any, counts: Any, most: int, starts: Any, marks: Any,
-    number: int, before: int,
+    raw: Any, values: Any, links: Any, counts: Any, most: int, taught: Any, bars: Any, lists: Any,
+    marks: Any, number: int, before: int,
 ) -> None:  # fmt: skip
-    """Links further keys, one by one.
+    """Links further keys, one by one, to the lists that they would have been in, or nearly.
 
     Args:
         raw: Of `_raw`, the new ones included.
@@ -649,25 +669,61 @@ def _extend(
         links: int32 [N, room].
         counts: int32 [N], zero for the new ones.
         most: Links of a key.
-        starts: int64 [s].
+        taught: float32 [T, D]: queries.
+        bars: float32 [T]: what the last of each list scored.
+        lists: int32 [T, m]: keys that they like. One that would have been in takes the place of one of the lesser half.
         marks: uint32 [N].
-        number: Of the first walk.
+        number: By which the first key's marks are told.
         before: Keys that were there.
     """
-    size = values.shape[1]
-    row, near = np.empty(size, np.float32), np.empty((_NEAR + 1, size), np.float32)
-    scores, ids = np.empty(_NEAR, np.float32), np.empty(_NEAR, np.int64)
-    none, out, which = np.empty(0, np.int64), np.empty(most, np.int64), np.arange(_NEAR)
+    size, (t, m) = values.shape[1], lists.shape
+    used = min(_LIKING, t)
+    near, found = np.empty((used * m + 1, size), np.float32), np.empty(used * m, np.int64)
+    margins, out, which = np.empty(t, np.float32), np.empty(most, np.int64), np.arange(used * m)
+    room = links.shape[1]
     for x in range(values.shape[0]):
-        u = before + x
-        n, _, _ = _walk(raw, links, counts, starts, none, values[x], 1, 1, marks, (number + x) << 8, scores, ids, row)  # fmt: skip
-        found = -1 - ids[:n]
-        for j in range(n):
-            _read(raw, found[j], near[j])
-        _read(raw, u, near[_NEAR])
-        taken = _prune(near, _NEAR, which[:n], most, out)
+        u, base = before + x, (number + x) << 8
+        for a in range(t):
+            margins[a] = _product(taught[a], values[x]) - bars[a]
+        n = 0
+        for _ in range(used):
+            a = int(np.argmax(margins))
+            for b in range(m):
+                i = lists[a, b]
+                if marks[i] < base:
+                    marks[i] = base
+                    _read(raw, i, near[n])
+                    found[n] = i
+                    n += 1
+            if margins[a] > 0:
+                lists[a, m - 1 - u % ((m + 1) // 2)] = u
+            margins[a] = -np.inf
+        _read(raw, u, near[used * m])
+        taken = _prune(near, used * m, which[:n], most, out)
         counts[u] = taken
         for j in range(taken):
             links[u, j] = found[out[j]]
         _hang(links, counts, u, found[out[:taken]])
-        _back_into_room(links, counts, u)
+        for j in range(taken):
+            v = links[u, j]
+            if _has(links, counts, v, u):
+                continue
+            if counts[v] < room:
+                links[v, counts[v]] = u
+                counts[v] += 1
+            elif counts[u] < room and room > most:
+                # The new key takes the place of another, which it leads to.
+                at = most + u % (room - most)
+                w = links[v, at]
+                if not _has(links, counts, u, w):
+                    links[u, counts[u]] = w
+                    counts[u] += 1
+                links[v, at] = u
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _product(a: Any, b: Any) -> Any:
+    total = np.float32(0)
+    for c in range(a.shape[0]):
+        total += a[c] * b[c]
+    return total

@@ -101,7 +101,7 @@ def test_all_keys_can_be_reached() -> None:
         if lists is None:
             index.build(rows, taught)
         else:
-            index.build_from(rows, lists)
+            index.build_from(rows, taught[:1], lists)
         sound(index)
         index.add(rows[:500])
         index.add(np.repeat(rows[:1], 300, axis=0))
@@ -109,9 +109,9 @@ def test_all_keys_can_be_reached() -> None:
 
 
 def test_what_lists_of_one_pivot_propose_is_merged() -> None:
-    keys, _, _ = apart(200)
+    keys, taught, _ = apart(200)
     index = Graph(links=8)
-    index.build_from(keys, np.array([[0, 1, 2], [0, 3, 4], [5, 0, 6]]))
+    index.build_from(keys, taught[:3], np.array([[0, 1, 2], [0, 3, 4], [5, 0, 6]]))
     assert {1, 2, 3, 4, 5, 6} <= set(index._links.rows[0, : index._counts.rows[0]].tolist())
 
 
@@ -123,7 +123,7 @@ def test_lists_that_are_known_already_make_the_same_index() -> None:
     assert np.mean(lists == want) > 0.99
     built, given = Graph(), Graph()
     built.build(keys, taught)
-    given.build_from(keys, lists)
+    given.build_from(keys, taught, lists)
     np.testing.assert_array_equal(built.search(queries, 20).ids, given.search(queries, 20).ids)
 
 
@@ -135,8 +135,9 @@ def test_lists_that_are_known_already_make_the_same_index() -> None:
         np.array([0, 1]),
         np.zeros((0, 5), np.int64),
         np.array([[0, 1]], np.int32),
+        np.array([[0, 1], [2, 3]]),
     ],
-    ids=["beyond", "negative", "one axis", "none", "of 32 bits"],
+    ids=["beyond", "negative", "one axis", "none", "of 32 bits", "of more queries"],
 )
 def test_lists_that_fit_no_keys_are_refused_and_change_nothing(lists: Ids) -> None:
     keys, taught, queries = apart(500)
@@ -144,7 +145,7 @@ def test_lists_that_fit_no_keys_are_refused_and_change_nothing(lists: Ids) -> No
     index.build(keys, taught)
     before = index.search(queries, 5).ids.tolist()
     with pytest.raises(InputError):
-        index.build_from(keys, lists)
+        index.build_from(keys, taught[:1], lists)
     assert index.search(queries, 5).ids.tolist() == before
 
 
