@@ -65,7 +65,8 @@ class Graph:
             reach: Best keys of a query that are linked among each other. More build longer.
             teachers: Queries that are learned from, at random where there are more; None for a quarter of the keys, at
                 least 1,024. More build longer.
-            breadth: Keys that are kept in view in a search; never fewer than are asked for. More find more.
+            breadth: Keys that are kept in view in a search; never fewer than are asked for. More find more: for 95 % of the
+                best 100 at 8K SmolLM2 takes 200, Qwen2.5-Coder-0.5B 300.
             votes: Opened keys that point at a key before it is scored. More score less, and take a larger breadth.
             follow: A search begins also at what the last one of as many queries found. Consecutive steps of decoding
                 have much in common; results then depend on what was searched before.
