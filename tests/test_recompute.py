@@ -20,9 +20,9 @@ _SIZES: dict[str, Any] = {
     "num_hidden_layers": 3, "vocab_size": 199, "max_position_embeddings": 2048, "initializer_range": 0.2,
     "eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
-_OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2}
+_OPT: dict[str, Any] = {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2}
 # Norms of keys over a head and over all, rotations of all channels and of some, learned positions, biases, one product.
-_KINDS = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "olmo2": {}, "phi": {}, "stablelm": {}, "phi3": {}, "opt": _OPT}  # fmt: skip
+_KINDS: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "olmo2": {}, "phi": {}, "stablelm": {}, "phi3": {}, "opt": _OPT}  # fmt: skip
 _TIERS: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64, "chunk": 96}
 
 
@@ -77,6 +77,7 @@ def test_a_cache_goes_back_into_its_host_pages_and_on() -> None:
         cache = runtime.new_cache(max_tokens=600)
         model(input_ids=prompts(1, 480) % 190 + 2, past_key_values=cache)
         cache.crop(-(480 - 203))  # in the middle of a page
+        logits = want
         for start, stop in ((203, 330), (330, 499), (499, 500)):
             logits = model(input_ids=ids[:, start:stop], past_key_values=cache).logits[:, -1]
         assert cache.get_seq_length() == 500

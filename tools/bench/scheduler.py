@@ -145,7 +145,7 @@ def exact_steps(
         cache = runtime.new_cache(max_tokens=total)
         began, prompt = time.perf_counter(), ids.shape[1] - steps
         # Two tokens: then what prefill needed and decoding does not is filled with copies of pages.
-        more = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        more: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         runtime.generate(ids[:, :prompt], cache=cache, max_new_tokens=2, **more)
         cache.crop(prompt - cache.get_seq_length())
         seconds = time.perf_counter() - began
