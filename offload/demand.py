@@ -13,7 +13,13 @@ from typing import Protocol
 from offload.config import OffloadConfig
 from offload.errors import ConfigError
 from offload.scheduler.cost import hidden_share
-from offload.scheduler.layout import Demand, HiddenPrice, RungPrice
+from offload.scheduler.layout import (
+    REBUILT_TOKENS,
+    Demand,
+    HiddenPrice,
+    RungPrice,
+    hidden_page_bytes,
+)
 from offload.scheduler.pace import Drafts
 from offload.scheduler.rungs import (
     RUNGS,
@@ -30,8 +36,6 @@ ALLOCATOR_SLACK = 256 * 2**20
 # What the driver takes after attaching: kernels loaded when they first run, tables of pinned pages. Without it the
 # same run went 7 MiB over the cap as the driver counts.
 DRIVER_GROWTH = 96 * 2**20
-# Of all sequences, rebuilt together: `offload.tiers.hidden`; a test compares the two.
-REBUILT_TOKENS = 8192
 # What cuBLAS keeps for every stream that it is called on, on Hopper; on others it is 8 MiB.
 CUBLAS_WORKSPACE = 32 * 2**20
 # The stream of passes over drafts: for cuBLAS, and as much for cuBLASLt.
@@ -222,7 +226,7 @@ def hidden_price(config: OffloadConfig, shape: Shape, flops_per_byte: float | No
     return HiddenPrice(
         tokens=tokens,
         page_bytes=tuple(
-            tokens * shape.hidden * itemsize + (page - tokens) * one.token_bytes
+            hidden_page_bytes(shape.hidden, tokens, one.token_bytes, itemsize, page)
             for one in shape.rows
         ),
         row_bytes=tuple(

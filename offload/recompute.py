@@ -200,11 +200,6 @@ class Angles:
             cos, sin = (table.index_select(0, rows.to(table.device)) for table in self._table)
             self._table = cos, sin
 
-    @property
-    def nbytes(self) -> int:
-        """On the device."""
-        return 0 if self._table is None else sum(table.nbytes for table in self._table)
-
 
 class LayerSource:
     """A `Source` of one layer of one cache."""

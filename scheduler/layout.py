@@ -51,6 +51,22 @@ class RungPrice:
         return sum(self.layer_bytes)
 
 
+REBUILT_TOKENS = 8192  # of all sequences, whose keys and values are rebuilt together
+
+
+def hidden_page_bytes(width: int, tokens: int, token_bytes: int, itemsize: int, page: int) -> int:
+    """Bytes of a page whose first tokens are kept as inputs.
+
+    Args:
+        width: Values of an input.
+        tokens: Kept so.
+        token_bytes: Of the keys and values of one token.
+        itemsize: Bytes of a value.
+        page: Tokens of the page.
+    """
+    return tokens * width * itemsize + (page - tokens) * token_bytes
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HiddenPrice:
     """Pages that hold the inputs of attention instead of the keys and values of some tokens.

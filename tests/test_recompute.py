@@ -10,10 +10,8 @@ from families import prompts
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import offload
-from offload.demand import REBUILT_TOKENS
 from offload.errors import ConfigError, UnsupportedModelError
 from offload.scheduler.cost import hidden_share
-from offload.tiers import hidden
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -148,7 +146,3 @@ def test_copies_and_products_end_together() -> None:
     assert hidden_share(values, inputs, itemsize, 1e9) == 1.0
     assert hidden_share(values // 4, inputs, itemsize, flops_per_byte) == 0.0
     assert hidden_share(values, inputs, itemsize, None) == 1.0
-
-
-def test_the_plan_prices_what_is_rebuilt_together() -> None:
-    assert REBUILT_TOKENS == hidden.REBUILT_TOKENS

@@ -16,9 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload.scheduler.layout import hidden_page_bytes
 from offload.tiers.rows import RowShape
-
-REBUILT_TOKENS = 8192  # of all sequences that are rebuilt together: they bound the memory it takes
 
 
 class Source(Protocol):
@@ -66,7 +65,9 @@ class HiddenForm:
 
     def page_bytes(self, shape: RowShape, page: int) -> int:
         """Bytes of a page."""
-        return page_bytes(self.width, self.tokens, shape.token_bytes, shape.dtype.itemsize, page)
+        return hidden_page_bytes(
+            self.width, self.tokens, shape.token_bytes, shape.dtype.itemsize, page
+        )
 
     def pack(self, buffer: Tensor, blocks: Tensor, shape: RowShape) -> None:
         """Writes pages.
@@ -137,16 +138,3 @@ class HiddenForm:
         inputs = pages[..., :edge].view(shape.dtype).unflatten(-1, (self.tokens, self.width))
         rows = pages[..., edge:].view(shape.dtype)
         return inputs, rows.unflatten(-1, (page - self.tokens, shape.kv_heads, shape.width))
-
-
-def page_bytes(width: int, tokens: int, token_bytes: int, itemsize: int, page: int) -> int:
-    """Bytes of a page whose first tokens are kept as inputs.
-
-    Args:
-        width: Values of an input.
-        tokens: Kept so.
-        token_bytes: Of the keys and values of one token.
-        itemsize: Bytes of a value.
-        page: Tokens of the page.
-    """
-    return tokens * width * itemsize + (page - tokens) * token_bytes

@@ -26,7 +26,8 @@ from torch import Tensor
 from offload.errors import CacheError
 from offload.kernels.attend import attend
 from offload.kernels.merge import RunningMerge
-from offload.tiers.hidden import REBUILT_TOKENS, HiddenForm
+from offload.scheduler.layout import REBUILT_TOKENS
+from offload.tiers.hidden import HiddenForm
 from offload.tiers.pages import PageTable, Run
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import DevicePath
