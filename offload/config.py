@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import math
 import re
 import textwrap
 import tomllib
@@ -75,6 +76,22 @@ def _auto_or_switch(value: Any) -> Any:
     )
 
 
+def _auto_or_share(value: Any) -> Any:
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
+    try:
+        share = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0.0 < share <= 1.0:
+        raise ConfigError(
+            f"{value!r} is no share above 0 and at most 1",
+            asked=value,
+            change='Write for example 0.5, or "auto".',
+        )
+    return share
+
+
 def _tokens(value: Any) -> int:
     return parse_tokens(value)
 
@@ -130,6 +147,7 @@ def _reads(bare: Mapping[str, Any], *patterns: str) -> WithJsonSchema:
 _ABOVE_ZERO: Final = {"type": "integer", "minimum": 1}
 _FROM_ZERO: Final = {"type": "integer", "minimum": 0}
 _WHOLE: Final = {"type": "number", "minimum": 1}  # 1e9 is a float in TOML
+_PART: Final = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 _AsText = PlainSerializer(str, return_type=str)
 _Budget = Annotated[
     InstanceOf[Size],
@@ -152,6 +170,9 @@ _AutoOrTokensOrNone = Annotated[
     Literal["auto"] | int,
     BeforeValidator(_auto_or_tokens_or_none),
     _reads(_FROM_ZERO, _LENGTH, _AUTO),
+]
+_AutoOrShare = Annotated[
+    Literal["auto"] | float, BeforeValidator(_auto_or_share), _reads(_PART, _NUMBER, _AUTO)
 ]
 _AutoOrSwitch = Annotated[
     Literal["auto"] | bool, BeforeValidator(_auto_or_switch), _reads({"type": "boolean"}, _AUTO)
@@ -333,7 +354,7 @@ class SchedulerConfig(_Table):
         "rebuilds keys and values from them, to the rounding of its matrix products.",
         json_schema_extra=_unit('"off" or "hidden"'),
     )
-    recomputed: Annotated[float, Field(gt=0.0, le=1.0)] | Literal["auto"] = Field(
+    recomputed: _AutoOrShare = Field(
         default="auto",
         description="Share of the tokens on the host that are rebuilt, where recompute is hidden. auto: so many that "
         "copies and matrix products end together.",
