@@ -10,10 +10,12 @@
 | `scan` | the codes of `flat`, their scores and the best of them, in Numba |
 | `file` | how an index lies in a file |
 | `growing` | rows behind rows at O(1) |
+| `paged` | rows where the cache keeps them: the best are found and attended to, in Numba |
+| `workers` | threads that share out the searches of many heads |
 | `on_faiss` | what the backends that FAISS holds have in common |
 
 Vector indexes over offloaded keys: NumPy, Numba and FAISS, no torch. Importing this package loads none of them.
-Nothing that generates uses an index yet: modes fast and verified select by the replica on the device.
+`offload.tiers.search` has one for each layer and KV head where `retrieval.index` asks for it.
 """
 
 from __future__ import annotations
@@ -73,3 +75,22 @@ def load(path: Path) -> Index:
 
     name, _, _ = read(path)
     return backend(name).load(path)
+
+
+def token_bytes(name: str, dimension: int) -> int:
+    """Host bytes of one key beside its page, where an index is searched while a model generates: an upper bound.
+
+    Args:
+        name: One of `BACKENDS`.
+        dimension: D.
+    """
+    if name == "flat":
+        # Four bits a channel, and the smallest value and step of each for 128 keys.
+        return -(-(dimension + 3) // 2) + -(-dimension // 16)
+    rows = 4 * dimension  # copied as float32
+    return (
+        rows
+        + {"ivf": 24 + dimension // 4, "hnsw": 4 * 64 + 64, "graph": 4 * 32 + 8 + 4 * dimension}[
+            name
+        ]
+    )

@@ -22,6 +22,7 @@ from offload.scheduler.rungs import Rung, cached_rows
 from offload.tiers.hidden import HiddenForm
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
+from offload.tiers.search import HostSearch, Searchers, SearchSettings
 from offload.tiers.store import LayerStore, StoreLimits
 from offload.tiers.transfer import HostReader, HostWriter, Streams, TransferCounters
 
@@ -65,6 +66,8 @@ class CacheMaker:
         self.errors: dict[Rung, tuple[float, ...]] | None = None
         self.measure_errors: Callable[[], dict[Rung, tuple[float, ...]] | None] | None = None
         self._inputs: Inputs | None = None  # of attention, where pages hold them
+        threads = config.retrieval.threads
+        self.searchers = Searchers(None if isinstance(threads, str) else threads)
         self._free_regions: dict[int, list[HostRegion]] = {}
         self._reserve = max(2**30, host_memory().total // max(1, len(shape.rows)))
 
@@ -201,6 +204,7 @@ class CacheMaker:
             cache.close(reason)
         self.streams.synchronize()
         self._free_regions.clear()
+        self.searchers.workers.close()
         if self._inputs is not None:
             self._inputs.close()
             self._inputs = None
@@ -256,6 +260,17 @@ class CacheMaker:
         if rung is not None and not rung.caches:
             self._notes.tell("the device has no room to keep selected rows: each step reads them all from the host")  # fmt: skip
             kept_rows = 0
+        blocks = 0 if index in layout.whole else layout.replica_tokens // limits.page
+        search = None
+        if retrieval.index != "replica" and blocks and tokens:
+            search = HostSearch(
+                self._shape.rows[index],
+                SearchSettings(index=retrieval.index, tokens=tokens),
+                self.searchers,
+                batch=batch,
+                blocks=blocks,
+                page=limits.page,
+            )
         path = DevicePath(
             self._shape.rows[index],
             PathSettings(
@@ -267,10 +282,11 @@ class CacheMaker:
             ),
             memory,
             batch=batch,
-            blocks=0 if index in layout.whole else layout.replica_tokens // limits.page,
+            blocks=blocks,
             slots=limits.device_blocks + 1,
             page=limits.page,
             device=self._shape.device,
+            search=search,
         )
         if not path.has_kernels and path.blocks:
             self._notes.tell(

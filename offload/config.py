@@ -294,6 +294,20 @@ class RetrievalConfig(_Table):
         json_schema_extra=_unit("tokens, or auto"),
     )
 
+    index: Literal["replica", "flat", "ivf", "hnsw", "graph"] = Field(
+        default="replica",
+        description="What finds the tokens that are attended to exactly. replica: the device, by what it keeps of "
+        "them. The others: an index over the keys in host memory; the host then attends to what it finds, "
+        "so that a low replica need not know which tokens matter. flat scores all keys by four bits of each; "
+        "the others have a copy of the keys and look at some.",
+        json_schema_extra=_unit('"replica", "flat", "ivf", "hnsw" or "graph"'),
+    )
+    threads: _AutoOrTokens = Field(
+        default="auto",
+        description="Threads that search, where the host does. auto: one for each core.",
+        json_schema_extra=_unit("threads, or auto"),
+    )
+
     @field_validator("tokens", "row_cache")
     @classmethod
     def _tokens_are_a_power_of_two(cls, tokens: int | str, info: ValidationInfo) -> int | str:
@@ -520,6 +534,8 @@ class OffloadConfig(_Table):
         "skipped_mass": "replica.skipped_mass",
         "retrieved": "retrieval.tokens",
         "row_cache": "retrieval.row_cache",
+        "index": "retrieval.index",
+        "threads": "retrieval.threads",
         "recompute": "scheduler.recompute",
         "recomputed": "scheduler.recomputed",
         "progress": "trace.progress",

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from offload.config import OffloadConfig
 from offload.errors import ConfigError
+from offload.index import token_bytes
 from offload.scheduler.cost import hidden_share
 from offload.scheduler.layout import (
     REBUILT_TOKENS,
@@ -191,7 +192,16 @@ def demand_of(
         scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
         longest=shape.max_positions or 2**20,
         hidden=hidden,
+        index_bytes=index_bytes(config, shape) if fast else 0,
     )
+
+
+def index_bytes(config: OffloadConfig, shape: Shape) -> int:
+    """Host bytes that one token of one sequence takes in the indexes of all layers."""
+    name = config.retrieval.index
+    if name == "replica":
+        return 0
+    return sum(row.kv_heads * token_bytes(name, row.key_dim) for row in shape.rows)
 
 
 def hidden_price(config: OffloadConfig, shape: Shape, flops_per_byte: float | None) -> HiddenPrice:

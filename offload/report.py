@@ -41,12 +41,13 @@ class Report:
         model_type: Of the model.
         device: Where the model runs.
         bytes: Bytes by purpose: weights, window (sinks and tail too), resident (device copies of host pages
-            in the memory that prefill needed), replica, cached rows, staging, eviction, host_pinned, host_pageable.
+            in the memory that prefill needed), replica, cached rows, staging, eviction, host_pinned, host_pageable,
+            host_index (where the host searches).
         tokens_on_device: Tokens per sequence in the device window.
         tokens_on_host: Tokens per sequence in host pages.
         budget: Device bytes allowed, weights included.
         planned: Device bytes of the layout, by purpose, workspace and overhead included.
-        planned_host: Bytes of host pages of the layout.
+        planned_host: Bytes of host pages of the layout, and of indexes.
         chunk: Prompt tokens computed together.
         prompt_tokens: Of the last prompt, per sequence.
         reused_tokens: Of these, in the cache already.
@@ -64,6 +65,9 @@ class Report:
         selected_bytes: KV bytes that each step of mode fast attends to exactly, beside sinks and window.
         fetched_bytes: How many of them came from the host, mean over the last decode's steps; the others were on the
             device since an earlier step.
+        index: What finds these on the host; None where the device selects.
+        index_bytes: Host bytes of all layers' indexes.
+        search_s: Seconds of decode_s in which the host searched and attended.
         tail_mass: Share of attention that the replica answered for, mean over the last decode's steps, layers and
             heads.
         skipped_mass: Share of attention that was not read at all, likewise.
@@ -110,6 +114,9 @@ class Report:
     whole_layers: int = 0
     selected_bytes: int = 0
     fetched_bytes: int = 0
+    index: str | None = None
+    index_bytes: int = 0
+    search_s: float = 0.0
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
     error_estimate: float | None = 0.0
@@ -161,6 +168,12 @@ class Report:
                 f"{self.skipped_mass:.3%} skipped, expected error {expected}, "
                 f"{gib(self.selected_bytes)} a step read exactly, "
                 f"{gib(self.fetched_bytes)} from the host"
+            )
+        if self.index is not None:
+            ms = 1000 * self.search_s / max(1, self.new_tokens)
+            lines.append(
+                f"  host    {self.index:>10}  index of {gib(self.index_bytes)} found them, and the host attended: "
+                f"{ms:.1f} ms a token"
             )
         if self.verify_passes:
             mean = self.accepted_tokens / self.verify_passes

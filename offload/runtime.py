@@ -116,6 +116,7 @@ class _LastRun:
     tally: Tally = field(default_factory=Tally)
     selected_bytes: int = 0
     fetched_bytes: int = 0
+    search_s: float = 0.0
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
     error_estimate: float | None = 0.0
@@ -342,6 +343,9 @@ class Runtime:
             whole_layers=len(layout.whole) if layout else 0,
             selected_bytes=last.selected_bytes,
             fetched_bytes=last.fetched_bytes,
+            index=self.config.retrieval.index if "host_index" in (last.bytes or {}) else None,
+            index_bytes=(last.bytes or {}).get("host_index", 0),
+            search_s=last.search_s,
             tail_mass=last.tail_mass,
             skipped_mass=last.skipped_mass,
             error_estimate=last.error_estimate,
@@ -498,6 +502,7 @@ class Runtime:
         last.prefill_s = done.seconds
         last.tail_mass = last.skipped_mass = last.error_estimate = 0.0
         last.selected_bytes = last.fetched_bytes = 0
+        last.search_s = 0.0
         last.tally = Tally()
         cache.reset_stats()  # what a stock generate or an interrupted one left
         began, h2d = time.perf_counter(), self._counters.h2d_bytes
@@ -651,6 +656,7 @@ class Runtime:
                 exactly, from_host = path.selected_bytes()
                 selected += exactly
                 fetched += from_host
+                last.search_s += 0.0 if path.search is None else path.search.seconds
         last.tail_mass, last.skipped_mass = masses.tolist()
         last.error_estimate = None if math.isnan(error) else error
         last.selected_bytes, last.fetched_bytes = selected, fetched
@@ -720,6 +726,10 @@ class Runtime:
             "host_pinned": pinned,
             "host_pageable": sum(region.committed for region in regions) - pinned,
         }
+        searches = [store.path.search for store in stores if store.path is not None]
+        if any(search is not None for search in searches):
+            indexed = sum(search.nbytes for search in searches if search is not None)
+            self._last.bytes["host_index"] = indexed
         usual = max(
             stores, key=lambda store: store.host_tokens
         )  # not one that keeps all on the device

@@ -135,7 +135,7 @@ def step(layout: Layout, work: Work, profile: Profile, way: Way) -> dict[str, fl
     if layout.host_tokens and streams:
         # What is left of the budget keeps rebuilt rows.
         streamed = 1.0 - layout.resident_share
-        parts[LINK] = streamed * layout.host_bytes / profile.pcie / _STREAM_SHARE
+        parts[LINK] = streamed * layout.host["pages"] / profile.pcie / _STREAM_SHARE
         if layout.hidden is not None:
             rebuilt = layout.hidden.tokens / layout.page * layout.host_tokens * batch * streamed
             parts["rebuilding"] = rebuilt * layout.hidden.flops / profile.gemm_flops
@@ -176,7 +176,7 @@ def prefill(layout: Layout, work: Work, profile: Profile, *, batch: int, prompt:
     # On the host at chunk i: what came before, less what the device holds.
     held = max(1, prompt - layout.host_tokens)
     steps = max(0, prompt - held) / layout.chunk
-    copied = layout.host_bytes * steps / 2
+    copied = layout.host["pages"] * steps / 2
     launches = copied / max(1, layout.staging_bytes) * _CHUNK_S
     computes = reading(work, profile, sequences=batch, tokens=prompt * batch, passes=chunks)
     return max(computes, copied / profile.pcie + launches)
@@ -437,7 +437,7 @@ def slowed_by(computes_s: float, copied: float, bytes_per_s: float, layers: int)
 
 def verified(layout: Layout, work: Work, profile: Profile, way: Way, *, step_s: float) -> float:
     """Seconds of a verified token, with drafts as long as is fastest, or as asked."""
-    copied = float(layout.host_bytes)
+    copied = float(layout.host["pages"])
     computes = pass_flops(work, way.prompt, MOST_ROWS) / profile.attention_flops
     taken = max(copied / profile.pcie, computes)
     late = slowed(work, profile, tokens=way.prompt, copied=copied)

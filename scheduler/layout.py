@@ -119,6 +119,7 @@ class Demand:
         scratch_bytes: Device bytes of a decode step on the device path, per sequence.
         scratch_token_bytes: Further ones, per token and sequence.
         longest: Tokens to make room for where `tokens` is not known.
+        index_bytes: Host bytes of one token of one sequence in the indexes of all layers; 0 where there are none.
         hidden: Of pages that hold inputs of attention; None where they hold keys and values. Only where `tokens` is
             known, and without rungs.
     """
@@ -148,6 +149,7 @@ class Demand:
     scratch_token_bytes: int = 0
     longest: int = 0
     hidden: HiddenPrice | None = None
+    index_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -564,6 +566,7 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
     if rung is not None:
         replica_tokens = host_tokens if demand.tokens is not None else demand.longest
     shared = min(host_tokens, demand.prompt) // demand.page * demand.page
+    indexed = replica_tokens * demand.batch if demand.tokens is not None else 0
     pages = host_tokens * demand.batch - shared * (demand.batch - demand.batch // demand.copies)
     hidden, rebuilding = demand.hidden, {}
     of_page, beside = demand.page * split, 0
@@ -608,7 +611,8 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "overhead": demand.overhead,
         }
         | rebuilding,
-        host={"pages": pages // demand.page * of_page},
+        host={"pages": pages // demand.page * of_page}
+        | ({"index": indexed * demand.index_bytes} if demand.index_bytes else {}),
         rungs=() if rung is None else (rung,) * len(demand.token_bytes),
         replica_tokens=replica_tokens,
         whole=whole,

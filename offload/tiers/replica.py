@@ -51,6 +51,7 @@ from offload.kernels.select import Selection, empty_selection, select_blocks, se
 from offload.kernels.tail import block_slots, tail, tail_of_blocks, tail_slots
 from offload.kernels.window import attend_window
 from offload.tiers.rows import RowShape
+from offload.tiers.search import Found, HandOff, HostSearch
 
 LARGEST_HEAD = 256  # of the kernels
 AVERAGED_TOGETHER = 256  # blocks whose noise is averaged at once, so that it takes little memory
@@ -121,6 +122,13 @@ class _Memory:
             )
             self.skipped = torch.zeros((batch, heads, n_tail), device=device)
         self._fetched: _Fetched | None = None
+        self._hand_off: HandOff | None = None
+
+    def hand_off(self, batch: int, heads: int, shape: RowShape, tokens: int, device: torch.device) -> HandOff:  # fmt: skip
+        """Memory for what goes to the host and back; made when it is first needed."""
+        if self._hand_off is None:
+            self._hand_off = HandOff(batch, heads, shape, tokens, device)
+        return self._hand_off
 
     def fetched(self, shape: RowShape) -> _Fetched:
         """Room for rows that the host gathers; made when they are first needed."""
@@ -213,6 +221,7 @@ class DevicePath:
         settings: As given.
         lengths: int32 [1 + B]: rows on the device, then blocks of the replica of each sequence. Kernels read them; a
             step adds one to the first.
+        search: Finds tokens on the host; None where the device selects them.
         epoch: Grows whenever an address changes that a captured graph has kept.
         steps: Made since `reset_stats`.
     """
@@ -229,6 +238,7 @@ class DevicePath:
         slots: int,
         page: int,
         device: torch.device,
+        search: HostSearch | None = None,
     ) -> None:
         """Makes room on the device.
 
@@ -241,9 +251,11 @@ class DevicePath:
             slots: Slots of the window, the tail's too.
             page: Tokens of a slot.
             device: Where.
+            search: Where tokens are found on the host.
         """
         self.shape = shape
         self.settings = settings
+        self.search = search if blocks else None
         self.epoch = 0
         self.steps = 0
         self._memory = memory
@@ -299,7 +311,7 @@ class DevicePath:
         self._noise = empty_noise(batch, self.shape.kv_heads, width, self._device)
 
     def _make_row_cache(self, batch: int) -> None:
-        if self.settings.tokens and self.settings.cached_rows:
+        if self.settings.tokens and self.settings.cached_rows and self.search is None:
             shape = self.shape
             self._near = empty_row_cache(
                 batch, shape.kv_heads, self.settings.cached_rows, shape.width, shape.dtype, self._device
@@ -342,6 +354,8 @@ class DevicePath:
         """Begins to add up anew."""
         self.steps = 0
         self.stats.zero_()
+        if self.search is not None:
+            self.search.reset_stats()
         if self._near is not None:
             self._near.fetched.zero_()
 
@@ -362,6 +376,8 @@ class DevicePath:
         row = self.shape.width * self.shape.dtype.itemsize
         batch = self.lengths.numel() - 1
         selected = batch * self.settings.tokens * self.shape.kv_heads * row
+        if self.search is not None:
+            return selected, 0
         if self._near is None:
             return selected, selected
         return selected, int(self._near.fetched) * row // self.steps
@@ -446,15 +462,23 @@ class DevicePath:
             for target, new in zip((*codes.planes, codes.meta), (*fresh.planes, fresh.meta), strict=True):  # fmt: skip
                 target[:, :, first_block : first_block + n] = new
 
-    def forget_table(self) -> None:
-        """Columns may mean other pages, and tokens other rows, than those that were published."""
+    def forget_table(self, columns: int) -> None:
+        """Columns may mean other pages, and tokens other rows, than those that were published.
+
+        Args:
+            columns: The first ones, which hold what they held.
+        """
         self._known = 0
+        if self.search is not None:
+            self.search.truncate(columns)
         if self._near is not None:
             self._near.tokens.fill_(-1)
 
     def select_sequences(self, rows: Tensor) -> None:
         """Makes sequence i the former sequence rows[i]."""
-        self.forget_table()
+        self.forget_table(self.blocks)
+        if self.search is not None:
+            self.search.select_sequences(rows.cpu().numpy())
         same = rows.numel() == self.lengths.numel() - 1
         if self._keys is not None and self._values is not None:
             self._keys = _selected(self._keys, rows, in_place=same)
@@ -510,6 +534,12 @@ class DevicePath:
         self.lengths[:1].fill_(n_rows)
         self.lengths[1:].fill_(blocks)
 
+    def hidden_tokens(self) -> list[int]:
+        """Of each sequence, tokens on the host that are padding."""
+        if self._hidden is None:
+            return [0] * (self.lengths.numel() - 1)
+        return [int(n) for n in self._hidden.tolist()]
+
     def _average_noise(self, blocks: int) -> None:
         """Makes the noise that of `blocks` blocks; that of the first `_known` is in it."""
         assert self._noise is not None
@@ -543,6 +573,7 @@ class DevicePath:
         softcap: float | None,
         sink_logits: Tensor | None,
         gather: Callable[[Tensor, Tensor], None] | None = None,
+        search: Callable[[Tensor, Found], None] | None = None,
     ) -> Tensor:
         """Attends with one new token per sequence to all tokens and itself, and appends it to the window.
 
@@ -557,12 +588,13 @@ class DevicePath:
             sink_logits: [H_q], likewise.
             gather: None where kernels can read the pool; else what copies rows of tokens [B, H_kv, k] to
                 [B, H_kv, k, D + D_v], both on the host.
+            search: Where the host selects: what attends there, for queries float32 [B, H_q, D].
 
         Returns:
             [B, H_q, D_v], in the dtype of `query`.
         """
         if not self.has_kernels:
-            return self._reference_step(query, key, value, window, pool, scale, softcap, sink_logits)  # fmt: skip
+            return self._reference_step(query, key, value, window, pool, scale, softcap, sink_logits, search)  # fmt: skip
         batch, heads = query.shape[:2]
         blocks = self.blocks if pool is not None else 0
         k, bits = self.settings.tokens, self.settings.bits
@@ -570,13 +602,16 @@ class DevicePath:
         padding = self._memory.padding
         beside, third = self._memory.beside
         main = torch.cuda.current_stream(self._device)
+        searches = pool is not None and k > 0 and search is not None
+        if searches:
+            self._send_query(query, memory)
         beside.wait_stream(main)
         with torch.cuda.stream(beside):
             attend_window(
                 query, key, value, window, self.lengths[:1], memory.partials,
                 scale=scale, splits=self._splits, softcap=softcap, padding=padding, starts=self._starts,
             )  # fmt: skip
-        fetches = pool is not None and k > 0 and gather is not None
+        fetches = pool is not None and k > 0 and gather is not None and search is None
         if pool is not None:
             assert self._keys is not None
             assert self._values is not None
@@ -594,7 +629,12 @@ class DevicePath:
                     query, self._keys, self._values, n_blocks, memory.scan,
                     scale=scale, padding=self._hidden, softcap=softcap,
                 )  # fmt: skip
-            if k:
+            if searches:
+                assert search is not None
+                _log_sum_exp(memory.scan, n_blocks, memory.selection)
+                main.wait_stream(beside)
+                self._attend_found(query, search, memory)
+            elif k:
                 select_blocks(memory.scan, n_blocks, memory.selection)
                 beside.wait_stream(main)
                 with torch.cuda.stream(beside):
@@ -617,7 +657,7 @@ class DevicePath:
             else:
                 _log_sum_exp(memory.scan, n_blocks, memory.selection)
             if self.settings.clustered:
-                if k:
+                if k and not searches:
                     main.wait_stream(third)  # which waits for the selection
                 tail_of_clusters(
                     memory.scan, memory.selection, self._values, n_blocks, memory.partials,
@@ -629,12 +669,12 @@ class DevicePath:
                     first_slot=memory.tail_at, bits=bits, head_size=self.shape.value_dim,
                     share=self.settings.skipped_mass,
                 )  # fmt: skip
-            if k:
+            if k and not searches:
                 main.wait_stream(third)
             if fetches:
                 assert gather is not None
                 self._attend_fetched(query, gather, memory, scale, softcap)
-        if not fetches:
+        if not fetches and not searches:
             main.wait_stream(beside)
         out = torch.empty_like(query[..., :1].expand(-1, -1, self.shape.value_dim), memory_format=torch.contiguous_format)  # fmt: skip
         combine(
@@ -644,6 +684,35 @@ class DevicePath:
             query=query, noise=self._noise, scale=scale, tail_at=memory.tail_at,
         )  # fmt: skip
         return out
+
+    def _send_query(self, query: Tensor, memory: _Memory) -> None:
+        """Lets the host begin as soon as it asks."""
+        batch, heads = query.shape[:2]
+        hands = memory.hand_off(batch, heads, self.shape, self.settings.tokens, self._device)
+        hands.query.copy_(query.float(), non_blocking=True)
+        assert hands.sent is not None
+        by_host(hands.sent.record)
+
+    def _attend_found(
+        self, query: Tensor, search: Callable[[Tensor, Found], None], memory: _Memory
+    ) -> None:
+        """Waits for what the host finds, and takes those tokens out of the scores."""
+        batch, heads = query.shape[:2]
+        hands = memory.hand_off(batch, heads, self.shape, self.settings.tokens, self._device)
+
+        def find() -> None:
+            assert hands.sent is not None
+            hands.sent.synchronize()
+            search(hands.query, hands.found)
+
+        by_host(find)
+        hands.arrived.all.copy_(hands.found.all, non_blocking=True)
+        memory.partials.out[:, :, memory.rows_at].copy_(hands.arrived.out)
+        memory.partials.lse[:, :, memory.rows_at].copy_(hands.arrived.lse)
+        assert memory.scan is not None
+        scores = memory.scan.scores
+        found = hands.arrived.tokens.long().unsqueeze(-1).expand(-1, -1, -1, scores.shape[-1])
+        scores.scatter_(2, found, -torch.inf)
 
     def _send_ids(self, memory: _Memory) -> None:
         """Lets the host know what was selected, once it asks."""
@@ -691,6 +760,7 @@ class DevicePath:
         scale: float,
         softcap: float | None,
         sink_logits: Tensor | None,
+        search: Callable[[Tensor, Found], None] | None,
     ) -> Tensor:
         n_rows, *n_blocks = self.lengths.tolist()
         rows = window.flatten(1, 2)
@@ -724,11 +794,18 @@ class DevicePath:
                     query, _first(self._keys, n), _first(self._values, n),
                     scale=scale, padding=self._hidden, softcap=softcap,
                 )  # fmt: skip
-            tokens = reference.select(scores, kv_heads=self.shape.kv_heads, k=self.settings.tokens)
-            fetched = reference.gather(pool, self._table, tokens).to(query.device)
-            if self._near is not None:
-                self._near.fetched.add_((tokens >= 0).sum())
-            parts.append(_attend_selected(query, fetched, tokens, dim, scale, softcap))
+            if search is not None and self.settings.tokens:
+                batch, heads = query.shape[:2]
+                hands = HandOff(batch, heads, self.shape, self.settings.tokens, torch.device("cpu"))
+                search(query.float().cpu(), hands.found)
+                out, lse, tokens = (part.to(query.device) for part in hands.found[1:])
+                parts.append(Part(out.unsqueeze(2), lse.unsqueeze(2)))
+            else:
+                tokens = reference.select(scores, kv_heads=self.shape.kv_heads, k=self.settings.tokens)  # fmt: skip
+                fetched = reference.gather(pool, self._table, tokens).to(query.device)
+                if self._near is not None:
+                    self._near.fetched.add_((tokens >= 0).sum())
+                parts.append(_attend_selected(query, fetched, tokens, dim, scale, softcap))
             codes = _first(self._values, n)
             if self.settings.clustered:
                 rest = reference.tail_of_clusters(

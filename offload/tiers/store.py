@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from offload.tiers.pages import PageTable, Run
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import DevicePath
 from offload.tiers.rows import RowShape
+from offload.tiers.search import Found
 from offload.tiers.transfer import Chunk, HostReader, HostWriter
 
 # Tokens packed into rows at a time: the usual prefill chunk, so that one piece is all.
@@ -500,8 +502,17 @@ class LayerStore:
             softcap=softcap,
             sink_logits=sink_logits,
             gather=None if self.all_pinned else self._gather,
+            search=None
+            if self.path.search is None
+            else partial(self._search, scale=scale, softcap=softcap),
         )
         return out.unsqueeze(1)
+
+    def _search(self, query: Tensor, found: Found, *, scale: float, softcap: float | None) -> None:
+        """Attends on the host to tokens that are found there; see `HostSearch.attend`."""
+        assert self.path is not None
+        assert self.path.search is not None
+        self.path.search.attend(query, self._pool(), found, scale=scale, softcap=softcap)
 
     def _gather(self, tokens: Tensor, rows: Tensor) -> None:
         """Copies rows of published tokens out of host pages.
@@ -547,6 +558,10 @@ class LayerStore:
             starts=self._starts(self.held(self.length)),
             written=self.written,
         )
+        if self.path.search is not None and self.columns:
+            if self.written is not None:
+                self.written.synchronize()
+            self.path.search.extend(self._pool(), pages, self.path.hidden_tokens())
         self._published = True
 
     def _pool(self) -> Tensor:
@@ -909,7 +924,7 @@ class LayerStore:
         if keep < sinks_and_host:
             self._table.truncate(max(0, keep - self._sinks))
             if self.path is not None:
-                self.path.forget_table()
+                self.path.forget_table(self.columns)
             self._sinks = min(self._sinks, keep)
         self._tail_length, self.length = length % page, length
         if partial is not None:

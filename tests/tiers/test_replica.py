@@ -124,7 +124,10 @@ def test_cached_rows_are_forgotten_when_tokens_may_mean_other_rows() -> None:
     path = path_on_cpu(
         PathSettings(bits=4, tokens=16, skipped_mass=0.0, cached_rows=32), batch=3, kv_heads=2
     )
-    for change in (path.forget_table, lambda: path.select_sequences(torch.tensor([2, 0, 1]))):
+    for change in (
+        lambda: path.forget_table(4),
+        lambda: path.select_sequences(torch.tensor([2, 0, 1])),
+    ):
         assert path._near is not None
         path._near.tokens.fill_(7)
         change()
@@ -195,7 +198,7 @@ def test_the_noise_is_that_of_the_published_blocks(
     path.append(held[:, 192:], 3)
     publish(4)
     assert_noise_of(held)
-    path.forget_table()  # a crop
+    path.forget_table(2)  # a crop
     publish(1)
     assert_noise_of(held[:, :64])
     path.append(held[:, 64:128] * 3, 1)  # and other tokens behind it

@@ -1,0 +1,404 @@
+"""How does a query attend to its best keys where the cache keeps them? Rows in host pages, one KV head at a time, in Numba.
+
+An index that is searched while a model generates needs no copy of the keys: it has codes, and rows are read from the
+pages. What is found is attended to in the same call, since the rows' values lie beside their keys, so that only the
+result and the numbers of the tokens go back. Accumulation is in float32, whatever the rows are.
+
+A page holds rows [P, H_kv, D + D_v]; token t of a sequence lies in page `table[t // P]` at place t % P. Everything here
+is single-threaded and lets go of the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+from numpy.typing import NDArray
+
+from offload.index.base import Floats, Ids
+from offload.index.scan import BLOCK, CHANNELS, _add2, _add4, _weigh, best
+
+BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # what the rows of a pool are
+
+_SUB = 32  # keys of which the best is noted: where few are good, most keys are not looked at again
+_HALF_SCALE = np.float32(2.0**112)  # see `offload.index.scan`
+
+
+class Rows(NamedTuple):
+    """The rows of one KV head of one sequence.
+
+    Attributes:
+        pool: uint16 or float32 [pages, P, H_kv, D + D_v].
+        kind: `BFLOAT16` or `FLOAT16` of a pool of uint16, else `FLOAT32`.
+        table: int64 [blocks], the page of each block.
+        head: Which KV head.
+        key_dim: D.
+    """
+
+    pool: NDArray[Any]
+    kind: int
+    table: Ids
+    head: int
+    key_dim: int
+
+
+class Coded(NamedTuple):
+    """Codes of the first keys of one KV head, as of `offload.index.scan.encode`.
+
+    Attributes:
+        codes: uint8 [n, channels, BLOCK * bits / 8].
+        lows: float32 [n, D].
+        steps: float32 [n, D].
+        bits: 4 or 2.
+    """
+
+    codes: NDArray[np.uint8]
+    lows: Floats
+    steps: Floats
+    bits: int
+
+
+class Scratch(NamedTuple):
+    """What one search works with; one for each thread.
+
+    Attributes:
+        scores: float32 [G, N].
+        tops: float32 [G, N / 32].
+        peaks: float32 [G].
+        votes: float32 [N].
+        ids: int64 [N].
+        order: int64 [N].
+        exact: float32 [G, candidates].
+        row: float32 [D or D_v].
+        weights: int16 [channels].
+        partial: int16 [BLOCK].
+        total: int32 [BLOCK].
+        counts: int32 [2,048].
+    """
+
+    scores: Floats
+    tops: Floats
+    peaks: Floats
+    votes: Floats
+    ids: Ids
+    order: Ids
+    exact: Floats
+    row: Floats
+    weights: NDArray[np.int16]
+    partial: NDArray[np.int16]
+    total: NDArray[np.int32]
+    counts: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, groups: int, tokens: int, width: int, candidates: int) -> Scratch:
+        """Room for searches of up to so many keys.
+
+        Args:
+            groups: Query heads of a KV head.
+            tokens: Keys.
+            width: The larger of D and D_v.
+            candidates: Keys that are scored exactly.
+        """
+        tokens += -tokens % BLOCK
+        return cls(
+            scores=np.empty((groups, tokens), np.float32),
+            tops=np.empty((groups, tokens // _SUB), np.float32),
+            peaks=np.empty(groups, np.float32),
+            votes=np.empty(tokens, np.float32),
+            ids=np.empty(tokens, np.int64),
+            order=np.empty(tokens, np.int64),
+            exact=np.empty((groups, max(1, candidates)), np.float32),
+            row=np.empty(width, np.float32),
+            weights=np.zeros(width + -width % CHANNELS, np.int16),
+            partial=np.empty(BLOCK, np.int16),
+            total=np.empty(BLOCK, np.int32),
+            counts=np.empty(2048, np.int32),
+        )
+
+
+def encode_blocks(rows: Rows, coded: Coded, first: int, stop: int, scratch: Scratch) -> None:
+    """Writes the codes of blocks `first` to `stop` of `BLOCK` keys: what `offload.index.scan.encode` makes of them."""
+    width = (1, BLOCK, rows.key_dim)
+    values = scratch.scores.reshape(-1)
+    if values.size < BLOCK * rows.key_dim:
+        values = np.empty(BLOCK * rows.key_dim, np.float32)
+    values = values[: BLOCK * rows.key_dim].reshape(width[1:])
+    _encode(*rows, *coded, first, stop, values)
+
+
+def attend_best(
+    rows: Rows,
+    coded: Coded,
+    first: int,
+    count: int,
+    queries: Floats,
+    softcap: float,
+    overfetch: int,
+    scratch: Scratch,
+    ids: NDArray[np.int32],
+    out: Floats,
+    lse: Floats,
+) -> None:
+    """Attends to the best keys by their codes, exactly.
+
+    A key's vote is the largest of its logits less the best logit of that query: what it weighs beside the best.
+
+    Args:
+        rows: Of `count` keys.
+        coded: Of the first of them; those behind are scored by their rows.
+        first: Keys before it are padding.
+        count: Keys.
+        queries: float32 [G, D], of the heads that share this KV head, times attention's scale.
+        softcap: Logits are c * tanh(logit / c); 0 for as they are.
+        overfetch: Keys that are scored exactly, for each one that is attended to.
+        scratch: As large.
+        ids: int32 [k], written: who was attended to, ascending; -1 behind, where there are fewer keys.
+        out: float32 [G, D_v], written: zeros where there is no key.
+        lse: float32 [G], written: natural log-sum-exp of the logits; -inf where there is no key.
+    """
+    n = _candidates(
+        *rows, *coded, first, count, queries, min(overfetch * ids.shape[0], max(0, count - first)),
+        scratch.scores, scratch.tops, scratch.peaks, scratch.votes, scratch.ids, scratch.order, scratch.row,
+        scratch.weights, scratch.partial, scratch.total, scratch.counts,
+    )  # fmt: skip
+    attend_some(rows, scratch.ids[:n], queries, softcap, scratch, ids, out, lse)
+
+
+def attend_some(
+    rows: Rows,
+    some: Ids,
+    queries: Floats,
+    softcap: float,
+    scratch: Scratch,
+    ids: NDArray[np.int32],
+    out: Floats,
+    lse: Floats,
+) -> None:
+    """Attends to the best of some keys, exactly; see `attend_best`.
+
+    Args:
+        rows: Of the keys.
+        some: int64 [n], ascending, none twice.
+        queries: float32 [G, D].
+        softcap: As in `attend_best`.
+        scratch: With room for n candidates.
+        ids: Written, as the next two.
+        out: Likewise.
+        lse: Likewise.
+    """
+    _attend(
+        *rows, some, queries, softcap, ids, out, lse,
+        scratch.exact, scratch.votes, scratch.order, scratch.row, scratch.counts,
+    )  # fmt: skip
+
+
+def gathered(rows: Rows, first: int, stop: int) -> Floats:
+    """Keys `first` to `stop` as float32 [n, D], for a backend that keeps its own."""
+    out = np.empty((stop - first, rows.key_dim), np.float32)
+    _gather(*rows, first, out)
+    return out
+
+
+def _widen(row: Any, kind: Any, out: Any) -> None:
+    """Numbers of a row as float32; what `overload` puts in its place differs by the type of the row."""
+    raise NotImplementedError
+
+
+@overload(_widen, inline="always")
+def _widened(row: Any, kind: Any, out: Any) -> Any:
+    if row.dtype == types.float32:
+
+        def copy(row: Any, kind: Any, out: Any) -> None:
+            for c in range(row.shape[0]):
+                out[c] = row[c]
+
+        return copy
+
+    def widen(row: Any, kind: Any, out: Any) -> None:
+        bits = out.view(np.uint32)
+        if kind == 0:
+            for c in range(row.shape[0]):
+                bits[c] = np.uint32(row[c]) << np.uint32(16)
+        else:
+            for c in range(row.shape[0]):
+                half = np.uint32(row[c])
+                sign = (half & np.uint32(0x8000)) << np.uint32(16)
+                bits[c] = sign | ((half & np.uint32(0x7FFF)) << np.uint32(13))
+            for c in range(row.shape[0]):
+                out[c] *= _HALF_SCALE
+
+    return widen
+
+
+@njit(nogil=True, cache=True)
+def _gather(
+    pool: Any, kind: int, table: Any, head: int, key_dim: int, first: int, out: Any
+) -> None:
+    page = pool.shape[1]
+    for i in range(out.shape[0]):
+        token = first + i
+        _widen(pool[table[token // page], token % page, head, :key_dim], kind, out[i])
+
+
+@njit(nogil=True, cache=True)
+def _encode(
+    pool: Any, kind: int, table: Any, head: int, key_dim: int,
+    codes: Any, lows: Any, steps: Any, bits: int, first: int, stop: int, values: Any,
+) -> None:  # fmt: skip
+    top = np.float32((1 << bits) - 1)
+    parts = 8 // bits
+    each = BLOCK // parts
+    for block in range(first, stop):
+        _gather(pool, kind, table, head, key_dim, block * BLOCK, values)
+        codes[block, key_dim:] = 0
+        for c in range(key_dim):
+            low = values[0, c]
+            high = low
+            for j in range(BLOCK):
+                low = min(low, values[j, c])
+                high = max(high, values[j, c])
+            step = high / top - low / top
+            scale = step if step > 0 else np.float32(1)
+            lows[block, c] = low
+            steps[block, c] = step
+            for j in range(each):
+                packed = 0
+                for part in range(parts):
+                    code = np.rint((values[part * each + j, c] - low) / scale)
+                    code = min(max(code, np.float32(0)), top)
+                    packed |= int(code) << (part * bits)
+                codes[block, c, j] = packed
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _dot(a: Any, b: Any) -> Any:
+    total = np.float32(0)
+    for c in range(b.shape[0]):
+        total += a[c] * b[c]
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _candidates(
+    pool: Any, kind: int, table: Any, head: int, key_dim: int,
+    codes: Any, lows: Any, steps: Any, bits: int,
+    first: int, count: int, queries: Any, wanted: int,
+    scores: Any, tops: Any, peaks: Any, votes: Any, ids: Any, order: Any, row: Any,
+    weights: Any, partial: Any, total: Any, counts: Any,
+) -> int:  # fmt: skip
+    """Writes the ids of the `wanted` keys with the best votes, ascending; returns how many there are."""
+    if wanted == 0:
+        return 0
+    groups, page = queries.shape[0], pool.shape[1]
+    coded = codes.shape[0] * BLOCK
+    for block in range(first // BLOCK, codes.shape[0]):
+        start = block * BLOCK
+        for g in range(groups):
+            unit, offset = _weigh(lows[block], steps[block], queries[g], weights)
+            if bits == 4:
+                _add4(codes[block], weights, partial, total)
+            else:
+                _add2(codes[block], weights, partial, total)
+            for j in range(BLOCK):
+                scores[g, start + j] = offset + unit * np.float32(total[j])
+    for token in range(max(first, coded), count):
+        _widen(pool[table[token // page], token % page, head, :key_dim], kind, row)
+        for g in range(groups):
+            scores[g, token] = _dot(row, queries[g])
+    begin, subs = first // _SUB, (count + _SUB - 1) // _SUB
+    for g in range(groups):
+        best_score = np.float32(-np.inf)
+        for s in range(begin, subs):
+            most = np.float32(-np.inf)
+            for i in range(max(first, s * _SUB), min(count, (s + 1) * _SUB)):
+                most = max(most, scores[g, i])
+            tops[g, s] = most
+            best_score = max(best_score, most)
+        for s in range(begin, subs):
+            tops[g, s] -= best_score
+        # Less its best, so that queries can be compared. The sum is not taken: it would cost an exponential a key.
+        peaks[g] = best_score
+    for s in range(begin, subs):
+        for g in range(1, groups):
+            tops[0, s] = max(tops[0, s], tops[g, s])
+    least = np.float32(-np.inf)
+    if subs - begin > wanted:
+        best(tops[0, begin:subs], ids[:wanted], counts)
+        least = np.float32(np.inf)
+        for i in range(wanted):
+            least = min(least, tops[0, begin + ids[i]])
+    found = 0
+    for s in range(begin, subs):
+        if tops[0, s] < least:
+            continue
+        for i in range(max(first, s * _SUB), min(count, (s + 1) * _SUB)):
+            vote = np.float32(-np.inf)
+            for g in range(groups):
+                vote = max(vote, scores[g, i] - peaks[g])
+            if vote >= least:
+                ids[found] = i
+                votes[found] = vote
+                found += 1
+    if found > wanted:
+        best(votes[:found], order[:wanted], counts)
+        for i in range(wanted):
+            ids[i] = ids[order[i]]
+        found = wanted
+    return found
+
+
+@njit(nogil=True, cache=True)
+def _attend(
+    pool: Any, kind: int, table: Any, head: int, key_dim: int,
+    some: Any, queries: Any, softcap: float, chosen: Any, out: Any, lse: Any,
+    exact: Any, votes: Any, order: Any, row: Any, counts: Any,
+) -> None:  # fmt: skip
+    groups, page, found, k = queries.shape[0], pool.shape[1], some.shape[0], chosen.shape[0]
+    cap = np.float32(softcap)
+    for i in range(found):
+        token = some[i]
+        _widen(pool[table[token // page], token % page, head, :key_dim], kind, row)
+        for g in range(groups):
+            logit = _dot(row, queries[g])
+            exact[g, i] = cap * np.tanh(logit / cap) if cap > 0 else logit
+    n = min(found, k)
+    if found > k:
+        for i in range(found):
+            votes[i] = -np.inf
+        for g in range(groups):
+            most = np.float32(-np.inf)
+            for i in range(found):
+                most = max(most, exact[g, i])
+            for i in range(found):
+                votes[i] = max(votes[i], exact[g, i] - most)
+        best(votes[:found], order[:k], counts)
+    else:
+        for i in range(n):
+            order[i] = i
+    for g in range(groups):
+        most = np.float32(-np.inf)
+        for i in range(n):
+            most = max(most, exact[g, order[i]])
+        lse[g] = most
+        out[g] = 0
+        total = np.float32(0)
+        for i in range(n):
+            weight = np.exp(exact[g, order[i]] - most)
+            exact[g, order[i]] = weight
+            total += weight
+        if n > 0:
+            lse[g] = most + np.log(total)
+            for i in range(n):
+                exact[g, order[i]] /= total
+    for i in range(n):
+        token = some[order[i]]
+        _widen(pool[table[token // page], token % page, head, key_dim:], kind, row)
+        for g in range(groups):
+            weight = exact[g, order[i]]
+            for c in range(out.shape[1]):
+                out[g, c] += weight * row[c]
+        chosen[i] = token
+    for i in range(n, k):
+        chosen[i] = -1

@@ -1,0 +1,183 @@
+"""The host path: tokens found by an index in host memory and attended to there, in `generate`."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from cards import DEVICES
+from families import FAMILIES, PAD, left_padded, prompts
+
+import offload
+from offload.index import BACKENDS
+from offload.tiers import search
+
+N = 700
+CALL: dict[str, Any] = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": None}
+# Sinks, a window of four blocks, and of the other tokens all are selected.
+ALL: dict[str, Any] = {
+    "mode": "fast", "sinks": 64, "window": 256, "rung": "4k4v", "retrieved": 1024, "compile": False,
+}  # fmt: skip
+ON = pytest.mark.parametrize("device", DEVICES)
+
+
+def build(name: str, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    model: Any = FAMILIES[name].build()
+    model.generation_config.pad_token_id = PAD
+    return model.to(device=device, dtype=dtype)
+
+
+def steps_off(model: Any, ids: Any, **settings: Any) -> tuple[float, Any]:
+    """How far the logits of two steps are from the stock cache's, and the report."""
+    call = CALL | {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    want = model.generate(ids, **call)
+    with offload.attach(model, **(ALL | settings)) as runtime:
+        got = runtime.generate(ids, **call)
+        report = runtime.report()
+    # The prompt's last logits are exact: its chunk streams everything.
+    off = [(g - w).abs().max() for g, w in zip(got.logits[1:], want.logits[1:], strict=True)]
+    return float(max(off)), report
+
+
+@ON
+@pytest.mark.parametrize("index", BACKENDS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt_oss", "opt"])
+def test_with_every_token_found_the_tokens_are_the_stock_caches(
+    name: str, index: str, device: str
+) -> None:
+    if name != "llama" and index != "flat":
+        pytest.skip("what differs between models is not the index")
+    model = build(name, device)
+    for padded in (False, True):
+        ids, mask = left_padded(2, N, pads=(0, 130))
+        inputs: dict[str, Any] = {"attention_mask": mask.to(device)} if padded else {}
+        want = model.generate(ids.to(device), **inputs, **CALL)
+        with offload.attach(model, **ALL, index=index, threads=2) as runtime:
+            got = runtime.generate(ids.to(device), **inputs, **CALL)
+            report = runtime.report()
+        assert torch.equal(got, want), padded
+        assert report.tokens_on_host > 400
+        assert report.tail_mass < 1e-6
+
+
+@ON
+def test_what_is_found_does_not_depend_on_the_replica(device: str) -> None:
+    """Mean keys hide most of what a step attends to; codes of four bits on the host do not."""
+    model = build("llama", device)
+    ids = prompts(1, N).to(device)
+    few = {"rung": "clusters", "retrieved": 128}
+    by_device, _ = steps_off(model, ids, **few)
+    by_host, report = steps_off(model, ids, **few, index="flat")
+    assert by_host < by_device
+    assert report.index == "flat"
+    assert report.index_bytes > 0
+    assert report.search_s > 0
+
+
+@ON
+def test_a_conversation_goes_on_and_is_cropped(device: str) -> None:
+    model = build("llama", device)
+    call = CALL | {"max_new_tokens": 40}
+    for index in ("flat", "hnsw"):
+        with offload.attach(model, **ALL, index=index) as runtime:
+            cache = runtime.new_cache()
+            ids = prompts(2, N).to(device)
+            for turn in range(4):
+                want = model.generate(ids, **call)
+                got = runtime.generate(ids, past_key_values=cache, **call)
+                assert torch.equal(got, want), (index, turn)
+                cut = (0, 400, 30, 0)[
+                    turn
+                ]  # the user edits what was said, deep into the host's pages
+                more = prompts(2, 90 + cut, seed=turn + 5).to(device)
+                ids = torch.cat([got[:, : got.shape[1] - cut], more], dim=1)
+            assert runtime.report().reused_tokens > N
+
+
+@ON
+def test_several_answers_to_one_prompt(device: str) -> None:
+    model = build("llama", device)
+    ids = prompts(1, N).to(device)
+    call: dict[str, Any] = {
+        "max_new_tokens": 80,
+        "do_sample": True,
+        "num_return_sequences": 3,
+        "eos_token_id": None,
+    }
+    for index in ("flat", "ivf"):
+        torch.manual_seed(7)
+        want = model.generate(ids, **call)
+        with offload.attach(model, **ALL, index=index) as runtime:
+            torch.manual_seed(7)
+            assert torch.equal(runtime.generate(ids, **call), want)
+
+
+@ON
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_half_precision_are_read_as_they_are(dtype: torch.dtype, device: str) -> None:
+    model = build("llama", device, dtype)
+    ids = prompts(1, N).to(device)
+    exact, _ = steps_off(model, ids, rung="clusters", retrieved=1024, index="replica")
+    found, report = steps_off(model, ids, rung="clusters", retrieved=1024, index="flat")
+    assert report.tail_mass < 1e-6
+    assert found <= max(1.5 * exact, 2e-2)
+
+
+@ON
+def test_drafts_come_from_the_host_and_are_verified(device: str) -> None:
+    model = build("llama", device)
+    ids = prompts(1, N).to(device)
+    want = model.generate(ids, **CALL)
+    few = ALL | {"mode": "verified", "retrieved": 64, "rung": "clusters"}
+    with offload.attach(model, **few, index="flat") as runtime:
+        assert torch.equal(runtime.generate(ids, **CALL), want)
+
+
+@ON
+def test_what_a_search_raises_reaches_who_called(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", device)
+    ids = prompts(1, N).to(device)
+    searched = iter(range(1000))
+
+    def fails(*args: Any) -> None:
+        if next(searched) == 40:
+            raise RuntimeError("the rows are gone")
+        attend_best(*args)
+
+    attend_best = search.attend_best
+    monkeypatch.setattr(search, "attend_best", fails)
+    with offload.attach(model, **ALL, index="flat", threads=2) as runtime:
+        with pytest.raises(RuntimeError, match="the rows are gone"):
+            runtime.generate(ids, **CALL)
+        monkeypatch.undo()
+        assert torch.equal(runtime.generate(ids, **CALL), model.generate(ids, **CALL))
+        threads = {t.name for t in threading.enumerate()}
+        assert "offload-search-1" in threads
+    for thread in threading.enumerate():
+        if thread.name.startswith("offload-search"):
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+
+
+@ON
+def test_an_index_that_does_not_fit_the_host_is_refused_with_what_it_takes(device: str) -> None:
+    model = build("llama", device)
+    ids = prompts(1, N).to(device)
+    with offload.attach(model, **ALL, index="flat") as runtime:
+        runtime.generate(ids, **CALL)
+        report = runtime.report()
+    with offload.attach(model, **ALL) as runtime:
+        runtime.generate(ids, **CALL)
+        pages = runtime.report().planned_host
+    assert report.planned_host >= pages + report.index_bytes
+    with offload.attach(model, **ALL, cpu_memory=pages) as runtime:
+        assert runtime.generate(ids, **CALL).shape[1] == N + 150
+    with (
+        offload.attach(model, **ALL, index="flat", cpu_memory=pages) as runtime,
+        pytest.raises(offload.BudgetError, match=r"memory\.cpu"),
+    ):
+        runtime.generate(ids, **CALL)
