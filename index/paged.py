@@ -59,6 +59,10 @@ class Coded(NamedTuple):
     steps: Floats
     bits: int
 
+    def of_first(self, blocks: int) -> Coded:
+        """Those of the first blocks."""
+        return Coded(self.codes[:blocks], self.lows[:blocks], self.steps[:blocks], self.bits)
+
 
 class Scratch(NamedTuple):
     """What one search works with; one for each thread.

@@ -90,6 +90,7 @@ class CacheMaker:
         angles = Angles()
         taken: list[tuple[int, HostRegion]] = []
         readers: list[HostReader] = []
+        searches: list[HostSearch] = []
 
         def build(sequences: int, copies: int) -> tuple[Layout, list[LayerStore]]:
             for other in list(self.caches):
@@ -132,6 +133,8 @@ class CacheMaker:
                     path = None
                     if memory is not None:
                         path = self._device_path(index, layout, of_layer, memory, sequences)
+                    if path is not None and path.search is not None:
+                        searches.append(path.search)
                     stores.append(
                         LayerStore(
                             row,
@@ -159,6 +162,9 @@ class CacheMaker:
 
         def give_back() -> None:
             self.streams.synchronize()
+            for search in searches:
+                search.settle(quietly=True)
+            searches.clear()
             for reader in readers:
                 # It and its stores hold each other: without this their memory waits for the garbage collector.
                 reader.reset([])
@@ -204,7 +210,7 @@ class CacheMaker:
             cache.close(reason)
         self.streams.synchronize()
         self._free_regions.clear()
-        self.searchers.workers.close()
+        self.searchers.close()
         if self._inputs is not None:
             self._inputs.close()
             self._inputs = None

@@ -11,7 +11,7 @@ from cards import DEVICES
 from families import FAMILIES, PAD, left_padded, prompts
 
 import offload
-from offload.index import BACKENDS
+from offload.index import BACKENDS, paged
 from offload.tiers import search
 
 N = 700
@@ -148,7 +148,7 @@ def test_what_a_search_raises_reaches_who_called(
             raise RuntimeError("the rows are gone")
         attend_best(*args)
 
-    attend_best = search.attend_best
+    attend_best = paged.attend_best
     monkeypatch.setattr(search, "attend_best", fails)
     with offload.attach(model, **ALL, index="flat", threads=2) as runtime:
         with pytest.raises(RuntimeError, match="the rows are gone"):
@@ -158,7 +158,7 @@ def test_what_a_search_raises_reaches_who_called(
         threads = {t.name for t in threading.enumerate()}
         assert "offload-search-1" in threads
     for thread in threading.enumerate():
-        if thread.name.startswith("offload-search"):
+        if thread.name.startswith(("offload-search", "offload-index")):
             thread.join(timeout=10)
             assert not thread.is_alive()
 

@@ -7,12 +7,15 @@ attends to most, and the host attends to them where they lie. Only numbers and t
     query ─► pinned memory ─► search, attend on the host ─► (o, lse), numbers of tokens ─► tail without them ─► combine
       └────► window; scan of what the device keeps ───────────────────────────────────────┘
 
-The device has the rest of the layer meanwhile. Both directions are one copy each.
+The device has the rest of the layer meanwhile. Both directions are one copy each. While a prompt is read, tokens are
+indexed beside the device's next layers, by a thread of its own; whatever needs the index waits for it.
 """
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,6 +45,7 @@ from offload.tiers.rows import RowShape
 KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
 OVERFETCH = 4  # keys that are scored exactly for each one that is attended to, by codes
 BITS = 4
+LEARNED = 1024  # queries of a KV head that an index learns from, where it does: of the last chunk with as many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +133,7 @@ class Searchers:
             threads: That search at the same time; None: one for each core.
         """
         self.workers = Workers(threads)
+        self.background = ThreadPoolExecutor(1, "offload-index")
         self._scratch: dict[tuple[int, ...], list[Scratch | None]] = {}
 
     def scratch(self, worker: int, groups: int, tokens: int, width: int, candidates: int) -> Scratch:  # fmt: skip
@@ -143,6 +148,11 @@ class Searchers:
         if made is None:
             made = there[worker] = Scratch.of(*key)
         return made
+
+    def close(self) -> None:
+        """Ends the threads, once what they have begun is over."""
+        self.background.shutdown()
+        self.workers.close()
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +197,8 @@ class HostSearch:
         self._coded: list[list[Coded]] = []
         self._indexes: list[list[Index]] = []
         self._n_coded = 0
+        self._building: Future[None] | None = None
+        self._learned: Floats | None = None  # [B, H_kv, n, D], the newest queries of the prompt
         if settings.index == "flat":
             self._coded = [[self._room() for _ in range(shape.kv_heads)] for _ in range(batch)]
         else:
@@ -207,6 +219,22 @@ class HostSearch:
         return [backend(self.settings.index)() for _ in range(self.shape.kv_heads)]
 
     @property
+    def learns(self) -> bool:
+        """Whether the index is built from queries, so that it waits for the last ones of a prompt."""
+        return self.settings.index == "graph"
+
+    def settle(self, *, quietly: bool = False) -> None:
+        """Waits for tokens that are being indexed.
+
+        Args:
+            quietly: What went wrong with it does not matter any more; else it is raised here.
+        """
+        building, self._building = self._building, None
+        if building is not None:
+            with suppress(BaseException) if quietly else nullcontext():
+                building.result()
+
+    @property
     def nbytes(self) -> int:
         """Bytes of host memory beside the pages, for the tokens that are there."""
         if self._indexes:
@@ -220,6 +248,7 @@ class HostSearch:
 
     def truncate(self, columns: int) -> None:
         """Forgets pages from column `columns` on: others may come in their place."""
+        self.settle()
         tokens = columns * self._page
         if tokens >= self.tokens:
             return
@@ -231,6 +260,9 @@ class HostSearch:
 
     def select_sequences(self, rows: Ids) -> None:
         """Makes sequence i the former sequence rows[i]."""
+        self.settle()
+        if self._learned is not None:
+            self._learned = self._learned[rows]
         self._first = [self._first[row] for row in rows]
         if self._indexes:
             self._indexes = [self._new_indexes() for _ in rows]
@@ -249,6 +281,40 @@ class HostSearch:
                 taken.add(row)
                 self._coded.append(heads)
 
+    def learn(self, queries: Tensor) -> None:
+        """Keeps some of a chunk's queries, where the index learns from them. Waits for the device.
+
+        Args:
+            queries: [B, H_q, Q, D].
+        """
+        batch, heads, count, dim = queries.shape
+        groups = heads // self.shape.kv_heads
+        wanted = -(-LEARNED // groups)
+        if not self.learns or (self._learned is not None and count < wanted):
+            return
+        some = queries[:, :, -wanted:].float().cpu().reshape(batch, self.shape.kv_heads, -1, dim)
+        self._learned = some.numpy()
+
+    def extend_later(self, pool: Tensor, pages: Ids, first: list[int], written: torch.cuda.Event | None) -> None:  # fmt: skip
+        """Begins to index what `extend` would, once it is written. Nothing for an index that learns from queries.
+
+        Args:
+            pool: As in `extend`, as the next two.
+            pages: Likewise.
+            first: Likewise.
+            written: The event behind the last copy to a host page.
+        """
+        if self.learns:
+            return
+        self.settle()
+
+        def later() -> None:
+            if written is not None:
+                written.synchronize()
+            self._extend(pool, pages, first)
+
+        self._building = self._shared.background.submit(later)
+
     def extend(self, pool: Tensor, pages: Ids, first: list[int]) -> None:
         """Indexes the tokens of pages that are new. They have to be written.
 
@@ -257,6 +323,10 @@ class HostSearch:
             pages: [B, blocks], those of every sequence.
             first: Of each sequence, the first token that is no padding.
         """
+        self.settle()
+        self._extend(pool, pages, first)
+
+    def _extend(self, pool: Tensor, pages: Ids, first: list[int]) -> None:
         self._pages, self._first = pages, first
         count = min(pages.shape[1] * self._page, self._capacity)
         if count <= self.tokens:
@@ -292,7 +362,14 @@ class HostSearch:
 
             def add(i: int, _: int) -> None:
                 row, head = divmod(i, heads)
-                self._indexes[row][head].add(gathered(rows(row, head), self.tokens, count))
+                index = self._indexes[row][head]
+                keys = gathered(rows(row, head), self.tokens, count)
+                if self.shape.dtype != torch.float32:
+                    keys = keys.astype(np.float16)
+                if len(index) or self._learned is None:
+                    index.add(keys)
+                else:
+                    index.build(keys, self._learned[row, head])
 
             self._shared.workers.run(add, pages.shape[0] * heads)
         self.tokens = count
@@ -307,6 +384,7 @@ class HostSearch:
             scale: Factor on the dot products.
             softcap: As in `offload.kernels.attend`.
         """
+        self.settle()
         began = time.perf_counter()
         heads, k = self.shape.kv_heads, self.settings.tokens
         batch, n_queries = query.shape[:2]
@@ -325,8 +403,7 @@ class HostSearch:
             target = ids[row, head], out[row, head], lse[row, head]
             first = min(self._first[row], self.tokens)
             if self._coded:
-                coded = self._coded[row][head]
-                coded = Coded(*(part[: self._n_coded] for part in coded[:3]), coded.bits)
+                coded = self._coded[row][head].of_first(self._n_coded)
                 attend_best(
                     here[0], coded, first, self.tokens, here[1], cap, over, scratch, *target
                 )

@@ -22,6 +22,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.errors import CacheError
@@ -33,7 +34,7 @@ from offload.tiers.pages import PageTable, Run
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import DevicePath
 from offload.tiers.rows import RowShape
-from offload.tiers.search import Found
+from offload.tiers.search import Found, HostSearch
 from offload.tiers.transfer import Chunk, HostReader, HostWriter
 
 # Tokens packed into rows at a time: the usual prefill chunk, so that one piece is all.
@@ -328,6 +329,8 @@ class LayerStore:
             query, None if alone else (key, value), held, scale, visible, softcap, sink_logits
         )
         self._take_in(key, value, inputs)
+        if self.path is not None and self.path.search is not None and not alone:
+            self._index_later(self.path.search, query)
         self.busy = False
         self._reader.prefetch()
         return out
@@ -548,7 +551,7 @@ class LayerStore:
 
     def _publish(self) -> None:
         assert self.path is not None
-        pages = np.stack([self._table.pages(row, 0, self.columns) for row in range(self.batch)])
+        pages = self._column_pages()
         self._pages = torch.from_numpy(pages)
         self.path.publish(
             n_rows=self._used * self.limits.page + self._tail_length,
@@ -563,6 +566,18 @@ class LayerStore:
                 self.written.synchronize()
             self.path.search.extend(self._pool(), pages, self.path.hidden_tokens())
         self._published = True
+
+    def _column_pages(self) -> NDArray[np.int64]:
+        """The page of each column, [B, columns]."""
+        return np.stack([self._table.pages(row, 0, self.columns) for row in range(self.batch)])
+
+    def _index_later(self, search: HostSearch, query: Tensor) -> None:
+        """Lets the host index what has left the window, while the device goes on."""
+        search.learn(query)
+        if self.columns:
+            # Which tokens are padding is known when the first step is published.
+            no_padding = [0] * self.batch
+            search.extend_later(self._pool(), self._column_pages(), no_padding, self.written)
 
     def _pool(self) -> Tensor:
         """Host pages as [pages, P, H_kv, D + D_v]."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,10 +125,11 @@ def test_cached_rows_are_forgotten_when_tokens_may_mean_other_rows() -> None:
     path = path_on_cpu(
         PathSettings(bits=4, tokens=16, skipped_mass=0.0, cached_rows=32), batch=3, kv_heads=2
     )
-    for change in (
-        lambda: path.forget_table(4),
-        lambda: path.select_sequences(torch.tensor([2, 0, 1])),
-    ):
+    changes: tuple[Callable[[], None], ...] = (
+        partial(path.forget_table, 4),
+        partial(path.select_sequences, torch.tensor([2, 0, 1])),
+    )
+    for change in changes:
         assert path._near is not None
         path._near.tokens.fill_(7)
         change()
