@@ -274,9 +274,9 @@ FAMILIES: dict[str, Family] = _table(
     _family(
         "hrm_text",
         "HrmText",
-        seed=873,
-        full_layers=tuple(range(8)),
-        num_hidden_layers=2,
+        seed=875,
+        full_layers=(0, 1, 2, 3),
+        num_hidden_layers=1,
         H_cycles=2,
         L_cycles=1,
         head_dim=16,
