@@ -183,6 +183,15 @@ def test_a_gguf_file_says_what_it_becomes() -> None:
         ),
         (
             {
+                "model_type": "gemma4",
+                "text_config": {"model_type": "gemma4_text"},
+                "vision_config": {"num_hidden_layers": 2},
+            },
+            InputError,
+            "counted with vision_config",
+        ),
+        (
+            {
                 "model_type": "gemma3",
                 "text_config": {"model_type": "gemma3_text"},
                 "vision_config": {"model_type": "eagle"},

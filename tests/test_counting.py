@@ -127,8 +127,6 @@ def test_a_kind_is_in_one_table_alone() -> None:
         ("lfm2", {"layer_types": ["conv", "spiral_attention"]}, "counted with layers"),
         ("falcon_h1", {"mamba_conv_bias": False}, "counted with mamba_conv_bias"),
         ("granitemoehybrid", {"hidden_size": "wide"}, "counted with hidden_size"),
-        ("gemma4", {"vision_config": {"num_hidden_layers": 2}}, "counted with vision_config"),
-        ("gemma3", {"vision_config": {"model_type": "eagle"}}, "counted with vision_config.model"),
         ("nemotron_h", {"num_hidden_layers": None}, "counted with num_hidden_layers"),
     ],
 )
