@@ -6,6 +6,7 @@
 | `flat` | all keys by a few bits, the best again exactly |
 | `ivf` | the lists of the nearest centroids, by FAISS |
 | `hnsw` | a walk over a graph of keys, by FAISS |
+| `graph` | a walk over links that earlier queries drew, in Numba |
 | `scan` | the codes of `flat`, their scores and the best of them, in Numba |
 | `file` | how an index lies in a file |
 | `growing` | rows behind rows at O(1) |
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from offload.index.base import Index
 
-BACKENDS = ("flat", "ivf", "hnsw")
+BACKENDS = ("flat", "ivf", "hnsw", "graph")
 
 
 def backend(name: str) -> type[Index]:
@@ -50,6 +51,10 @@ def backend(name: str) -> type[Index]:
         from offload.index.hnsw import HNSW
 
         return HNSW
+    if name == "graph":
+        from offload.index.graph import Graph
+
+        return Graph
     change = f"Choose from {', '.join(BACKENDS)}."
     raise ConfigError("there is no index of this name", asked=name, there=BACKENDS, change=change)
 

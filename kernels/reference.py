@@ -540,3 +540,18 @@ def _unpack(planes: Sequence[Tensor], bits: int) -> Tensor:
         shift += plane
     assert total is not None
     return total.float()
+
+
+def rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys with their positions: channel i turned together with channel i + R/2, further ones as they are.
+
+    Args:
+        keys: [B, T, H, D].
+        cos: [B or 1, T, R].
+        sin: Likewise.
+    """
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    turning, still = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, still], dim=-1)

@@ -14,10 +14,11 @@ import torch
 
 from offload.config import OffloadConfig
 from offload.demand import DRIVER_GROWTH, Held, demand_of, pass_bytes
-from offload.errors import BudgetError
+from offload.errors import BudgetError, InputError
 from offload.hardware import DeviceMemory, device_memory, host_memory
 from offload.model import ModelShape
 from offload.scheduler.layout import Demand, Layout, lay_out
+from offload.scheduler.profiles import Profile, profile_of
 from offload.scheduler.rungs import Rung
 from offload.tiers.pinned import HostBudget, PinBudget
 
@@ -87,6 +88,7 @@ class Budgets:
             return 0 if method is None else method(held)
 
         self.host = HostBudget(available=host_available)
+        self._profile = known_profile(shape.device)
         memory = self._device()
         asked = self.device_budget()
         if asked > memory.total:
@@ -131,8 +133,9 @@ class Budgets:
         memory = self._device()
         weights = memory.allocated if self._on_card else self._held()
         held = Held(
-            total=memory.total, weights=weights, overhead=memory.overhead, on_card=self._on_card
-        )
+            total=memory.total, weights=weights, overhead=memory.overhead, on_card=self._on_card,
+            flops_per_byte=None if self._profile is None else self._profile.gemm_flops / self._profile.pcie,
+        )  # fmt: skip
         return demand_of(
             self._config,
             self._shape,
@@ -223,3 +226,13 @@ class Budgets:
         free = max(0, host.available - reserve)
         asked = self._config.memory.cpu
         return free if asked.is_auto else min(free, asked.resolve(total=host.total, auto=0) - held)
+
+
+def known_profile(device: torch.device) -> Profile | None:
+    """Rates of a card; None for others, and for cards that nothing is known of."""
+    if device.type != "cuda":
+        return None
+    try:
+        return profile_of(torch.cuda.get_device_name(device))
+    except InputError:
+        return None

@@ -15,9 +15,11 @@ from offload.cache import OffloadCache, stock_layers
 from offload.config import OffloadConfig
 from offload.hardware import host_memory
 from offload.model import ModelShape, text_config
+from offload.recompute import Angles, Inputs, LayerSource, recipes
 from offload.report import Notes
 from offload.scheduler.layout import AUTO_CHUNK, Demand, Layout
 from offload.scheduler.rungs import Rung, cached_rows
+from offload.tiers.hidden import HiddenForm
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
 from offload.tiers.store import LayerStore, StoreLimits
@@ -62,6 +64,7 @@ class CacheMaker:
         # What each layer's replica costs in fidelity, and what measures it while a prompt is there.
         self.errors: dict[Rung, tuple[float, ...]] | None = None
         self.measure_errors: Callable[[], dict[Rung, tuple[float, ...]] | None] | None = None
+        self._inputs: Inputs | None = None  # of attention, where pages hold them
         self._free_regions: dict[int, list[HostRegion]] = {}
         self._reserve = max(2**30, host_memory().total // max(1, len(shape.rows)))
 
@@ -78,6 +81,10 @@ class CacheMaker:
         if memory is not None:
             # Where nobody verifies (stock `generate` over this cache), no step may go by a replica.
             memory.suspended = self._config.mode == "verified"
+        if self._config.scheduler.recompute == "hidden" and self._inputs is None:
+            found = recipes(self._model, self._shape)
+            self._inputs = Inputs(self._shape.modules, found)
+        angles = Angles()
         taken: list[tuple[int, HostRegion]] = []
         readers: list[HostReader] = []
 
@@ -107,8 +114,8 @@ class CacheMaker:
             all_limits = self._layer_limits(layout, tokens, sequences * copies)
             try:
                 grow = []
-                for row, of_layer in zip(self._shape.rows, all_limits, strict=True):
-                    page_bytes = of_layer.page * row.token_bytes
+                for index, of_layer in enumerate(all_limits):
+                    page_bytes = self._page_bytes(index, layout)
                     region = self._take_region(page_bytes)
                     taken.append((page_bytes, region))
                     pages = LayerStore.initial_pages(of_layer, sequences)
@@ -131,6 +138,7 @@ class CacheMaker:
                             reader=reader,
                             writer=writer,
                             path=path,
+                            hidden=self._hidden_form(index, layout, angles),
                         )
                     )
             except BaseException:
@@ -138,6 +146,8 @@ class CacheMaker:
                 raise
             reader.reset(list(stores))
             readers.append(reader)
+            if layout.hidden is None and self._inputs is not None:
+                self._inputs.forget(id(cache))
             return layout, stores
 
         def settle() -> None:
@@ -150,6 +160,8 @@ class CacheMaker:
                 # It and its stores hold each other: without this their memory waits for the garbage collector.
                 reader.reset([])
             readers.clear()
+            if self._inputs is not None:
+                self._inputs.forget(id(cache))
             for page_bytes, region in taken:
                 self._free_regions.setdefault(page_bytes, []).append(region)
             taken.clear()
@@ -163,7 +175,25 @@ class CacheMaker:
             modules=self._shape.modules,
         )
         self.caches.add(cache)
+        if self._inputs is not None:
+            self._inputs.asking.add(id(cache))
         return cache
+
+    def _page_bytes(self, layer: int, layout: Layout) -> int:
+        """Bytes of a host page of a layer."""
+        if layout.hidden is not None:
+            return layout.hidden.page_bytes[layer]
+        return self._config.cache.page * self._shape.rows[layer].token_bytes
+
+    def _hidden_form(self, layer: int, layout: Layout, angles: Angles) -> HiddenForm | None:
+        """How a layer's pages hold inputs; None where they hold keys and values."""
+        if layout.hidden is None or self._inputs is None:
+            return None
+        return HiddenForm(
+            width=self._inputs.recipes[layer].width,
+            tokens=layout.hidden.tokens,
+            source=LayerSource(self._inputs, layer, angles),
+        )
 
     def close(self, reason: str) -> None:
         """Closes every cache and gives all host memory back."""
@@ -171,6 +201,9 @@ class CacheMaker:
             cache.close(reason)
         self.streams.synchronize()
         self._free_regions.clear()
+        if self._inputs is not None:
+            self._inputs.close()
+            self._inputs = None
         for region in self._regions:
             region.close()
         self._regions.clear()
@@ -287,8 +320,14 @@ class CacheMaker:
         torch.cuda.empty_cache()
         needed = self._budgets.pass_bytes(stores[0].batch, rows)
         spare = max(0, layout.device["workspace"] - needed)
+        spare += int(
+            layout.resident_share
+            * layout.host_tokens
+            * stores[0].batch
+            * sum(self._shape.token_bytes)
+        )
         per_column = sum(
-            store.page_bytes * (1 if store.shared_columns else store.batch) for store in stores
+            store.column_bytes * (1 if store.shared_columns else store.batch) for store in stores
         )
         for store in stores:
             store.keep_resident(spare // per_column, rows=rows)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import math
 import re
 import textwrap
 import tomllib
@@ -75,6 +76,22 @@ def _auto_or_switch(value: Any) -> Any:
     )
 
 
+def _auto_or_share(value: Any) -> Any:
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
+    try:
+        share = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0.0 < share <= 1.0:
+        raise ConfigError(
+            f"{value!r} is no share above 0 and at most 1",
+            asked=value,
+            change='Write for example 0.5, or "auto".',
+        )
+    return share
+
+
 def _tokens(value: Any) -> int:
     return parse_tokens(value)
 
@@ -130,6 +147,7 @@ def _reads(bare: Mapping[str, Any], *patterns: str) -> WithJsonSchema:
 _ABOVE_ZERO: Final = {"type": "integer", "minimum": 1}
 _FROM_ZERO: Final = {"type": "integer", "minimum": 0}
 _WHOLE: Final = {"type": "number", "minimum": 1}  # 1e9 is a float in TOML
+_PART: Final = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 _AsText = PlainSerializer(str, return_type=str)
 _Budget = Annotated[
     InstanceOf[Size],
@@ -152,6 +170,9 @@ _AutoOrTokensOrNone = Annotated[
     Literal["auto"] | int,
     BeforeValidator(_auto_or_tokens_or_none),
     _reads(_FROM_ZERO, _LENGTH, _AUTO),
+]
+_AutoOrShare = Annotated[
+    Literal["auto"] | float, BeforeValidator(_auto_or_share), _reads(_PART, _NUMBER, _AUTO)
 ]
 _AutoOrSwitch = Annotated[
     Literal["auto"] | bool, BeforeValidator(_auto_or_switch), _reads({"type": "boolean"}, _AUTO)
@@ -324,7 +345,21 @@ class ReplicaConfig(_Table):
 
 
 class SchedulerConfig(_Table):
-    """How the placement of tokens is decided. No keys yet: exact mode has one placement."""
+    """What becomes of tokens that a step needs and the device does not hold."""
+
+    recompute: Literal["off", "hidden"] = Field(
+        default="off",
+        description="off: keys and values on the host are copied. hidden, in mode exact: the host keeps the inputs of "
+        "attention instead, which are fewer bytes where a model has as many KV heads as query heads, and the device "
+        "rebuilds keys and values from them, to the rounding of its matrix products.",
+        json_schema_extra=_unit('"off" or "hidden"'),
+    )
+    recomputed: _AutoOrShare = Field(
+        default="auto",
+        description="Share of the tokens on the host that are rebuilt, where recompute is hidden. auto: so many that "
+        "copies and matrix products end together.",
+        json_schema_extra=_unit("share, or auto"),
+    )
 
 
 class PrefillConfig(_Table):
@@ -485,12 +520,21 @@ class OffloadConfig(_Table):
         "skipped_mass": "replica.skipped_mass",
         "retrieved": "retrieval.tokens",
         "row_cache": "retrieval.row_cache",
+        "recompute": "scheduler.recompute",
+        "recomputed": "scheduler.recomputed",
         "progress": "trace.progress",
         "progress_from": "trace.progress_from",
     }
 
     def require_usable(self) -> None:
         """Raises ConfigError where keys that are right by themselves exclude each other."""
+        if self.scheduler.recompute != "off" and self.mode != "exact":
+            raise ConfigError(
+                "Inputs of attention stand for keys and values in mode exact only: other modes read rows of single tokens",
+                asked=f'scheduler.recompute = "{self.scheduler.recompute}"',
+                there=f"mode {self.mode}",
+                change='Write mode = "exact", or scheduler.recompute = "off".',
+            )
         if self.keeps_replica and self.cache.page != FAST_PAGE:
             raise ConfigError(
                 f"Mode {self.mode} works in pages of {FAST_PAGE} tokens, which share the scales of their keys",

@@ -12,7 +12,14 @@ from typing import Protocol
 
 from offload.config import OffloadConfig
 from offload.errors import ConfigError
-from offload.scheduler.layout import Demand, RungPrice
+from offload.scheduler.cost import hidden_share
+from offload.scheduler.layout import (
+    REBUILT_TOKENS,
+    Demand,
+    HiddenPrice,
+    RungPrice,
+    hidden_page_bytes,
+)
 from offload.scheduler.pace import Drafts
 from offload.scheduler.rungs import (
     RUNGS,
@@ -87,6 +94,10 @@ class Shape(Protocol):
         """Logits of one token."""
 
     @property
+    def hidden(self) -> int:
+        """Size of the residual stream."""
+
+    @property
     def token_bytes(self) -> tuple[int, ...]:
         """KV bytes of one token of one sequence, for each layer of `rows`."""
 
@@ -103,12 +114,14 @@ class Held:
         weights: Bytes of weights and other live tensors.
         overhead: Bytes that are nobody's tensors: driver contexts, other processes.
         on_card: Whether it is a card; a CPU has neither an allocator of ours nor streams.
+        flops_per_byte: Of matrix products while PCIe brings a byte; None where nobody knows.
     """
 
     total: int
     weights: int
     overhead: int
     on_card: bool
+    flops_per_byte: float | None = None
 
 
 def demand_of(
@@ -141,6 +154,9 @@ def demand_of(
     whole = prompt if shape.fed_whole is not None and prompt else None
     selected = max(rung.selected(config.retrieval.tokens) for rung in RUNGS)
     overhead = held.overhead + ALLOCATOR_SLACK + DRIVER_GROWTH if held.on_card else 0
+    hidden = None
+    if config.scheduler.recompute == "hidden" and config.mode == "exact" and tokens is not None:
+        hidden = hidden_price(config, shape, held.flops_per_byte)
     captures = CUBLAS_WORKSPACE if held.on_card and fast and config.decode.capture else 0
     return Demand(
         batch=batch,
@@ -174,6 +190,56 @@ def demand_of(
         else 0,
         scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
         longest=shape.max_positions or 2**20,
+        hidden=hidden,
+    )
+
+
+def hidden_price(config: OffloadConfig, shape: Shape, flops_per_byte: float | None) -> HiddenPrice:
+    """What pages take that hold inputs of attention instead of the keys and values of some tokens.
+
+    Args:
+        config: As asked.
+        shape: Of the model.
+        flops_per_byte: As of `Held`.
+
+    Raises:
+        ConfigError: Nothing would be gained.
+    """
+    page, asked = config.cache.page, config.scheduler.recomputed
+    row = max(shape.rows, key=lambda one: one.token_bytes)
+    values = row.kv_heads * (row.key_dim + row.value_dim)
+    itemsize = row.token_bytes // values
+    if shape.hidden >= values:
+        raise ConfigError(
+            "Inputs of attention are no fewer bytes than keys and values in this model",
+            asked='scheduler.recompute = "hidden"',
+            there=f"{shape.hidden * itemsize:,} bytes of an input, {row.token_bytes:,} of keys and values",
+            change='Write scheduler.recompute = "off".',
+        )
+    share = hidden_share(values, shape.hidden, itemsize, flops_per_byte)
+    if not isinstance(asked, str):
+        share = asked
+    tokens = max(1, round(share * page))
+    # Keys and values of two parts, inputs side by side, and copies that a rotation makes of some keys.
+    of_token = 2 * values + shape.hidden + row.kv_heads * row.key_dim
+    rebuilt = REBUILT_TOKENS * itemsize * of_token
+    return HiddenPrice(
+        tokens=tokens,
+        page_bytes=tuple(
+            hidden_page_bytes(shape.hidden, tokens, one.token_bytes, itemsize, page)
+            for one in shape.rows
+        ),
+        row_bytes=tuple(
+            -(-shape.hidden // (one.key_dim + one.value_dim))
+            * (one.key_dim + one.value_dim)
+            * itemsize
+            for one in shape.rows
+        ),
+        flops=2.0
+        * shape.hidden
+        * sum(one.kv_heads * (one.key_dim + one.value_dim) for one in shape.rows),
+        workspace=rebuilt,
+        angle_bytes=2 * row.key_dim * itemsize,
     )
 
 

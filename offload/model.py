@@ -47,6 +47,7 @@ class ModelShape:
         longest: Tokens at which a sliding window would begin to slide that was taken for full attention because
             it is as long as the model's positions; None without one.
         vocabulary: Logits of one token.
+        hidden: Size of the residual stream.
     """
 
     model_type: str
@@ -65,6 +66,7 @@ class ModelShape:
     state_bytes: int = 0
     longest: int | None = None
     vocabulary: int = 0
+    hidden: int = 0
 
     def other_kv_bytes(self, tokens: int | None) -> int:
         """Device bytes of one sequence in layers that are not offloaded.
@@ -298,6 +300,7 @@ def examine(model: Any) -> ModelShape:
         state_bytes=_state_bytes(cache),
         longest=_longest(layers, offloaded),
         vocabulary=int(getattr(config, "vocab_size", 0) or 0),
+        hidden=int(getattr(config, "hidden_size", 0) or 0),
     )
 
 

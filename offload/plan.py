@@ -314,6 +314,7 @@ def _demand(
         # The runtime finds what cuBLAS keeps for the first stream allocated.
         overhead=machine.profile.context + CUBLAS_WORKSPACE,
         on_card=True,
+        flops_per_byte=machine.profile.gemm_flops / machine.profile.pcie,
     )
     prompt = max(1, context - output)
     return demand_of(config, shape, held, batch=batch, tokens=context, prompt=prompt)

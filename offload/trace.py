@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity
 MOST_SAMPLES = 4096  # beyond, every other one is dropped and half as many are taken
 MOST_EVENTS = 200_000  # of a trace: some 3 MB
 _EVERY_S = 0.02
-_BURST_S = 0.0005  # between tokens of one burst, at most; no step is as short
+_BURST_S = 0.0001  # between tokens of one burst, at most: a replayed step of the smallest models takes twice as long
 
 # The first pattern that a kernel's name matches says what it is for. Ours first: libraries use many words.
 _KERNELS = (
@@ -32,6 +32,7 @@ _KERNELS = (
     ("selected rows", r"^_rows_kernel"),
     ("window and merge", r"^_(window|merge|combine)_kernel"),
     ("quantising", r"^_quantize"),
+    ("rebuilding", r"^_rotate_kernel"),
     ("attention", r"flash|fmha|attention|mem_eff"),
     ("copies from the host", r"memcpy.*htod|memcpy.*host.*->.*device"),
     ("copies to the host", r"memcpy.*dtoh|memcpy.*device.*->.*(host|pinned|pageable)"),

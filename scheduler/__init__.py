@@ -4,7 +4,12 @@
 |---|---|
 | `layout` | where every byte of a run goes, and how many tokens stay on the device |
 | `rungs` | which low-bit replicas there are, and what a token takes in each |
+| `ladder` | which layer takes which rung |
+| `pace` | how many tokens are drafted at once |
+| `profiles` | what cards can do |
+| `cost` | how long a prefill, a step and a pass take |
+| `phases` | which tokens stay on the device, which on the host, and which are computed again |
+| `simulate` | a workload replayed under a policy |
 
-Plain numbers, standard library only, so that a plan can be made on any machine. Exact mode has one
-placement; a cost model that chooses between several comes with the first mode that has a choice.
+Plain numbers, standard library only, so that a plan can be made on any machine.
 """

@@ -1,4 +1,4 @@
-"""How long does it take? Times of a prefill, a step and a pass for a layout on a machine, engine by engine.
+"""How long does it take? Times of a prefill, a step and a pass for a layout or a placement on a machine, engine by engine.
 
 What runs on different engines overlaps: a sum is only taken over what one engine does. The constants are those of an
 H100 SXM, from `benchmarks/decode.json` and `benchmarks/verified.json`; a test compares the two. Times in seconds.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from offload.errors import InputError
 from offload.scheduler.layout import Layout
 from offload.scheduler.pace import LENGTHS, MOST_ROWS, Drafts
 from offload.scheduler.profiles import Profile
@@ -23,6 +25,8 @@ _PATH_TOKEN_S = 3e-11  # for each token of the replica
 _ROW_S = 0.28e-6  # for each exact token beyond 64 per KV head
 # Streaming every token reaches this share of the link.
 _STREAM_SHARE = 0.94
+# What both ways of the link reach together, of what one does: 80 of 53 GB/s on the H100.
+_DUPLEX = 1.5
 # Launching what one staged chunk needs, where chunks are small.
 _CHUNK_S = 0.3e-3
 _PASS_LAYER_S = (
@@ -34,7 +38,7 @@ AGREEMENT = {4: 0.9987, 3: 0.998, 2: 0.989, 0: 0.9}
 LINK, PASSES = "PCIe", "passes"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: a sum over layers is kept
 class Work:
     """What a model computes, beside the bytes of its layout.
 
@@ -50,7 +54,7 @@ class Work:
     heads: Sequence[tuple[int, int]]
     layers: int
 
-    @property
+    @cached_property
     def attention_flops(self) -> float:
         """Of one query and one key, in all layers."""
         return float(sum(4 * heads * size for heads, size in self.heads))
@@ -122,14 +126,19 @@ def step(layout: Layout, work: Work, profile: Profile, way: Way) -> dict[str, fl
     """Seconds of one token by part. Where every token is streamed, that is the link's."""
     rate, batch = profile.bytes_per_s, way.batch
     parts = {
-        "weights": max(work.read_bytes / rate, 2 * work.parameters * batch / profile.gemm_flops),
+        "weights": _weights_s(work, profile, batch),
         "window": (layout.device["sinks and window"] + layout.device["other KV"]) / rate,
-        "launches": work.layers * (_LAYER_S + (0.0 if way.compiled else _EAGER_S)),
+        "launches": _launches_s(work, compiled=way.compiled),
     }
     # Several sequences are not drafted: mode verified makes exact steps of them.
     streams = way.mode == "exact" or (way.mode == "verified" and batch > 1) or not layout.rungs
     if layout.host_tokens and streams:
-        parts[LINK] = layout.host_bytes / profile.pcie / _STREAM_SHARE
+        # What is left of the budget keeps rebuilt rows.
+        streamed = 1.0 - layout.resident_share
+        parts[LINK] = streamed * layout.host_bytes / profile.pcie / _STREAM_SHARE
+        if layout.hidden is not None:
+            rebuilt = layout.hidden.tokens / layout.page * layout.host_tokens * batch * streamed
+            parts["rebuilding"] = rebuilt * layout.hidden.flops / profile.gemm_flops
     elif layout.rungs:
         rung = layout.rung
         assert rung is not None
@@ -141,18 +150,266 @@ def step(layout: Layout, work: Work, profile: Profile, way: Way) -> dict[str, fl
     return parts
 
 
+def hidden_share(values: int, inputs: int, itemsize: int, flops_per_byte: float | None) -> float:
+    """Share of tokens to rebuild, so that copies and matrix products of a layer end together.
+
+    Of share x a token takes x inputs + (1 - x) values from the host, times the bytes of one, and 2 x inputs values
+    operations. Both take as long at x = values / (values - inputs + 2 inputs values / (flops per byte itemsize)).
+
+    Args:
+        values: Of a token's keys and values.
+        inputs: Of its input.
+        itemsize: Bytes of a value.
+        flops_per_byte: Operations while PCIe brings a byte; None where nobody knows: then all of them.
+    """
+    if inputs >= values:
+        return 0.0
+    if flops_per_byte is None:
+        return 1.0
+    products = 2.0 * inputs * values / (flops_per_byte * itemsize)
+    return min(1.0, values / (values - inputs + products))
+
+
 def prefill(layout: Layout, work: Work, profile: Profile, *, batch: int, prompt: int) -> float:
     """Seconds of reading a prompt in chunks: products and attention, beside the pages that every chunk streams."""
-    products = 2.0 * work.parameters * prompt * batch / profile.gemm_flops
-    attention = work.attention_flops * batch * prompt**2 / 2 / profile.attention_flops
     chunks = -(-prompt // layout.chunk)
-    weights = chunks * work.read_bytes / profile.bytes_per_s
     # On the host at chunk i: what came before, less what the device holds.
     held = max(1, prompt - layout.host_tokens)
     steps = max(0, prompt - held) / layout.chunk
     copied = layout.host_bytes * steps / 2
     launches = copied / max(1, layout.staging_bytes) * _CHUNK_S
-    return max(max(products, weights) + attention, copied / profile.pcie + launches)
+    computes = reading(work, profile, sequences=batch, tokens=prompt * batch, passes=chunks)
+    return max(computes, copied / profile.pcie + launches)
+
+
+def reading(work: Work, profile: Profile, *, sequences: int, tokens: float, passes: float) -> float:
+    """Seconds in which a model reads the tokens of a prompt; copies are not among them.
+
+    max(2 · parameters · tokens / GEMM rate, passes · weight bytes / memory rate)
+    + attention FLOP of a query and a key · tokens² / (2 · sequences) / attention rate.
+
+    Args:
+        work: Of the model.
+        profile: Of the machine.
+        sequences: That the tokens are of, in equal parts.
+        tokens: Of all sequences together.
+        passes: How often the weights are read.
+    """
+    products = 2.0 * work.parameters * tokens / profile.gemm_flops
+    weights = passes * work.read_bytes / profile.bytes_per_s
+    attention = work.attention_flops * tokens**2 / 2 / max(1, sequences) / profile.attention_flops
+    return max(products, weights) + attention
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A layer that keeps every token.
+
+    Attributes:
+        queries: Query heads.
+        kv: KV heads.
+        size: Of a head, in channels.
+    """
+
+    queries: int
+    kv: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model, as its tokens can be kept: as keys and values, or as the inputs of its layers.
+
+    Attributes:
+        layers: Those that keep every token.
+        hidden: Channels of a layer's input.
+        itemsize: Bytes of a number.
+        parameters: That a token is multiplied with.
+        weights: Bytes of all of them on the device.
+        reads: Bytes of them that a step reads; None: all.
+        depth: Layers of all kinds; None: there are no others.
+    """
+
+    layers: tuple[Heads, ...]
+    hidden: int
+    itemsize: int
+    parameters: float
+    weights: int
+    reads: int | None = None
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what no model has."""
+        sizes = (self.hidden, self.itemsize, self.parameters, self.weights)
+        heads = [n for layer in self.layers for n in (layer.queries, layer.kv, layer.size)]
+        if not self.layers or not all(size > 0 for size in (*sizes, *heads)):
+            raise InputError(
+                "A model's shape has a size that is not above zero",
+                asked=(*sizes, *heads),
+                change="Give layers with heads, hidden, itemsize, parameters and weights.",
+            )
+
+    @cached_property
+    def work(self) -> Work:
+        """What it computes."""
+        return Work(
+            parameters=self.parameters,
+            read_bytes=self.weights if self.reads is None else self.reads,
+            heads=[(layer.queries, layer.size) for layer in self.layers],
+            layers=len(self.layers) if self.depth is None else self.depth,
+        )
+
+    @cached_property
+    def kv_bytes(self) -> int:
+        """Of a token in all layers, as K and V: Σ 2 · kv heads · head size · itemsize."""
+        return sum(self._layer_kv)
+
+    @cached_property
+    def input_bytes(self) -> int:
+        """Of a token in all layers, as inputs where these are smaller: Σ min(hidden · itemsize, K and V)."""
+        return sum(min(self.hidden * self.itemsize, kv) for kv in self._layer_kv)
+
+    @cached_property
+    def rebuild_flops(self) -> float:
+        """Of K and V of a token from inputs: Σ 2 · hidden · (2 · kv heads · head size), where these are smaller."""
+        smaller = [kv for kv in self._layer_kv if self.hidden * self.itemsize < kv]
+        return sum(2.0 * self.hidden * kv / self.itemsize for kv in smaller)
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether inputs are smaller than K and V in any layer: not with four or more query heads to a KV head."""
+        return self.rebuild_flops > 0
+
+    @cached_property
+    def prefix_bytes(self) -> int:
+        """Of a token that is read again, while it is: a layer's input, and its K and V."""
+        return self.hidden * self.itemsize + max(self._layer_kv)
+
+    @cached_property
+    def _layer_kv(self) -> tuple[int, ...]:
+        return tuple(2 * layer.kv * layer.size * self.itemsize for layer in self.layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """From where a step gets the tokens that it attends to: tokens of all sequences together.
+
+    Attributes:
+        sequences: That are decoded.
+        resident: Whose K and V are on the device.
+        fetched: Whose K and V are copied from the host.
+        rebuilt: Whose layer inputs are copied from the host, and multiplied to K and V.
+        dropped: The oldest ones, read again from their ids.
+        scored: Among which the step first chooses; 0 where it attends to all.
+        bytes_in: Further bytes that are copied to the device.
+        bytes_out: Bytes that are copied to the host.
+        staging: Bytes in which the dropped ones are read again, a group of sequences at a time.
+        link_share: Of the link's rate that copies reach, if it is not that of pinned memory.
+    """
+
+    sequences: int
+    resident: float
+    fetched: float = 0
+    rebuilt: float = 0
+    dropped: float = 0
+    scored: float = 0
+    bytes_in: float = 0
+    bytes_out: float = 0
+    staging: int = 1
+    link_share: float = _STREAM_SHARE
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """For how long each engine works on a step.
+
+    Attributes:
+        device: Seconds of the card, by what they go into.
+        link: Seconds of PCIe.
+        bytes_in: That are copied to the device.
+        bytes_out: That are copied to the host.
+    """
+
+    device: dict[str, float]
+    link: float
+    bytes_in: float
+    bytes_out: float
+
+    @property
+    def computes(self) -> float:
+        """Seconds of the card."""
+        return sum(self.device.values())
+
+    @property
+    def seconds(self) -> float:
+        """Of the step: the engines overlap."""
+        return max(self.computes, self.link)
+
+    @property
+    def limit(self) -> str:
+        """What takes longest."""
+        if self.link >= self.computes:
+            return LINK
+        return max(self.device, key=lambda part: self.device[part])
+
+
+def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
+    """Prices a step of a placement, in seconds. Planner and simulator have no other prices.
+
+    Of the card, which add up:
+    weights    max(weight bytes / memory rate, 2 · parameters · sequences / GEMM rate)
+    launches   layers · 24 µs
+    attention  bytes of all K and V, read once, and of what was not resident written before / memory rate
+    rebuild    tokens · 2 · hidden · (2 · kv heads · head size) over layers / GEMM rate; inputs written and read
+    prefix     `reading` of the dropped tokens; the weights once for each group of sequences that staging holds
+    selection  layers · (39 µs + 0.03 ns · tokens scored)
+
+    Of the link: bytes / (PCIe rate · share reached), the larger of both ways, or their sum over 1.5.
+
+    Args:
+        where: The tokens are.
+        shape: Of the model.
+        profile: Of the machine.
+    """
+    rate, work = profile.bytes_per_s, shape.work
+    made = where.fetched + where.rebuilt + where.dropped
+    device = {
+        "weights": _weights_s(work, profile, where.sequences),
+        "launches": _launches_s(work, compiled=True),
+        "attention": (where.resident + 2 * made) * shape.kv_bytes / rate,
+    }
+    if where.rebuilt:
+        products = where.rebuilt * shape.rebuild_flops / profile.gemm_flops
+        device["rebuild"] = products + 2 * where.rebuilt * shape.input_bytes / rate
+    if where.dropped:
+        groups = where.dropped * shape.prefix_bytes / where.staging
+        device["prefix"] = reading(
+            work, profile, sequences=where.sequences, tokens=where.dropped, passes=groups
+        )
+    if where.scored:
+        device["selection"] = len(shape.layers) * (_PATH_S + where.scored * _PATH_TOKEN_S)
+    come = where.fetched * shape.kv_bytes + where.rebuilt * shape.input_bytes + where.bytes_in
+    link = copying(come, where.bytes_out, profile, share=where.link_share)
+    return Busy(device, link, come, where.bytes_out)
+
+
+def copying(
+    bytes_in: float, bytes_out: float, profile: Profile, *, share: float = _STREAM_SHARE
+) -> float:
+    """Seconds of the link: max(in, out, (in + out) / 1.5) / (PCIe rate · share reached)."""
+    largest = max(bytes_in, bytes_out, (bytes_in + bytes_out) / _DUPLEX)
+    return largest / profile.pcie / share
+
+
+def _weights_s(work: Work, profile: Profile, batch: int) -> float:
+    """Seconds of a step's products: of reading the weights, or of multiplying with them."""
+    products = 2 * work.parameters * batch / profile.gemm_flops
+    return max(work.read_bytes / profile.bytes_per_s, products)
+
+
+def _launches_s(work: Work, *, compiled: bool) -> float:
+    """Seconds of a step's launches and gaps."""
+    return work.layers * (_LAYER_S + (0.0 if compiled else _EAGER_S))
 
 
 def pass_flops(work: Work, tokens: int, rows: int) -> float:

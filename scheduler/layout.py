@@ -51,6 +51,43 @@ class RungPrice:
         return sum(self.layer_bytes)
 
 
+REBUILT_TOKENS = 8192  # of all sequences, whose keys and values are rebuilt together
+
+
+def hidden_page_bytes(width: int, tokens: int, token_bytes: int, itemsize: int, page: int) -> int:
+    """Bytes of a page whose first tokens are kept as inputs.
+
+    Args:
+        width: Values of an input.
+        tokens: Kept so.
+        token_bytes: Of the keys and values of one token.
+        itemsize: Bytes of a value.
+        page: Tokens of the page.
+    """
+    return tokens * width * itemsize + (page - tokens) * token_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HiddenPrice:
+    """Pages that hold the inputs of attention instead of the keys and values of some tokens.
+
+    Attributes:
+        tokens: Of a block that are held so, its first ones.
+        page_bytes: Of a page of each layer.
+        row_bytes: Of a token's input beside its row in the window, for each layer.
+        flops: Operations that rebuild the keys and values of one token in all layers.
+        workspace: Device bytes of what is rebuilt together.
+        angle_bytes: Device bytes of a token's cosines and sines.
+    """
+
+    tokens: int
+    page_bytes: tuple[int, ...]
+    row_bytes: tuple[int, ...]
+    flops: float
+    workspace: int
+    angle_bytes: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demand:
     """What a run asks for.
@@ -82,6 +119,8 @@ class Demand:
         scratch_bytes: Device bytes of a decode step on the device path, per sequence.
         scratch_token_bytes: Further ones, per token and sequence.
         longest: Tokens to make room for where `tokens` is not known.
+        hidden: Of pages that hold inputs of attention; None where they hold keys and values. Only where `tokens` is
+            known, and without rungs.
     """
 
     batch: int
@@ -108,6 +147,7 @@ class Demand:
     scratch_bytes: int = 0
     scratch_token_bytes: int = 0
     longest: int = 0
+    hidden: HiddenPrice | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +166,9 @@ class Layout:
         rungs: What the replica of each offloaded layer is; empty without one.
         replica_tokens: Tokens per sequence that it has room for.
         whole: Layers that keep all their tokens on the device; they have no replica.
+        page: Tokens of a block.
+        hidden: What pages hold instead of keys and values; None where they hold these.
+        resident_share: Of the host's tokens, those of which the device keeps rebuilt rows while it decodes.
     """
 
     chunk: int
@@ -139,6 +182,9 @@ class Layout:
     rungs: tuple[Rung, ...] = ()
     replica_tokens: int = 0
     whole: frozenset[int] = frozenset()
+    page: int = 1
+    hidden: HiddenPrice | None = None
+    resident_share: float = 0.0
 
     @property
     def rung(self) -> Rung | None:
@@ -383,7 +429,7 @@ def _device_layout(demand: Demand, budget: int) -> Layout:
     if demand.tokens is not None and demand.window is None:
         # Does everything fit? Then the buffers are never used and hold one page.
         blocks = max(1, -(-demand.tokens // demand.page) - sink_blocks)
-        whole = _price(replace(demand, rungs=()), _page_bytes(demand), blocks, chunk)
+        whole = _price(replace(demand, rungs=(), hidden=None), _page_bytes(demand), blocks, chunk)
         if whole.device_bytes <= budget:
             return whole
         needed = min(needed, whole.device_bytes)
@@ -418,7 +464,13 @@ def _device_layout(demand: Demand, budget: int) -> Layout:
     staging = _staging(demand, budget - least.device_bytes)
     if demand.window is not None or (demand.rungs and demand.tokens is not None):
         return _price(demand, staging, least.window_blocks, chunk)
-    spare = budget - _price(demand, staging, least.window_blocks, chunk).device_bytes
+    found = _price(demand, staging, least.window_blocks, chunk)
+    spare = budget - found.device_bytes
+    if demand.hidden is not None:
+        # A window holds inputs as well: what is left is for copies of pages, which do not.
+        whole_tokens = demand.batch * max(1, found.host_tokens)
+        share = spare / max(1, whole_tokens * sum(demand.token_bytes))
+        return replace(found, resident_share=min(1.0, share))
     blocks = least.window_blocks + spare // max(1, _block_bytes(demand))
     if demand.tokens is not None:  # a window longer than the run is never filled
         blocks = min(blocks, max(1, -(-demand.tokens // demand.page) - sink_blocks))
@@ -437,7 +489,7 @@ def _least(demand: Demand) -> Layout:
             setting="decode.staging",
         )
     blocks = LEAST_WINDOW_BLOCKS if demand.window is None else demand.window // demand.page
-    if demand.rungs and demand.window is None:
+    if (demand.rungs or demand.hidden is not None) and demand.window is None:
         blocks = max(1, REPLICA_WINDOW // demand.page)
     if demand.rungs and demand.tokens is None:
         demand = replace(demand, longest=0)
@@ -447,6 +499,8 @@ def _least(demand: Demand) -> Layout:
 
 def _page_bytes(demand: Demand) -> int:
     """Bytes of one block of the widest layer, all sequences."""
+    if demand.hidden is not None:
+        return demand.batch * max(demand.hidden.page_bytes, default=0)
     return demand.batch * demand.page * max(demand.token_bytes, default=0)
 
 
@@ -464,7 +518,13 @@ def _full_staging(demand: Demand) -> int:
     limit = STAGING_BYTES
     if demand.tokens is not None:
         layer = demand.batch * demand.tokens * max(demand.token_bytes, default=0)
-        limit = min(limit, max(layer // 4, min(layer, USEFUL_STAGING_BYTES)))
+        if demand.hidden is not None:
+            # What is rebuilt takes as long as the copies, which overlap from the second piece of a layer on; smaller
+            # pieces take longer to launch.
+            layer = demand.batch * demand.tokens * max(demand.hidden.page_bytes) // demand.page
+            limit = min(limit, layer // 3)
+        else:
+            limit = min(limit, max(layer // 4, min(layer, USEFUL_STAGING_BYTES)))
     return max(1, limit // max(1, _page_bytes(demand))) * _page_bytes(demand)
 
 
@@ -505,6 +565,18 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
         replica_tokens = host_tokens if demand.tokens is not None else demand.longest
     shared = min(host_tokens, demand.prompt) // demand.page * demand.page
     pages = host_tokens * demand.batch - shared * (demand.batch - demand.batch // demand.copies)
+    hidden, rebuilding = demand.hidden, {}
+    of_page, beside = demand.page * split, 0
+    if hidden is not None:
+        of_page, beside = sum(hidden.page_bytes), sum(hidden.row_bytes)
+        rebuilding = {
+            "rebuilding": hidden.workspace
+            + demand.batch * (demand.tokens or 0) * hidden.angle_bytes
+            + evicted
+            * demand.page
+            * demand.batch
+            * max(map(sum, zip(demand.token_bytes, hidden.row_bytes, strict=True)))
+        }
     return Layout(
         chunk=chunk,
         sink_blocks=sink_blocks,
@@ -515,8 +587,11 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
         device={
             "weights": demand.weights,
             "sinks and window": demand.batch
-            * (on_device * split + -(-(demand.tokens or 0) // demand.page) * demand.page * kept),
-            "tail": demand.batch * demand.page * (split + kept),
+            * (
+                on_device * (split + beside)
+                + -(-(demand.tokens or 0) // demand.page) * demand.page * kept
+            ),
+            "tail": demand.batch * demand.page * (split + kept + beside),
             "staging": 2 * staging,
             "eviction": 2 * eviction,
             "replica": demand.batch * replica_tokens * _replica_bytes(demand),
@@ -531,11 +606,14 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
                 demand.least_workspace,
             ),
             "overhead": demand.overhead,
-        },
-        host={"pages": pages * split},
+        }
+        | rebuilding,
+        host={"pages": pages // demand.page * of_page},
         rungs=() if rung is None else (rung,) * len(demand.token_bytes),
         replica_tokens=replica_tokens,
         whole=whole,
+        page=demand.page,
+        hidden=hidden,
     )
 
 

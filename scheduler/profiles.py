@@ -8,6 +8,7 @@ comes nearer to the data sheet on cards before Hopper, since the kernel is of th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -46,6 +47,26 @@ class Profile:
     pcie: float
     context: int
     basis: str
+
+    def __post_init__(self) -> None:
+        """Refuses entries that no machine has.
+
+        Raises:
+            InputError: An entry is negative or not a number, or a rate or a size is zero.
+        """
+        for entry in ("memory", "host", "bytes_per_s", "gemm_flops", "attention_flops", "pcie"):
+            self._require(entry, getattr(self, entry) > 0)
+        self._require("context", self.context >= 0)
+
+    def _require(self, entry: str, holds: bool) -> None:
+        value = getattr(self, entry)
+        if not holds or not math.isfinite(value):
+            raise InputError(
+                f"The profile {self.name} has an entry that no machine has: {entry}",
+                asked=value,
+                there="a finite number above zero",
+                change="Measure the machine anew, or take a profile by its name.",
+            )
 
 
 def _card(

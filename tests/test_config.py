@@ -76,6 +76,10 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "whole_layers = 0\n"
         "skipped_mass = 0.001\n"
         "\n"
+        "[scheduler]\n"
+        'recompute = "off"\n'
+        'recomputed = "auto"\n'
+        "\n"
         "[prefill]\n"
         'chunk = "auto"\n'
         "\n"

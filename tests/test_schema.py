@@ -45,6 +45,10 @@ def _holds(keyword: str, value: Any, wanted: Any) -> bool:
             return not isinstance(value, str) or re.search(wanted, value, re.ASCII) is not None
         case "minimum":
             return not is_number or value >= wanted
+        case "exclusiveMinimum":
+            return not is_number or value > wanted
+        case "maximum":
+            return not is_number or value <= wanted
         case "exclusiveMaximum":
             return not is_number or value < wanted
         case "const":

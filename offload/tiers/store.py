@@ -16,6 +16,7 @@ only when the window is full its oldest block is copied to a host page, and the 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,11 +26,13 @@ from torch import Tensor
 from offload.errors import CacheError
 from offload.kernels.attend import attend
 from offload.kernels.merge import RunningMerge
+from offload.scheduler.layout import REBUILT_TOKENS
+from offload.tiers.hidden import HiddenForm
 from offload.tiers.pages import PageTable, Run
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import DevicePath
 from offload.tiers.rows import RowShape
-from offload.tiers.transfer import HostReader, HostWriter
+from offload.tiers.transfer import Chunk, HostReader, HostWriter
 
 # Tokens packed into rows at a time: the usual prefill chunk, so that one piece is all.
 _PIECE_TOKENS = 4096
@@ -102,6 +105,7 @@ class LayerStore:
         reader: HostReader,
         writer: HostWriter,
         path: DevicePath | None = None,
+        hidden: HiddenForm | None = None,
     ) -> None:
         """Allocates the device part and commits the host part.
 
@@ -113,6 +117,7 @@ class LayerStore:
             reader: Brings pages back.
             writer: Takes blocks away.
             path: The device path of steps of one token; None where every token is streamed.
+            hidden: How pages hold the inputs of tokens; None where they hold keys and values. Not beside a path.
         """
         self.shape = shape
         self.limits = limits
@@ -121,14 +126,21 @@ class LayerStore:
         self.damaged = False
         self.capturing = False
         self.written: torch.cuda.Event | None = None
-        self.page_bytes = limits.page * shape.token_bytes
+        assert hidden is None or path is None, "kernels read rows from pages"
+        self._hidden = hidden
+        self.page_bytes = (
+            limits.page * shape.token_bytes
+            if hidden is None
+            else hidden.page_bytes(shape, limits.page)
+        )
         self._region = region
         self._reader = reader
         self._writer = writer
         self.path = path
         self._published = False  # what the path may read is what there is
         device = region.device
-        row = (shape.kv_heads, shape.width)
+        # A token's input lies behind its keys and values, so that blocks move with all they have.
+        row = (shape.kv_heads + (0 if hidden is None else hidden.heads(shape)), shape.width)
         # One slot more than blocks: the tail's.
         self._window = torch.empty(
             (batch, limits.device_blocks + 1, limits.page, *row), dtype=shape.dtype, device=device
@@ -233,6 +245,11 @@ class LayerStore:
         return 0 if self.path is None else self.path.row_cache_nbytes
 
     @property
+    def column_bytes(self) -> int:
+        """Bytes of one sequence's column in the device copy of host pages."""
+        return self.limits.page * self.shape.token_bytes
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of the device copy of host pages."""
         return 0 if self._resident is None else self._resident.nbytes
@@ -301,13 +318,14 @@ class LayerStore:
             self.busy = False
             return out
         held = self.held(self.length)
+        inputs = None if self._hidden is None else self._hidden.source.take(self.length).detach()
         if alone:  # its row is where it will stay: one attention call less
-            self._write_rows(self._tail, self._tail_length, key, value)
+            self._write_rows(self._tail, self._tail_length, key, value, inputs)
             held = replace(held, tail_length=held.tail_length + 1)
         out = self._attend_to_all(
             query, None if alone else (key, value), held, scale, visible, softcap, sink_logits
         )
-        self._take_in(key, value)
+        self._take_in(key, value, inputs)
         self.busy = False
         self._reader.prefetch()
         return out
@@ -406,12 +424,41 @@ class LayerStore:
             add(*self._split(rows), mask(first_host, first_host + self.resident_columns * page))
         # Host pages come last: their copies need time.
         for chunk, staged in self._reader.read(self):
+            if self._hidden is not None:
+                for keys, values, positions in self._rebuilt(chunk, staged):
+                    seen = None if visible is None else visible[:, None, None, positions]
+                    add(keys, values, seen)
+                continue
             rows = staged.view(self.shape.dtype).view(
                 chunk.rows, -1, self.shape.kv_heads, self.shape.width
             )
             keys, values = self._split(rows.expand(self.batch, -1, -1, -1))
             add(keys, values, mask(first_host + chunk.start * page, first_host + chunk.stop * page))
         return merge.result(query.dtype).out.transpose(1, 2).contiguous()
+
+    def _rebuilt(
+        self, chunk: Chunk, staged: Tensor, columns: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Keys [B, H_kv, T, D], values and positions [T] of a staged chunk up to a column, some pages at a time."""
+        assert self._hidden is not None
+        page, count = self.limits.page, chunk.stop - chunk.start
+        pages = staged.view(chunk.rows, count, self.page_bytes)
+        if columns is not None:
+            count = min(count, columns - chunk.start)
+            pages = pages[:, :count]
+        per_piece = max(1, REBUILT_TOKENS // (page * chunk.rows))
+        one = (
+            0 if chunk.rows < self.batch else None
+        )  # columns that are shared are those of any sequence
+        for at in range(0, count, per_piece):
+            first = self.first_host_token + (chunk.start + at) * page
+            piece = pages[:, at : at + per_piece]
+            for keys, values, positions in self._hidden.read(piece, self.shape, page, first, one):
+                yield (
+                    keys.expand(self.batch, -1, -1, -1),
+                    values.expand(self.batch, -1, -1, -1),
+                    positions,
+                )
 
     # A step of one token on the device path, in three: what a captured graph replays is the middle one.
 
@@ -523,7 +570,7 @@ class LayerStore:
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B, N, H_kv, D + D_v] as keys [B, H_kv, N, D] and values [B, H_kv, N, D_v], without a copy."""
-        heads_first = rows.transpose(1, 2)
+        heads_first = rows[:, :, : self.shape.kv_heads].transpose(1, 2)
         return heads_first[..., : self.shape.key_dim], heads_first[..., self.shape.key_dim :]
 
     @property
@@ -556,8 +603,8 @@ class LayerStore:
 
     # Taking in and evicting.
 
-    def _take_in(self, key: Tensor, value: Tensor) -> None:
-        """Appends the new tokens and moves full blocks on.
+    def _take_in(self, key: Tensor, value: Tensor, inputs: Tensor | None) -> None:
+        """Appends the new tokens, with their inputs [B, Q, E] where pages hold these, and moves full blocks on.
 
         Raises:
             BudgetError: No more host memory; nothing has changed then.
@@ -569,11 +616,11 @@ class LayerStore:
             alone = key.shape[2] == 1  # then the tail is closed as after a step
             self._make_room(self._evicted_together if alone else n_blocks - free)
         self.damaged = True
-        self._append(key, value)
+        self._append(key, value, inputs)
         self.length += key.shape[2]
         self.damaged = False
 
-    def _append(self, key: Tensor, value: Tensor) -> None:
+    def _append(self, key: Tensor, value: Tensor, inputs: Tensor | None) -> None:
         n_new, page = key.shape[2], self.limits.page
         if n_new == 1:
             self._tail_length += 1  # attend has written the row already
@@ -583,7 +630,7 @@ class LayerStore:
             return
         total = self._tail_length + n_new
         if total < page:
-            self._write_rows(self._tail, self._tail_length, key, value)
+            self._write_rows(self._tail, self._tail_length, key, value, inputs)
             self._tail_length = total
             return
         # Blocks are formed in pieces, so that a prompt of any length (a stock `generate` feeds it whole)
@@ -596,17 +643,26 @@ class LayerStore:
             rows = self._window.new_empty((self.batch, blocks * page, *self._window.shape[3:]))
             rows[:, : self._tail_length] = self._tail[:, : self._tail_length]
             piece = slice(taken, taken + n_tokens)
-            self._write_rows(rows, self._tail_length, key[:, :, piece], value[:, :, piece])
+            of_piece = None if inputs is None else inputs[:, piece]
+            self._write_rows(
+                rows, self._tail_length, key[:, :, piece], value[:, :, piece], of_piece
+            )
             self._tail_length = 0
             self._advance(rows.unflatten(1, (blocks, page)))
             taken += n_tokens
-        self._write_rows(self._tail, 0, key[:, :, taken:], value[:, :, taken:])
+        rest = None if inputs is None else inputs[:, taken:]
+        self._write_rows(self._tail, 0, key[:, :, taken:], value[:, :, taken:], rest)
         self._tail_length = n_new - taken
 
-    def _write_rows(self, rows: Tensor, at: int, key: Tensor, value: Tensor) -> None:
-        target = rows[:, at : at + key.shape[2]].transpose(1, 2)
-        target[..., : self.shape.key_dim].copy_(key)
-        target[..., self.shape.key_dim :].copy_(value)
+    def _write_rows(
+        self, rows: Tensor, at: int, key: Tensor, value: Tensor, inputs: Tensor | None = None
+    ) -> None:
+        keys, values = self._split(rows[:, at : at + key.shape[2]])
+        keys.copy_(key)
+        values.copy_(value)
+        if inputs is not None:
+            behind = rows[:, at : at + key.shape[2], self.shape.kv_heads :].flatten(2)
+            behind[..., : inputs.shape[-1]].copy_(inputs)
 
     def _close_tail(self) -> None:
         """Makes the full tail a sink or a window block: where it lies, or in the slot of the oldest one."""
@@ -697,7 +753,7 @@ class LayerStore:
             keys, values = self._split(more)
             if more.shape[1] == 1:  # a single one is where it stays before it is taken in
                 self._write_rows(self._tail, self._tail_length, keys, values)
-            self._take_in(keys, values)
+            self._take_in(keys, values, None)
 
     def _slot(self, block: int) -> int:
         """Where a block of the device lies, the tail included."""
@@ -738,13 +794,20 @@ class LayerStore:
             n = min(per_piece, count - at)
 
             def pack(buffer: Tensor, at: int = at, n: int = n) -> None:
-                target = buffer.view(self.shape.dtype).view(self.batch, n, *self._window.shape[2:])
+                like = (self.batch, n, *self._window.shape[2:])
+                if self._hidden is None:
+                    target = buffer.view(self.shape.dtype).view(like)
+                else:
+                    target = self._window.new_empty(like)
                 old = min(max(0, len(slots) - at), n)
                 for start, slot, length in _runs(slots[at : at + old]):
                     target[:, start : start + length] = self._window[:, slot : slot + length]
                 if old < n:
                     new = at + old - len(slots)
                     target[:, old:] = blocks[:, new : new + n - old]
+                if self._hidden is not None:
+                    pages = buffer.view(self.batch, n, self.page_bytes)
+                    self._hidden.pack(pages, target, self.shape)
                 if self.path is not None:
                     self.path.append(target.flatten(1, 2), first + at)
 
@@ -792,10 +855,23 @@ class LayerStore:
             columns = min(columns, self.shared_columns)
         else:
             copies = self.batch
-        if columns:
-            shape = (copies, columns, *self._window.shape[2:])
-            self._resident = torch.empty(shape, dtype=self.shape.dtype, device=self._window.device)
-            self._reader.load(self, copies, columns, self._resident)
+        if not columns:
+            return
+        shape = self.shape
+        like = (copies, columns, self.limits.page, shape.kv_heads, shape.width)
+        resident = torch.empty(like, dtype=shape.dtype, device=self._window.device)
+        if self._hidden is None:
+            self._reader.load(self, copies, columns, resident)
+        else:
+            for chunk, staged in self._reader.read(self):
+                if chunk.start >= columns or chunk.rows != copies:
+                    break
+                for keys, values, positions in self._rebuilt(chunk, staged, columns):
+                    places = positions - self.first_host_token
+                    there = resident.flatten(1, 2)
+                    there[:, places, :, : shape.key_dim] = keys[:copies].transpose(1, 2)
+                    there[:, places, :, shape.key_dim :] = values[:copies].transpose(1, 2)
+        self._resident = resident
 
     def drop_resident(self) -> None:
         """Gives the memory of the resident columns back."""
@@ -860,6 +936,10 @@ class LayerStore:
             self.written.synchronize()
         rows = [self.host_view(self.runs(row, column, column + 1)[0]) for row in range(self.batch)]
         block = torch.stack(rows).to(self._window.device)
+        if self._hidden is not None:
+            first = self.first_host_token + column * self.limits.page
+            pages = block.view(self.batch, 1, self.page_bytes)
+            return self._hidden.blocks(pages, self.shape, self.limits.page, first, None)[:, 0]
         return block.view(self.shape.dtype).view(self.batch, *self._window.shape[2:])
 
     @torch.inference_mode(False)
@@ -883,6 +963,8 @@ class LayerStore:
             )
         self.damaged = True
         self._published = False
+        if self._hidden is not None:
+            self._hidden.source.select(rows)
         if self.path is not None:
             self.path.select_sequences(rows.to(self._window.device, torch.long))
         if self._resident is not None and self._resident.shape[0] != 1:

@@ -184,7 +184,11 @@ class HostReader:
         first = pages.resident_columns
         shared = max(first, pages.shared_columns)
         for rows, begin, end in ((1, first, shared), (pages.batch, shared, pages.columns)):
-            step = max(1, self.buffer_bytes // (rows * pages.page_bytes))
+            most = max(1, self.buffer_bytes // (rows * pages.page_bytes))
+            # Of about one size: beside a short chunk the next long one would have to wait for its buffer. In eights, so
+            # that pages that come in seldom move the borders of what was prefetched.
+            even = -(-(end - begin) // max(1, -(-(end - begin) // most)))
+            step = max(1, min(most, -(-even // 8) * 8))
             chunks += [
                 Chunk(pages, pages.version, at, min(at + step, end), rows)
                 for at in range(begin, end, step)

@@ -168,6 +168,10 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
         "whole_layers = 0          # default\n"
         "skipped_mass = 0.001      # default\n"
         "\n"
+        "[scheduler]\n"
+        'recompute = "off"         # default\n'
+        'recomputed = "auto"       # default\n'
+        "\n"
         "[prefill]\n"
         'chunk = "auto"            # default\n'
         "\n"

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from brute import brute, check, recall
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.errors import ConfigError, InputError
 from offload.index import BACKENDS, backend, load
-from offload.index.base import Found, Index, Vectors
+from offload.index.base import Index, Vectors
 from offload.index.flat import Flat
+from offload.index.graph import Graph
 from offload.index.hnsw import HNSW
 from offload.index.ivf import IVF
 
@@ -29,6 +31,8 @@ MAKERS: dict[str, tuple[Callable[[], Index], float]] = {
     "ivf": (lambda: IVF(probes=32), 0.85),
     "ivf, all lists": (lambda: IVF(lists=20, probes=20, centred=False), 0.999),
     "hnsw": (lambda: HNSW(links=24, build_breadth=100, breadth=300), 0.95),
+    "graph": (lambda: Graph(breadth=300), 0.95),
+    "graph, every key met": (lambda: Graph(links=24, breadth=200, votes=1), 0.95),
 }
 EXACT = ["flat", "ivf, all lists"]  # by the settings above, as good as brute force
 COUNT = 1511
@@ -45,31 +49,6 @@ def vectors(kind: str, count: int = COUNT, size: int = 64, seed: int = 0) -> tup
     keys = centres[random.integers(0, 30, count)] + random.standard_normal((count, size))
     keys += np.where(np.arange(size) % 16 == 3, 20, 0)
     return keys.astype(np.float16), queries
-
-
-def brute(keys: Vectors, queries: Vectors) -> Vectors:
-    """Scores of all keys, [G, N]."""
-    scores: Vectors = queries.astype(np.float32) @ keys.astype(np.float32).T
-    return scores
-
-
-def recall(found: Found, scores: Vectors) -> float:
-    k = found.ids.shape[1]
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    pairs = zip(found.ids, best, strict=True)
-    return float(np.mean([len(set(a) & set(b)) / k for a, b in pairs]))
-
-
-def check(found: Found, scores: Vectors, k: int) -> None:
-    """Whatever was found has distinct ids, their scores, in order."""
-    assert found.ids.dtype == np.int64
-    assert found.scores.dtype == np.float32
-    assert found.ids.shape == found.scores.shape == (scores.shape[0], k)
-    assert all(len(set(row)) == k for row in found.ids.tolist())
-    want = np.take_along_axis(scores, found.ids, axis=1)
-    np.testing.assert_allclose(found.scores, want, rtol=1e-4, atol=1e-3)
-    assert (np.diff(found.scores, axis=1) <= 0).all()
-    assert found.touched_bytes > 0
 
 
 @pytest.fixture(params=MAKERS)
@@ -475,6 +454,12 @@ def test_fewer_keys_than_lists_are_refused() -> None:
         (lambda: HNSW(links=1), "links"),
         (lambda: HNSW(breadth=0), "breadth"),
         (lambda: HNSW(build_breadth=0), "build_breadth"),
+        (lambda: Graph(links=1), "links"),
+        (lambda: Graph(reach=1), "reach"),
+        (lambda: Graph(teachers=0), "teachers"),
+        (lambda: Graph(breadth=0), "breadth"),
+        (lambda: Graph(votes=0), "votes"),
+        (lambda: Graph(votes=255), "votes"),
     ],
 )
 def test_settings_are_checked(make: Callable[[], Index], key: str) -> None:
@@ -485,6 +470,6 @@ def test_settings_are_checked(make: Callable[[], Index], key: str) -> None:
 
 def test_a_backend_is_chosen_by_name() -> None:
     assert [backend(name).backend for name in BACKENDS] == list(BACKENDS)
-    with pytest.raises(ConfigError, match="flat, ivf, hnsw") as caught:
+    with pytest.raises(ConfigError, match="flat, ivf, hnsw, graph") as caught:
         backend("faiss")
     assert caught.value.asked == "faiss"

@@ -10,9 +10,16 @@ percentile, of the machine as it was.
   `output_error`: of attention over these alone, the rest dropped, relative. The row `exact` is what the exactly best give.
 - `as a key`: the same searches with keys of the tokens behind the context as queries, of the keys' own distribution. The
   rows `out of distribution` hold the smallest share of keys of each sweep whose recall is 0.95 for either kind.
+- `graph` learns from the queries of the later half of the context; `graph, of keys` has none; `graph, following` begins at what
+  the last step found, where steps are as far apart as `--steps` leaves them, so farther than in decoding. The rows `at recall 0.95` hold what lies between the two settings next
+  to that recall, `exact_share` the share of keys that are wanted at all.
 - `fastscan`: FAISS product quantiser of 4 bits for two channels, four times over-fetched, rows scored again by us.
 
-`scan` and `add` are of time alone and take random or repeated vectors. The bars of longer contexts are not measured here.
+`scan` and `add` are of time alone and take random or repeated vectors. The bar of `graph` at 32K is set only by a context of
+32,000 tokens or more; SmolLM2 reads 8,192 at most. With a model that reads them, and a card:
+
+    python tools/dump_vectors.py --model MODEL --context 32768 --steps 128 long.npz
+    python tools/bench/index.py --vectors long.npz --lengths 8192 32768 --only hnsw graph --onto benchmarks/index.json
 """
 
 from __future__ import annotations
@@ -36,6 +43,7 @@ from dump_vectors import vectors
 from offload.index import scan
 from offload.index.base import Found, Index
 from offload.index.flat import Flat
+from offload.index.graph import Graph
 from offload.index.hnsw import HNSW
 from offload.index.ivf import IVF
 
@@ -43,6 +51,7 @@ faiss: Any = _faiss  # its stubs leave out most of what is used here
 FIRST, LAST = 64, 256  # tokens of the context that are not indexed
 K = 100
 REACHED = 0.95
+PARTS = ["fastscan", "flat", "ivf", "hnsw", "graph", "scan", "add"]
 Array = NDArray[Any]
 
 
@@ -56,6 +65,7 @@ class Head(NamedTuple):
         first: Tokens of the context before the indexed ones.
         queries: float32 [steps, G, D].
         as_keys: float32 [steps, 1, D]: keys of the tokens that the queries are of.
+        late: float16 [M, D]: queries of the later half of the context, which an index may learn from.
     """
 
     keys: Array
@@ -64,6 +74,7 @@ class Head(NamedTuple):
     first: int
     queries: Array
     as_keys: Array
+    late: Array
 
 
 def heads(recorded: dict[str, Array], length: int, steps: int) -> list[Head]:
@@ -76,7 +87,9 @@ def heads(recorded: dict[str, Array], length: int, steps: int) -> list[Head]:
         queries = recorded["decode_queries"][h, at].astype(np.float32)
         as_keys = recorded["keys"][h, context + at][:, None].astype(np.float32)
         indexed = np.ascontiguousarray(keys[FIRST : length - LAST])
-        found.append(Head(indexed, keys.astype(np.float32), values.astype(np.float32), FIRST, queries, as_keys))  # fmt: skip
+        late = recorded["prompt_queries"][h, context - length // 2 :]
+        late = late.reshape(-1, late.shape[-1])
+        found.append(Head(indexed, keys.astype(np.float32), values.astype(np.float32), FIRST, queries, as_keys, late))  # fmt: skip
     return found
 
 
@@ -166,57 +179,107 @@ def settings(smoke: bool) -> Iterator[tuple[str, Callable[[], Index], str, list[
     breadths = [200] if smoke else [100, 150, 200, 300, 400, 800]
     yield "hnsw", HNSW, "breadth", breadths
     yield "hnsw, not centred", lambda: HNSW(centred=False), "breadth", breadths
+    breadths = [200] if smoke else [100, 150, 200, 300, 400, 800]
+    yield "graph", Graph, "breadth", breadths
+    yield "graph, one vote", lambda: Graph(votes=1), "breadth", breadths
+    yield "graph, following", lambda: Graph(follow=True), "breadth", breadths
+    yield "graph, of keys", Graph, "breadth", breadths
 
 
-def measure(record: Record, recorded: dict[str, Array], length: int, steps: int, smoke: bool) -> None:  # fmt: skip
+def at_recall(points: list[tuple[float, float]]) -> float | None:
+    """The share scanned at a recall of REACHED, on the line between the settings next to it; None where none reaches it.
+
+    Args:
+        points: Recall and share of each setting.
+    """
+    points = sorted(points)
+    above = next((i for i, point in enumerate(points) if point[0] >= REACHED), None)
+    if not above:  # none, or already the least setting
+        return None if above is None else points[0][1]
+    (low, less), (high, more) = points[above - 1 : above + 1]
+    return less + (more - less) * (REACHED - low) / (high - low)
+
+
+def measure(
+    record: Record,
+    recorded: dict[str, Array],
+    length: int,
+    steps: int,
+    smoke: bool,
+    only: list[str],
+) -> None:
     """Every backend over its sweep at one length."""
     some = heads(recorded, length, steps)
     of = {"tokens": length, "indexed": len(some[0].keys)}
+    model = json.loads(str(recorded["about"]))["model"]
+    at = f"{length}" if model == "smollm2" else f"{model} {length}"
     exact = [attended(head, queries, best(head.keys, queries)) for head in some for queries in head.queries]  # fmt: skip
     mass, error = np.mean(exact, axis=0)
-    record.row(f"exact, {length}", **of, mass=float(mass), output_error=float(error), recall=1.0)
-    began = time.perf_counter()
-    fast = [FastScan(head.keys) for head in some]
-    seconds = (time.perf_counter() - began) / len(some)
-    held = statistics.mean(index.nbytes for index in fast)
-    record.row(f"fastscan, {length}", **of, build_s=seconds, nbytes=held, **searched(some, fast))
+    record.row(f"exact, {at}", **of, mass=float(mass), output_error=float(error), recall=1.0)
+    if "fastscan" in only:
+        began = time.perf_counter()
+        fast = [FastScan(head.keys) for head in some]
+        seconds = (time.perf_counter() - began) / len(some)
+        held = statistics.mean(index.nbytes for index in fast)
+        record.row(f"fastscan, {at}", **of, build_s=seconds, nbytes=held, **searched(some, fast))
+    at_reached: dict[str, float | None] = {}
     for name, make, setting, values in settings(smoke):
+        if name.split()[0].rstrip(",") not in only:
+            continue
         indexes: list[Any] = []
         times = []
         for head in some:
             index = make()
             began = time.perf_counter()
-            index.build(head.keys)
+            learns = name.startswith("graph") and name != "graph, of keys"
+            index.build(head.keys, head.late if learns else None)
             times.append(time.perf_counter() - began)
             indexes.append(index)
         held = statistics.mean(index.nbytes for index in indexes)
         reached: dict[str, list[float]] = {"decode": [], "as a key": []}
+        points = []
         for value in values:
             for index in indexes:
                 setattr(index, setting, value)
             found = searched(some, indexes)
-            record.row(f"{name}, {setting} {value}, {length}", **of, build_s=statistics.median(times), nbytes=held, **found)  # fmt: skip
+            record.row(f"{name}, {setting} {value}, {at}", **of, build_s=statistics.median(times), nbytes=held, **found)  # fmt: skip
             both = {"decode": found}
-            if not name.startswith("flat"):
+            if not name.startswith("flat") and name != "graph, following":
                 both["as a key"] = searched(some, indexes, as_keys=True)
-                record.row(f"{name}, {setting} {value}, as a key, {length}", **of, **both["as a key"])  # fmt: skip
+                record.row(f"{name}, {setting} {value}, as a key, {at}", **of, **both["as a key"])  # fmt: skip
             for kind, figures in both.items():
                 recall, scanned = figures["recall"], figures["scanned"]
                 assert isinstance(recall, float)
                 assert isinstance(scanned, float)
+                if kind == "decode" and name.startswith(("hnsw", "graph")):
+                    points.append((recall, scanned))
                 if recall >= REACHED:
                     reached[kind].append(scanned)
             if name == "flat 4 bits" and value == 4:
                 recall = found["recall"]
                 assert isinstance(recall, float)
                 record.bars["flat_recall100"] = min(recall, record.bars.get("flat_recall100", 1.0))
-        if not name.startswith("flat"):
+        if not name.startswith("flat") and name != "graph, following":
             least = {kind: min(shares) if shares else None for kind, shares in reached.items()}
             record.row(
-                f"out of distribution: {name}, {length}", **of,
+                f"out of distribution: {name}, {at}", **of,
                 scanned_for_decode_queries=least["decode"], scanned_for_keys=least["as a key"],
                 error=f"smallest of the sweep with a recall of {REACHED} or more, so no less than needed; None where none has it",
             )  # fmt: skip
+        if points:
+            at_reached[name] = at_recall(points)
+    learned = ("graph", "graph, one vote", "graph, following")
+    least_graph = min((share for name in learned if (share := at_reached.get(name))), default=None)
+    hnsw = min((share for name in ("hnsw", "hnsw, not centred") if (share := at_reached.get(name))), default=None)  # fmt: skip
+    if at_reached:
+        record.row(
+            f"at recall {REACHED}, {at}", **of, exact_share=K / len(some[0].keys), scanned=at_reached,
+            error="between the two settings next to that recall; None where none has it",
+        )  # fmt: skip
+    if least_graph and hnsw:
+        record.bars["graph_over_hnsw_scanned"] = least_graph / hnsw
+    if least_graph and length >= 32_000:
+        record.bars["graph_scanned_at_recall95_32k"] = least_graph
 
 
 def measure_scan(record: Record, count: int, size: int, groups: int) -> None:
@@ -265,6 +328,15 @@ def measure_add(record: Record, recorded: dict[str, Array], counts: list[int]) -
         )  # fmt: skip
 
 
+def keep(record: Record, earlier: dict[str, Any]) -> None:
+    """Puts the rows and bars of an earlier record before those of this run; its rows say of which commit they are."""
+    fresh = {row["what"] for row in record.rows}
+    of = {"commit": earlier["environment"]["commit"]}
+    record.rows[:0] = [of | row for row in earlier["rows"] if row["what"] not in fresh]
+    record.bars = earlier["bars"] | record.bars
+    record.settings["onto"] = earlier["settings"]
+
+
 def timed(run: Callable[[], object]) -> tuple[float, float]:
     """Median and least seconds of a call; on a machine that others use, only the least says what the code takes."""
     times = []
@@ -281,6 +353,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--lengths", nargs="*", type=int, default=[4096, 7800])
     parser.add_argument("--steps", type=int, default=32, help="decode queries of each head")
+    parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="what is measured")
+    parser.add_argument("--onto", type=Path, help="a record whose other rows and bars are kept")
     args = parse(parser)
     if args.smoke:
         args.lengths, args.steps = [1200], 4
@@ -295,9 +369,13 @@ def main() -> None:
     # Compiles, and reads what Numba keeps compiled.
     measure_scan(Record("warm", settings={}), 2 * scan.BLOCK, 64, 1)
     for length in args.lengths:
-        measure(record, recorded, length, args.steps, args.smoke)
-    measure_scan(record, 4096 if args.smoke else 131072, 128, 4)
-    measure_add(record, recorded, [1024] if args.smoke else [8192, 524288])
+        measure(record, recorded, length, args.steps, args.smoke, args.only)
+    if "scan" in args.only:
+        measure_scan(record, 4096 if args.smoke else 131072, 128, 4)
+    if "add" in args.only:
+        measure_add(record, recorded, [1024] if args.smoke else [8192, 524288])
+    if args.onto:
+        keep(record, json.loads(args.onto.read_text()))
     print(f"written to {record.write(args.out).name}")
 
 

@@ -4,14 +4,22 @@
   rung everywhere, under the same device budget. Mode fast through the product, in float32, one token at a time behind a
   context (`tools/fidelity.py`).
 
-    python tools/bench/scheduler.py --model smollm2@2048 --model qwen.gguf@2048
+- `hidden`: milliseconds of a step of mode exact that streams the inputs of attention beside keys and values, against one
+  that streams keys and values; a random model of Llama-2-7B's shape, one sequence, under the 24 GB cap.
+- `schedule`: the same of OPT-6.7B's shape, 64 sequences of 128 + 512 tokens, under 16 GiB; against the best of some static
+  splits, which keep a window on the device and stream the rest, copies and attention overlapped.
+
+    python tools/bench/scheduler.py --only ladder --model smollm2@2048 --model qwen.gguf@2048
+    python tools/bench/scheduler.py --only hidden schedule
 """
 
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +28,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _record import Record, arguments, parse
 from fidelity import Case, behind_context, dense, divergence, fed, prepare
+from generate import CAP_BYTES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import offload
+from offload.errors import BudgetError
 from offload.scheduler.layout import REPLICA_WINDOW
 
 UNIFORM = ("3k3v", "4k4v")  # the bar is that of the first
@@ -78,8 +89,205 @@ def measure_ladder(
     record.bars["ladder_vs_uniform_error"] = max(ratios)
 
 
+LLAMA_2_7B: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2**17,
+}  # fmt: skip
+OPT_6_7B: dict[str, Any] = {
+    "hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 50272, "max_position_embeddings": 2048, "word_embed_proj_dim": 4096,
+}  # fmt: skip
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
+HIDDEN = {"recompute": "hidden"}
+
+
+def random_model(kind: str, smoke: bool) -> Any:
+    """A model of some shape with random weights, in bfloat16 on the card."""
+    small = {"llama": {"intermediate_size": 128, "num_key_value_heads": 4}, "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64}}  # fmt: skip
+    shape = LLAMA_2_7B if kind == "llama" else OPT_6_7B
+    shape = shape | SMALL | small[kind] if smoke else shape
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = AutoConfig.for_model(kind, **shape)
+    with device if kind == "llama" else torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if kind == "opt":  # weights alone: copies that an initialisation makes leave holes between them
+        model.to_empty(device=device)
+        model.tie_weights()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() > 1:
+                    weight.normal_(std=0.02)
+                else:
+                    weight.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+    return model.eval()
+
+
+@torch.no_grad()
+def exact_steps(
+    model: Any, ids: torch.Tensor, total: int, steps: int, **settings: Any
+) -> dict[str, Any]:
+    """Milliseconds of steps behind a prompt, and their logits [B, steps, V]; the first two are not counted.
+
+    Args:
+        model: Not attached.
+        ids: The prompt [B, N], and behind it a token for each step.
+        total: Tokens that the cache is laid out for.
+        steps: How many are fed.
+        settings: As for `attach`.
+    """
+    on_card = ids.device.type == "cuda"
+    gc.collect()
+    if on_card:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with offload.attach(model, mode="exact", **settings) as runtime:
+        cache = runtime.new_cache(max_tokens=total)
+        began, prompt = time.perf_counter(), ids.shape[1] - steps
+        # Two tokens: then what prefill needed and decoding does not is filled with copies of pages.
+        more: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        runtime.generate(ids[:, :prompt], cache=cache, max_new_tokens=2, **more)
+        cache.crop(prompt - cache.get_seq_length())
+        seconds = time.perf_counter() - began
+        times, logits = [], []
+        before = runtime.report().h2d_bytes
+        for at in range(prompt, prompt + steps):
+            begun = time.perf_counter()
+            made = model(
+                input_ids=ids[:, at : at + 1], past_key_values=cache, logits_to_keep=1
+            ).logits
+            if on_card:
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - begun))
+            logits.append(made.float().cpu())
+        report = runtime.report()
+        layout = cache.layout
+        assert layout is not None
+        found = {
+            "step_ms": statistics.median(times[2:]), "all_ms": times, "prefill_s": seconds,
+            "h2d_bytes_per_step": (runtime.report().h2d_bytes - before) / steps,
+            "resident_bytes": report.bytes["resident"], "window_bytes": report.bytes["window"],
+            "device_bytes_planned": layout.device_bytes, "host_bytes": layout.host_bytes,
+            "recomputed_of_page": 0 if layout.hidden is None else layout.hidden.tokens / layout.page,
+        }  # fmt: skip
+        if on_card:
+            found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        cache.close("it was measured")
+    return found | {"logits": torch.cat(logits, dim=1)}
+
+
+def error_of(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """What one run's logits are off by from another's."""
+    ours, theirs = found.pop("logits"), wanted["logits"]
+    off = (ours - theirs).abs()
+    return {
+        "logit_error_max": float(off.max()), "logit_error_mean": float(off.mean()), "logit_std": float(theirs.std()),
+        "kl_mean": float((theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).mean()),
+        "same_top": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        "error": "logits against those of keys and values streamed, same tokens fed",
+    }  # fmt: skip
+
+
+def measure_hidden(record: Record, contexts: list[int], steps: int, smoke: bool) -> None:
+    """Inputs of attention streamed beside keys and values, against these alone."""
+    model = random_model("llama", smoke)
+    for context in contexts:
+        ids = torch.randint(3, model.config.vocab_size, (1, context + steps), device=model.device)
+        common: dict[str, Any] = (
+            {"window": 256, "chunk": 256} if smoke else {"gpu_memory": CAP_BYTES}
+        )
+        fetched = exact_steps(model, ids, context + steps, steps, **common)
+        ours = exact_steps(model, ids, context + steps, steps, scheduler=HIDDEN, **common)
+        moved = error_of(ours, fetched)
+        fetched.pop("logits")
+        record.row(
+            f"hidden {context}: keys and values",
+            context=context,
+            **fetched,
+            error="is the reference",
+        )
+        record.row(f"hidden {context}: inputs", context=context, **ours, **moved)
+        if context == 32768 or smoke:  # the bar's own length; a small run shows that it is recorded
+            record.bars["hidden_vs_fetch_32k_mha"] = fetched["step_ms"] / ours["step_ms"]
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # or the next model comes to lie in what is left of this one
+
+
+def measure_schedule(
+    record: Record, lengths: list[int], windows: list[int], steps: int, smoke: bool
+) -> None:
+    """Whole answers of 64 sequences: steps at some lengths, with what is between them in proportion."""
+    model = random_model("opt", smoke)
+    batch, total = (4, 640) if smoke else (64, 640)
+    ids = torch.randint(3, model.config.vocab_size, (batch, total), device=model.device)
+    common: dict[str, Any] = {"page": 16, "sinks": 0, "chunk": 16, "staging": "64MiB"}
+    if not smoke:
+        common["gpu_memory"] = "16GiB"
+    speeds: dict[str, float] = {}
+    kept: dict[int, Any] = {}
+    for name, window, more in [("static split", w, {}) for w in windows] + [
+        ("ours, exact", windows[0], HIDDEN)
+    ]:
+        at: list[tuple[int, float]] = []
+        try:
+            for length in lengths:
+                fed = ids[:, : length + steps]
+                found = exact_steps(
+                    model,
+                    fed,
+                    total,
+                    steps,
+                    window=window,
+                    **common,
+                    **({"scheduler": more} if more else {}),
+                )
+                at.append((length, found["step_ms"]))
+                moved = {"error": "is the reference"}
+                if more:
+                    moved = error_of(found, kept[length])
+                elif window == windows[0]:
+                    kept[length] = {"logits": found["logits"]}
+                found.pop("logits", None)
+                record.row(
+                    f"{name}, window {window}, {length} tokens",
+                    window=window,
+                    length=length,
+                    batch=batch,
+                    **found,
+                    **moved,
+                )
+        except BudgetError as error:
+            record.row(f"{name}, window {window}", window=window, refused=str(error))
+            continue
+        mean = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(at)) / (
+            at[-1][0] - at[0][0]
+        )
+        speed = 1000 * batch / mean
+        record.row(
+            f"{name}, window {window}",
+            window=window,
+            tokens_per_s=speed,
+            mean_step_ms=mean,
+            error="of its steps above",
+        )
+        speeds[name] = max(speed, speeds.get(name, 0.0))
+    record.bars["schedule_vs_static_split_equal_output"] = (
+        speeds["ours, exact"] / speeds["static split"]
+    )
+
+
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="*", default=["ladder", "hidden", "schedule"])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[32768], help="of hidden")
+    parser.add_argument(
+        "--windows", nargs="+", type=int, default=[16, 32, 48], help="of static splits, tokens"
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[128, 384, 630], help="of schedule"
+    )
     parser.add_argument("--model", action="append", help="name@context; may be given several times")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument(
@@ -94,7 +302,13 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
     shown = [Path(model).name for model in models]
     record = Record("scheduler", settings={**vars(args), "out": None, "model": shown})
-    measure_ladder(record, models, args.context, args.steps, args.rungs)
+    if "ladder" in args.only:
+        measure_ladder(record, models, args.context, args.steps, args.rungs)
+    if "hidden" in args.only:
+        contexts = [1024] if args.smoke else args.contexts
+        measure_hidden(record, contexts, 6 if args.smoke else 12, args.smoke)
+    if "schedule" in args.only:
+        measure_schedule(record, args.lengths, args.windows, 6 if args.smoke else 8, args.smoke)
     print(f"written to {record.write(args.out).name}")
 
 

@@ -1,0 +1,235 @@
+"""What only the graph promises, beside the contract of all indexes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from brute import brute, check, recall
+
+from offload.errors import InputError
+from offload.index import graph
+from offload.index.base import Ids, Vectors
+from offload.index.graph import Graph, nearest
+from offload.loading import load
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools" / "bench"))
+
+from _vectors import record  # noqa: E402
+
+
+def apart(count: int = 3000, size: int = 32, seed: int = 0) -> tuple[Vectors, Vectors, Vectors]:
+    """Keys, queries to learn from, and others of their kind, far from the keys.
+
+    Queries lie in an eighth of the dimensions that keys have, off their mean; keys have a mean of their own.
+    """
+    random = np.random.default_rng(seed)
+    keys = random.standard_normal((count, size)) * np.linspace(2, 0.5, size)
+    keys += np.where(np.arange(size) % 8 == 3, 12, 0)
+    basis = random.standard_normal((size // 8, size))
+    queries = random.standard_normal((1040, size // 8)) @ basis + 1.5 * basis[0] - 2
+    floats = queries.astype(np.float32)
+    return keys.astype(np.float16), floats[40:], floats[:40]
+
+
+def reached(index: Graph) -> int:
+    """Keys that the first start leads to."""
+    links, counts = index._links.rows, index._counts.rows
+    seen, left = {int(index._starts[0])}, [int(index._starts[0])]
+    while left:
+        v = left.pop()
+        fresh = set(links[v, : counts[v]].tolist()) - seen
+        seen |= fresh
+        left += fresh
+    return len(seen)
+
+
+def sound(index: Graph) -> None:
+    """Links are of keys that are there, none to itself, none twice, and lead everywhere."""
+    links, counts = index._links.rows, index._counts.rows
+    assert counts.max() <= links.shape[1]
+    for i, (row, n) in enumerate(zip(links.tolist(), counts.tolist(), strict=True)):
+        assert len({*row[:n]} - {i}) == n
+        assert all(0 <= j < len(index) for j in row[:n])
+    assert reached(index) == len(index)
+
+
+def test_queries_unlike_keys_find_most_with_few_scores_where_such_queries_taught() -> None:
+    keys, taught, queries = apart()
+    scores = brute(keys, queries)
+    index, of_keys = Graph(breadth=150), Graph(breadth=150)
+    index.build(keys, taught)
+    of_keys.build(keys)
+    found, less = index.search(queries, 50), of_keys.search(queries, 50)
+    check(found, scores, 50)
+    assert recall(found, scores) >= 0.95
+    assert recall(found, scores) > recall(less, scores)
+    assert found.scanned < 0.3
+
+
+def test_keys_of_a_real_model_are_found_by_queries_that_it_has_not_seen() -> None:
+    loaded = load(None, dtype=torch.float32, device="cpu")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ids = torch.tensor([loaded.tokenizer(text)["input_ids"][:1632]])
+    got = record(loaded.model, ids, 1600, everything=True)
+    recalls, shares = [], []
+    for h in range(0, 24, 5):
+        keys = got["keys"][h, 64:1344].numpy()
+        late = got["prompt_queries"][h, 800:].flatten(0, 1).numpy()
+        index = Graph(breadth=100)
+        index.build(keys, late)
+        sound(index)
+        for queries in got["queries"][h, ::8].float().numpy():
+            found = index.search(queries, 30)
+            recalls.append(recall(found, brute(keys, queries)))
+            shares.append(found.scanned)
+    assert np.mean(recalls) >= 0.95
+    assert np.mean(shares) < 0.35
+
+
+def test_all_keys_can_be_reached() -> None:
+    keys, taught, _ = apart()
+    same = keys.copy()
+    same[::2] = same[0]
+    # Hubs of one list of three keys, whose rows are full, and all others behind them.
+    for rows, lists in ((keys, None), (same, None), (keys, np.array([[5, 6, 7]]))):
+        index = Graph(links=4)
+        if lists is None:
+            index.build(rows, taught)
+        else:
+            index.build_from(rows, taught[:1], lists)
+        sound(index)
+        index.add(rows[:500])
+        index.add(np.repeat(rows[:1], 300, axis=0))
+        sound(index)
+
+
+def test_what_lists_of_one_pivot_propose_is_merged() -> None:
+    keys, taught, _ = apart(200)
+    index = Graph(links=8)
+    index.build_from(keys, taught[:3], np.array([[0, 1, 2], [0, 3, 4], [5, 0, 6]]))
+    assert {1, 2, 3, 4, 5, 6} <= set(index._links.rows[0, : index._counts.rows[0]].tolist())
+
+
+def test_lists_that_are_known_already_make_the_same_index() -> None:
+    keys, taught, queries = apart(500)
+    values = keys.astype(np.float32)
+    lists = nearest(values - values.mean(axis=0), taught, 100)
+    want = np.argsort(-brute(keys, taught), axis=1, kind="stable")[:, :100]
+    assert np.mean(lists == want) > 0.99
+    built, given = Graph(), Graph()
+    built.build(keys, taught)
+    given.build_from(keys, taught, lists)
+    np.testing.assert_array_equal(built.search(queries, 20).ids, given.search(queries, 20).ids)
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        np.array([[0, 500]]),
+        np.array([[-1, 0]]),
+        np.array([0, 1]),
+        np.zeros((0, 5), np.int64),
+        np.array([[0, 1]], np.int32),
+        np.array([[0, 1], [2, 3]]),
+    ],
+    ids=["beyond", "negative", "one axis", "none", "of 32 bits", "of more queries"],
+)
+def test_lists_that_fit_no_keys_are_refused_and_change_nothing(lists: Ids) -> None:
+    keys, taught, queries = apart(500)
+    index = Graph()
+    index.build(keys, taught)
+    before = index.search(queries, 5).ids.tolist()
+    with pytest.raises(InputError):
+        index.build_from(keys, taught[:1], lists)
+    assert index.search(queries, 5).ids.tolist() == before
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16, 17])
+def test_fewer_keys_than_links_are_all_linked(count: int) -> None:
+    keys, taught, queries = apart(count)
+    index = Graph(links=32)
+    index.build(keys, taught)
+    sound(index)
+    assert index._counts.rows.max() == count - 1
+    check(index.search(queries, count), brute(keys, queries), count)
+
+
+def test_a_key_that_was_added_is_found_by_queries_unlike_it() -> None:
+    keys, taught, queries = apart()
+    scores = brute(keys, queries)
+    grown = Graph(breadth=200)
+    grown.build(keys[:2500], taught)
+    for i in range(2500, 2600):
+        grown.add(keys[i : i + 1])
+    grown.add(keys[2600:])
+    sound(grown)
+    found = grown.search(queries, 50)
+    check(found, scores, 50)
+    assert recall(found, scores) >= 0.85
+    late = [set(row[row >= 2500]) for row in np.argsort(-scores, axis=1)[:, :50]]
+    there = [len(a & set(b)) for a, b in zip(late, found.ids.tolist(), strict=True)]
+    assert sum(there) >= 0.75 * sum(map(len, late))
+
+
+def test_a_search_that_follows_begins_at_what_the_last_one_found() -> None:
+    keys, taught, queries = apart()
+    near = queries + 0.05 * np.roll(queries, 1, axis=1)
+    follows, plain = Graph(breadth=60, follow=True), Graph(breadth=60)
+    for index in (follows, plain):
+        index.build(keys, taught)
+    # The first has nothing to follow, nor has one of another number of queries.
+    np.testing.assert_array_equal(follows.search(queries, 50).ids, plain.search(queries, 50).ids)
+    np.testing.assert_array_equal(follows.search(near[:3], 50).ids, plain.search(near[:3], 50).ids)
+    follows.search(queries, 50)
+    scores = brute(keys, near)
+    found = follows.search(near, 50)
+    check(found, scores, 50)
+    assert recall(found, scores) > recall(plain.search(near, 50), scores)
+    follows.build(keys[:100])
+    check(follows.search(near, 50), brute(keys[:100], near), 50)
+
+
+def test_votes_score_fewer_keys_and_more_breadth_finds_more() -> None:
+    keys, taught, queries = apart()
+    scores = brute(keys, queries)
+    index = Graph()
+    index.build(keys, taught)
+    shares, recalls = [], []
+    for votes, breadth in ((3, 60), (2, 60), (1, 60), (1, 200)):
+        index.votes, index.breadth = votes, breadth
+        found = index.search(queries, 50)
+        shares.append(found.scanned)
+        recalls.append(recall(found, scores))
+        # Each scored row was read, and each row of links that was opened.
+        assert found.touched_bytes > found.scanned * 40 * len(keys) * 64
+    assert shares == sorted(shares)
+    assert recalls == sorted(recalls)
+
+
+def test_marks_are_wiped_before_their_numbers_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, taught, queries = apart(600)
+    index = Graph()
+    index.build(keys, taught)
+    want = index.search(queries, 20)
+    monkeypatch.setattr(graph, "_ROUNDS", 130)
+    for _ in range(8):
+        found = index.search(queries, 20)
+        assert index._round < 130
+        np.testing.assert_array_equal(found.ids, want.ids)
+        assert found.scanned == want.scanned
+
+
+def test_another_seed_learns_from_others() -> None:
+    keys, taught, _ = apart(600)
+    links = []
+    for seed in (0, 0, 1):
+        index = Graph(teachers=100, seed=seed)
+        index.build(keys, taught)
+        links.append(index._links.rows.copy())
+    np.testing.assert_array_equal(links[0], links[1])
+    assert (links[0] != links[2]).any()

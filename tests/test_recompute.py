@@ -1,0 +1,148 @@
+"""Are keys and values rebuilt from inputs of attention what the model would have cached?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import prompts
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import offload
+from offload.errors import ConfigError, UnsupportedModelError
+from offload.scheduler.cost import hidden_share
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "num_hidden_layers": 3, "vocab_size": 199, "max_position_embeddings": 2048, "initializer_range": 0.2,
+    "eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+_OPT: dict[str, Any] = {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2}
+# Norms of keys over a head and over all, rotations of all channels and of some, learned positions, biases, one product.
+_KINDS: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "olmo2": {}, "phi": {}, "stablelm": {}, "phi3": {}, "opt": _OPT}  # fmt: skip
+_TIERS: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64, "chunk": 96}
+
+
+def build(kind: str, **changes: Any) -> Any:
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(kind, **(_SIZES | _KINDS.get(kind, {}) | changes))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def answer(model: Any, mask: torch.Tensor, **more: Any) -> torch.Tensor:
+    ids = prompts(2, 400) % 190 + 2
+    settings = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0} | more
+    made: torch.Tensor = model.generate(ids, attention_mask=mask, **settings)
+    return made
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize("kind", _KINDS)
+def test_tokens_are_those_of_the_stock_cache(kind: str, share: float) -> None:
+    model, mask = build(kind), torch.ones((2, 400), dtype=torch.long)
+    mask[0, :37] = 0  # padding: the sequences' positions differ
+    want = answer(model, mask, do_sample=False)
+    recompute = {"recompute": "hidden", "recomputed": share}
+    with offload.attach(model, scheduler=recompute, **_TIERS) as runtime:
+        assert (answer(runtime, mask, do_sample=False) == want).all()
+        ours = runtime.report()
+    with offload.attach(model, **_TIERS) as runtime:
+        answer(runtime, mask, do_sample=False)
+        rows = runtime.report()
+    # An input is half of the keys and values.
+    assert ours.planned_host == (1 - round(share * 16) / 32) * rows.planned_host
+    assert ours.planned_host <= ours.bytes["host_pinned"] < rows.bytes["host_pinned"]
+    assert 0 < ours.decode_h2d_bytes < rows.decode_h2d_bytes
+
+
+def test_beams_share_pages_and_reorder_positions() -> None:
+    model, mask = build("llama"), torch.ones((2, 400), dtype=torch.long)
+    mask[1, :21] = 0
+    want = answer(model, mask, num_beams=3)
+    with offload.attach(model, scheduler={"recompute": "hidden"}, **_TIERS) as runtime:
+        assert (answer(runtime, mask, num_beams=3) == want).all()
+
+
+def test_a_cache_goes_back_into_its_host_pages_and_on() -> None:
+    model = build("qwen3")
+    ids = prompts(1, 500) % 190 + 2
+    want = model(input_ids=ids).logits[:, -1]
+    with (
+        torch.no_grad(),
+        offload.attach(model, scheduler={"recompute": "hidden", "recomputed": 0.5}, **_TIERS) as runtime,
+    ):  # fmt: skip
+        cache = runtime.new_cache(max_tokens=600)
+        model(input_ids=prompts(1, 480) % 190 + 2, past_key_values=cache)
+        cache.crop(-(480 - 203))  # in the middle of a page
+        logits = want
+        for start, stop in ((203, 330), (330, 499), (499, 500)):
+            logits = model(input_ids=ids[:, start:stop], past_key_values=cache).logits[:, -1]
+        assert cache.get_seq_length() == 500
+        # The first 203 tokens of both prompts are alike.
+        assert (prompts(1, 480)[:, :203] == prompts(1, 500)[:, :203]).all()
+        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_everything_on_the_device_needs_no_inputs() -> None:
+    model, mask = build("llama"), torch.ones((2, 400), dtype=torch.long)
+    want = answer(model, mask, do_sample=False)
+    with offload.attach(model, mode="exact", scheduler={"recompute": "hidden"}) as runtime:
+        assert (answer(runtime, mask, do_sample=False) == want).all()
+        assert runtime.report().bytes["host_pinned"] == 0
+
+
+def test_fewer_heads_of_keys_are_refused() -> None:
+    model = build("llama", num_key_value_heads=1)
+    with (
+        pytest.raises(ConfigError, match="no fewer bytes"),
+        offload.attach(model, scheduler={"recompute": "hidden"}, **_TIERS) as runtime,
+    ):
+        answer(runtime, torch.ones((2, 400), dtype=torch.long))
+
+
+def test_a_model_whose_projections_are_not_known_is_refused_by_name() -> None:
+    model = build("gpt_neox")
+    with (
+        pytest.raises(UnsupportedModelError, match="gpt_neox"),
+        offload.attach(model, scheduler={"recompute": "hidden"}, **_TIERS) as runtime,
+    ):
+        answer(runtime, torch.ones((2, 400), dtype=torch.long))
+
+
+def test_what_differs_from_the_cache_is_refused() -> None:
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            args,
+            kwargs | {"hidden_states": 2 * kwargs["hidden_states"]},
+        ),
+        with_kwargs=True,
+    )  # a later hook: ours sees another input than the module
+    projection = attention.k_proj
+    projection.register_forward_hook(lambda module, args, out: out + torch.rand_like(out))
+    with (
+        pytest.raises(UnsupportedModelError, match="layer 1 is not what it cached"),
+        offload.attach(model, scheduler={"recompute": "hidden"}, **_TIERS) as runtime,
+    ):
+        answer(runtime, torch.ones((2, 400), dtype=torch.long))
+
+
+def test_other_modes_refuse_it() -> None:
+    with pytest.raises(ConfigError, match="in mode exact only"):
+        offload.attach(build("llama"), mode="verified", recompute="hidden")
+
+
+def test_copies_and_products_end_together() -> None:
+    flops_per_byte = 5000.0
+    values, inputs, itemsize = 8192, 4096, 2
+    share = hidden_share(values, inputs, itemsize, flops_per_byte)
+    copied = itemsize * (share * inputs + (1 - share) * values)
+    assert 0 < share < 1
+    assert copied * flops_per_byte == pytest.approx(2 * share * inputs * values)
+    # A faster link, or fewer heads of keys: what is rebuilt becomes less, and then nothing.
+    assert hidden_share(values, inputs, itemsize, 1000.0) < share
+    assert hidden_share(values, inputs, itemsize, 1e9) == 1.0
+    assert hidden_share(values // 4, inputs, itemsize, flops_per_byte) == 0.0
+    assert hidden_share(values, inputs, itemsize, None) == 1.0
