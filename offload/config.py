@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import math
+import os
 import re
 import textwrap
 import tomllib
