@@ -11,17 +11,24 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from offload.counting import Counted, count
+from offload.counting import Counted, by_tensors, count
 from offload.demand import activation_bytes, parts_bytes
 from offload.errors import InputError
-from offload.kinds import FED_WHOLE, REFUSED
-from offload.layers import layers_of, names_of, state_bytes, takes_windows_for_all, unsupported
+from offload.kinds import FED_WHOLE, refusal
+from offload.layers import (
+    layers_of,
+    names_of,
+    own_sizes,
+    state_bytes,
+    takes_windows_for_all,
+    unsupported,
+)
 from offload.loading import ask_hub, find
 
 ITEMSIZES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -240,12 +247,16 @@ def _of_config(
             "The config's text_config is no object", asked=name, there=text, change=None
         )
     kind = str(text.get("model_type") or config.get("model_type") or "unknown")
-    for each in {kind, str(config.get("model_type"))}:
-        if each in REFUSED:
-            raise unsupported(each, REFUSED[each])
-    known = defaults().get(kind)
+    whole = str(config.get("model_type"))
+    for each in {kind, whole}:
+        reason = refusal(each)
+        if reason is not None:
+            raise unsupported(each, reason)
+    known = defaults().get(kind) or defaults().get(whole)
     if known is None:
         raise unsupported(kind, "offload does not know its config")
+    if kind == "hrm_text" and text is config:
+        text = config = _all_cycles(config)
     values = known | {_ALIASES.get(key, key): value for key, value in text.items()}
     if values.get("kv_lora_rank") or values.get("num_kv_shared_layers"):
         raise unsupported(kind, "its cache holds compressed keys, or layers share them")
@@ -260,22 +271,25 @@ def _of_config(
     # The attention of zamba reads the residual stream and the embedding beside it.
     size = size or (2 if kind in ("zamba", "zamba2") else 1) * hidden // heads
     inner = _optional(values, "intermediate_size", kind) or 4 * hidden
-    row = FileRow(kv_heads, size, size, ITEMSIZES[dtype])
+    value_size = _optional(values, "v_head_dim", kind) or size
+    usual = FileRow(kv_heads, size, value_size, ITEMSIZES[dtype])
     positions = _optional(values, "max_position_embeddings", kind)
     window = _optional(values, "sliding_window", kind)
+    window = window or _optional(values, "attention_chunk_size", kind)
     is_all = bool(window and positions and window >= positions)
     all_layers = layers_of(kind, values, layers, window_is_all=is_all)
-    full, sliding, states = (
-        sum(getattr(layer, what) for layer in all_layers) for what in ("keeps", "slides", "state")
-    )
+    names = names_of(kind, values, layers)
+    all_rows = _rows_of(kind, values, names, usual)
+    rows = tuple(row for row, layer in zip(all_rows, all_layers, strict=True) if layer.keeps)
+    sliding = [row for row, layer in zip(all_rows, all_layers, strict=True) if layer.slides]
+    states = sum(layer.state for layer in all_layers)
     if sliding and not window:
         raise unsupported(kind, "its layers slide over a window that its config does not name")
     taken = is_all and takes_windows_for_all(kind, values, layers)
     vocabulary = _optional(values, "vocab_size", kind) or 0
     itemsize = ITEMSIZES[dtype]
     if tensors is None:
-        _require_text_alone(config, text, kind)
-        counted = count(kind, text | {"layer_types": names_of(kind, values, layers)})
+        counted = _counted(config, text, kind, names)
         tensors, are, met = _Tensors.of(counted), "computed", counted.met
     else:
         are, met = "read", _met(values, kind) if tensors.experts else 1.0
@@ -288,8 +302,7 @@ def _of_config(
     read: float = (tensors.floats - looked_up) * itemsize + tensors.others
     idle_floats = 0 if tensors.expert_bytes else idle
     read -= idle_floats * itemsize + (1 - met) * tensors.expert_bytes
-    all_heads = ((heads, size),) * full
-    rows = (row,) * full
+    all_heads = tuple((heads, row.value_dim) for row in rows)
     return FileShape(
         name=name,
         model_type=kind,
@@ -297,14 +310,16 @@ def _of_config(
         layers=layers,
         rows=rows,
         heads=all_heads,
-        windows=((int(window or 0), row.token_bytes),) * sliding,
+        windows=tuple((int(window or 0), row.token_bytes) for row in sliding),
         state_bytes=states * state_bytes(kind, values, itemsize) if states else 0,
         hidden=hidden,
         vocabulary=vocabulary,
         max_positions=positions,
         parameters=parameters,
         read_bytes=read,
-        weights=tensors.floats * itemsize + tensors.others,
+        weights=tensors.floats * itemsize
+        + tensors.others
+        + _position_table_bytes(kind, values, positions),
         weights_are=are,
         quantised=_quantised(config),
         experts_met=met,
@@ -313,6 +328,48 @@ def _of_config(
         + parts_bytes(all_heads, rows),
         fed_whole=FED_WHOLE.get(kind),
     )
+
+
+def _position_table_bytes(kind: str, values: dict[str, Any], positions: int | None) -> int:
+    """Bytes of a table of rotations, which is in no file; most kinds compute them."""
+    if kind not in ("gptj", "codegen"):
+        return 0
+    return 4 * (positions or 0) * (_optional(values, "rotary_dim", kind) or 0)
+
+
+def _all_cycles(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of an hrm_text whose file has the layers of a stack: each has a cache layer in every cycle."""
+    stack = config.get("num_hidden_layers", 16)
+    if "num_layers_per_stack" in config or not isinstance(stack, int):
+        return config
+    cycles = config.get("H_cycles", 2) * (config.get("L_cycles", 3) + 1)
+    return config | {"num_layers_per_stack": stack, "num_hidden_layers": stack * cycles}
+
+
+def _rows_of(kind: str, values: dict[str, Any], names: list[str], usual: FileRow) -> list[FileRow]:
+    """The keys and values of each layer, whether or not it keeps any."""
+    found = []
+    for name, own in zip(names, own_sizes(kind, values, names), strict=True):
+        row = usual
+        if (
+            kind == "mimo_v2_flash" and name == "sliding_attention"
+        ):  # so its code has it, not its config
+            row = replace(row, kv_heads=2 * row.kv_heads)
+        size = own.get("head_dim", row.key_dim)
+        values_too = {"value_dim": size} if row.key_dim == row.value_dim else {}
+        heads = own.get("num_key_value_heads", row.kv_heads)
+        found.append(replace(row, kv_heads=heads, key_dim=size, **values_too))
+    return found
+
+
+def _counted(config: dict[str, Any], text: dict[str, Any], kind: str, names: list[str]) -> Counted:
+    """The weights that a config says, of all its parts."""
+    named = text | {"layer_types": names}
+    whole = str(config.get("model_type"))
+    if text is not config and whole in by_tensors():
+        return count(whole, config | {by_tensors()[whole]["where"][:-1]: named})
+    _require_text_alone(config, text, kind)
+    return count(kind, named)
 
 
 def _require_text_alone(config: dict[str, Any], text: dict[str, Any], kind: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.metadata import version
+
 LATENT = "its cache holds compressed (latent) keys that are expanded before attention"
 _INDEXED = "a trained indexer chooses the keys that each query sees"
 SHARED = "layers attend to the keys of other layers"
@@ -11,6 +14,8 @@ OWN_ATTENTION = (
 )
 _OWN_CACHE = "it needs cache layers of its own"
 _CHANGED = "it changes keys or values between cache and attention"
+_MASK = "its mask is not causal: tokens of an image see each other"
+_DIFFERS = "its tokens were seen to differ from the stock cache's"
 _POSITION_BIAS = "its attention adds a learned position bias"
 
 
@@ -31,24 +36,45 @@ REFUSED: dict[str, str] = {
         "axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4", "glm5_next_text", "dots3_note_text",
         "qwen4_exp_text", "minimax_m3_vl_text", "step3p5",
     ),
-    **_because(_OWN_CACHE, "deepseek_v4", "minimax", "unlimited_ocr_text", "hrm_text", "zaya"),
+    **_because(_OWN_CACHE, "deepseek_v4", "minimax", "unlimited_ocr_text", "zaya", "dory"),
     **_because(_CHANGED, "diffllama", "doge", "jetmoe", "idefics", "moonshine", "moonshine_streaming"),
     **_because(
         SHARED,
-        "mllama_text_model", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text",
-        "gemma4_assistant", "gemma4_unified_assistant", "diffusion_gemma_text",
+        "mllama_text_model", "gemma3n", "gemma3n_text", "gemma4_assistant", "gemma4_unified_assistant", "diffusion_gemma_text",
     ),
+    **_because(_MASK, "gemma4_unified"),
+    **_because(_DIFFERS, "moshi"),
     **_because(_POSITION_BIAS, "inkling_text", "inkling2_text"),
     **_because(
         _NO_KEYS, "mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma",
     ),
     **_because(
         OWN_ATTENTION,
-        "bloom", "falcon", "gptj", "codegen", "gpt_neo", "gpt_neox_japanese", "mpt", "xglm", "openai-gpt",
-        "xlnet", "cpmant", "imagegpt", "reformer", "trocr", "big_bird", "rembert", "roformer",
+        "bloom", "falcon", "gpt_neo", "gpt_neox_japanese", "mpt", "xglm", "openai-gpt",
+        "xlm", "xlnet", "cpmant", "imagegpt", "reformer", "trocr", "big_bird", "rembert", "roformer",
         "megatron-bert", "git", "semantic", "coarse_acoustics",
     ),
 }  # fmt: skip
+
+# Kinds whose attention or cache older versions of transformers have in another way, and since when they run.
+SINCE: dict[str, tuple[int, int]] = dict.fromkeys(
+    ("gptj", "codegen", "gemma4", "gemma4_text", "gemma4_unified_text", "hrm_text"), (5, 24)
+)  # fmt: skip
+
+
+def refusal(model_type: str) -> str | None:
+    """Why a kind is refused, by the table and the version of transformers that is installed; None where it is not."""
+    since = SINCE.get(model_type)
+    if since is not None and _transformers() < since:
+        return f"it runs on transformers {since[0]}.{since[1]} and later"
+    return REFUSED.get(model_type)
+
+
+@cache
+def _transformers() -> tuple[int, int]:
+    major, minor = version("transformers").split(".")[:2]
+    return int(major), int(minor)
+
 
 # Cache layers that are understood: ours take the place of the first two, the others stay as they are.
 KNOWN_LAYERS = frozenset(

@@ -69,8 +69,8 @@ def names_of(kind: str, values: Mapping[str, Any], layers: int) -> list[str]:
         return ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
     if kind == "falcon_h1":
         return ["hybrid"] * layers
-    if isinstance(values.get("attn_layer_indices"), list):
-        full = set(values["attn_layer_indices"])
+    if "attn_layer_indices" in values:
+        full = set(values["attn_layer_indices"] or ())
         return ["full_attention" if i in full else "mamba" for i in range(layers)]
     if kind == "jamba":
         period, offset = values.get("attn_layer_period", 8), values.get("attn_layer_offset", 4)
@@ -109,6 +109,27 @@ def layers_of(kind: str, values: Mapping[str, Any], layers: int, *, window_is_al
 def takes_windows_for_all(kind: str, values: Mapping[str, Any], layers: int) -> bool:
     """Whether there are layers that would slide."""
     return not _SLIDING.isdisjoint(names_of(kind, values, layers))
+
+
+def own_sizes(kind: str, values: Mapping[str, Any], names: list[str]) -> list[dict[str, int]]:
+    """What each layer has otherwise than the config says for all: head_dim, num_key_value_heads.
+
+    Args:
+        kind: The model type.
+        values: The config, defaults filled in.
+        names: The type of each layer.
+    """
+    written = values.get("per_layer_config")
+    if isinstance(written, Mapping):
+        by_layer = {int(layer): dict(own) for layer, own in written.items()}
+        return [by_layer.get(layer, {}) for layer in range(len(names))]
+    if kind in ("gemma4_text", "gemma4_unified_text"):
+        own = {"head_dim": int(values.get("global_head_dim") or 512)}
+        heads = values.get("num_global_key_value_heads")
+        if heads and values.get("attention_k_eq_v", kind != "gemma4_text"):
+            own["num_key_value_heads"] = int(heads)
+        return [own if name == "full_attention" else {} for name in names]
+    return [{} for _ in names]
 
 
 def state_bytes(kind: str, values: Mapping[str, Any], itemsize: int) -> int:

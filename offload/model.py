@@ -21,7 +21,7 @@ from offload.cache import CACHE, OffloadCache, keeps_every_token, stock_layers
 from offload.demand import activation_bytes, parts_bytes
 from offload.errors import InputError, OffloadError, UnsupportedModelError
 from offload.kernels.attend import attend
-from offload.kinds import FED_WHOLE, KNOWN_LAYERS, LATENT, OWN_ATTENTION, REFUSED, SHARED
+from offload.kinds import FED_WHOLE, KNOWN_LAYERS, LATENT, OWN_ATTENTION, SHARED, refusal
 from offload.tiers.rows import RowShape
 
 
@@ -147,7 +147,7 @@ def refuse_unsupported(model: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         _raise_if("it is an encoder-decoder; only decoders are supported", types[0])
     for name in types:
-        _raise_if(REFUSED.get(name), name)
+        _raise_if(refusal(name), name)
     text = text_config(model)
     if getattr(text, "kv_lora_rank", None):
         _raise_if(LATENT, types[1])

@@ -22,7 +22,10 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel
+
+from offload.kinds import SINCE
 
 VOCAB = 128
 """Entries of every vocabulary here, the padding token included."""
@@ -251,6 +254,34 @@ FAMILIES: dict[str, Family] = _table(
         sliding_window=WINDOW,
         **_ATTENTION,
     ),
+    # Without the layers that share keys, which are refused below; full layers have a head size of their own.
+    _family(
+        "gemma4",
+        "Gemma4",
+        seed=853,
+        config_stem="Gemma4Text",
+        full_layers=_FULL_OF_FOUR,
+        layer_types=_SLIDING_FIRST,
+        num_hidden_layers=4,
+        num_kv_shared_layers=0,
+        head_dim=16,
+        global_head_dim=32,
+        sliding_window=WINDOW,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        **_ATTENTION,
+    ),
+    _family(
+        "hrm_text",
+        "HrmText",
+        seed=875,
+        full_layers=(0, 1, 2, 3),
+        num_hidden_layers=1,
+        H_cycles=2,
+        L_cycles=1,
+        head_dim=16,
+        **(_ATTENTION | {"num_key_value_heads": 4}),
+    ),
     _family(
         "gpt2",
         "GPT2",
@@ -260,6 +291,31 @@ FAMILIES: dict[str, Family] = _table(
         n_layer=2,
         n_head=4,
         n_positions=2048,
+        tie_word_embeddings=False,
+        **_INIT,
+    ),
+    _family(
+        "gptj",
+        "GPTJ",
+        seed=951,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=2048,
+        rotary_dim=8,
+        tie_word_embeddings=False,
+        **_INIT,
+    ),
+    _family(
+        "codegen",
+        "CodeGen",
+        seed=961,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=2048,
+        n_ctx=2048,
+        rotary_dim=8,
         tie_word_embeddings=False,
         **_INIT,
     ),
@@ -442,6 +498,10 @@ FAMILIES: dict[str, Family] = _table(
     ),
 )
 """Models whose greedy tokens must equal those of the stock cache."""
+
+if Version(transformers.__version__) < Version("5.24"):
+    for _name in sorted(set(SINCE) & set(FAMILIES)):
+        FAMILIES.pop(_name)
 
 REFUSED: dict[str, Family] = _table(
     # Latent attention: keys and values are computed from what the cache returned.

@@ -167,15 +167,37 @@ def test_a_gguf_file_says_what_it_becomes() -> None:
             UnsupportedModelError,
             "layer_types",
         ),
-        ({"model_type": "persimmon"}, InputError, "how many weights"),
+        (
+            {"model_type": "zamba2", "layers_block_type": ["hybrid"] * 54},
+            InputError,
+            "how many weights",
+        ),
         (
             {
-                "model_type": "gemma3",
-                "text_config": {"model_type": "gemma3_text"},
+                "model_type": "got_ocr2",
+                "text_config": {"model_type": "qwen2"},
                 "vision_config": {"depth": 2},
             },
             InputError,
             "vision_config",
+        ),
+        (
+            {
+                "model_type": "gemma4",
+                "text_config": {"model_type": "gemma4_text"},
+                "vision_config": {"num_hidden_layers": 2},
+            },
+            InputError,
+            "counted with vision_config",
+        ),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {"model_type": "gemma3_text"},
+                "vision_config": {"model_type": "eagle"},
+            },
+            InputError,
+            "vision_config.model_type",
         ),
     ],
 )

@@ -11,10 +11,11 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from offload.counting import count, table
+from offload.counting import by_tensors, count, table
 from offload.errors import InputError
 
 TOOL = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "weights.py"))
+TENSORS = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "tensors.py"))
 OLDER = Version(transformers.__version__) < Version("5.23")  # the table is the newest one's
 
 # As their files have it, and as their cards say.
@@ -79,6 +80,61 @@ def test_every_kind_in_the_table_has_as_many_weights_as_are_counted(kind: str) -
         pytest.skip("the table is that of a newer transformers")
     config, weights = small(kind, 1)
     assert count(kind, config).all == weights, "run tools/weights.py > offload/data/weights.json"
+
+
+def changed(kind: str, seed: int) -> dict[str, int]:
+    """Some keys that a kind's tensors are made of, with other values; no model that they would not go with."""
+    entry = by_tensors()[kind]
+    keys = {
+        key: value for key, value in entry["keys"].items() if value and key not in entry["fixed"]
+    }
+    pick = random.Random(f"{kind} {seed}")
+    return {key: 2 * value for key, value in keys.items() if pick.random() < 0.4}
+
+
+@pytest.mark.parametrize("kind", sorted(by_tensors()))
+def test_kinds_of_several_sorts_of_layers_have_as_many_weights_as_are_counted(kind: str) -> None:
+    if OLDER:
+        pytest.skip("the table is that of a newer transformers")
+    few = TENSORS["_Kind"](kind).few
+    compared = 0
+    for seed in range(12):
+        changes = changed(kind, seed)
+        try:
+            config, model = TENSORS["built"](kind, few | changes)
+        except Exception:  # noqa: BLE001, S112 - sizes that do not go together
+            continue
+        weights = sum(p.numel() for p in model.parameters())
+        try:
+            said = count(kind, config)
+        except InputError:  # its layers are of a further sort then
+            continue
+        assert said.all == weights, f"{changes}: run tools/tensors.py > offload/data/tensors.json"
+        assert said.embedding == model.get_input_embeddings().weight.numel()
+        compared += bool(changes)
+        if compared == 3:
+            break
+    assert compared
+
+
+def test_a_kind_is_in_one_table_alone() -> None:
+    assert not set(table()) & set(by_tensors())
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("lfm2", {"layer_types": ["conv", "spiral_attention"]}, "counted with layers"),
+        ("falcon_h1", {"mamba_conv_bias": False}, "counted with mamba_conv_bias"),
+        ("granitemoehybrid", {"hidden_size": "wide"}, "counted with hidden_size"),
+        ("nemotron_h", {"num_hidden_layers": None}, "counted with num_hidden_layers"),
+    ],
+)
+def test_what_was_not_counted_of_several_sorts_is_refused_by_name(
+    kind: str, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        count(kind, {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2} | more)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "glm4_moe", "cohere", "gpt2"])

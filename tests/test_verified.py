@@ -43,6 +43,7 @@ REFUSED = {
     "falcon_h1",
     "gemma2",
     "gemma3",
+    "gemma4",
     "gpt_oss",
     "granitemoehybrid",
     "jamba",

@@ -17,7 +17,7 @@ KEYS = (
     "layer_types", "attention_bias", "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_embd", "n_layer", "n_head",
     "n_positions", "linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim",
     "linear_conv_kernel_dim", "conv_L_cache", "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_n_heads",
-    "mamba_d_head", "mamba_n_groups",
+    "mamba_d_head", "mamba_n_groups", "v_head_dim", "attention_chunk_size", "rotary_dim",
 )  # fmt: skip
 
 

@@ -267,7 +267,7 @@ def _entry(kind: str, *, heads: bool) -> dict[str, Any] | str:
     usual = {"sliding_attention", "chunked_attention"} | (
         {"linear_attention"} if "a" in names else set()
     )
-    if len(types - usual) > 1:
+    if types - usual - {"full_attention", "attention"} or len(types - usual) > 1:
         return f"has layers of several kinds: {sorted(types)}"
     if not {"h", "H", "v", "L"} <= set(names):
         return f"sizes are missing: {names}"

@@ -73,7 +73,9 @@ def _weights(kind: str) -> int | None:
             model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
     except Exception:  # noqa: BLE001 - not every kind can be built from its defaults
         return None
-    return sum(int(p.numel()) for p in model.parameters())
+    # Tables of positions are no parameters, and in float32.
+    tables = sum(b.nbytes for name, b in model.named_buffers() if name.endswith("embed_positions"))
+    return int(sum(p.numel() for p in model.parameters()) + tables // 2)
 
 
 def measure_families(record: Record, kinds: list[str] | None) -> None:
@@ -102,7 +104,13 @@ def measure_families(record: Record, kinds: list[str] | None) -> None:
             file.write_text(config.to_json_string(use_diff=False))
             try:
                 shape = describe(file)
-                plan(settings, shape, machine, context=4096, output=64)
+                plan(
+                    settings,
+                    shape,
+                    machine,
+                    context=min(4096, shape.max_positions or 4096),
+                    output=64,
+                )
             except OffloadError as error:
                 refused[kind] = str(error)
                 continue
