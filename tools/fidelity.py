@@ -142,11 +142,13 @@ def fed(case: Case, cache: Any, at: int, **more: Any) -> Any:
 
 
 @torch.no_grad()
-def ours(case: Case, rung: str, tokens: int, skipped: float) -> dict[str, Any]:
+def ours(
+    case: Case, rung: str, tokens: int, skipped: float, index: str = "replica"
+) -> dict[str, Any]:
     """The same through the device path, one token at a time, and the facts."""
     model, ids = case.model, case.ids
     on_card = ids.device.type == "cuda"
-    settings: dict[str, Any] = {"mode": "fast", "window": REPLICA_WINDOW, "rung": rung, "retrieved": tokens, "skipped_mass": skipped}  # fmt: skip
+    settings: dict[str, Any] = {"mode": "fast", "window": REPLICA_WINDOW, "rung": rung, "retrieved": tokens, "skipped_mass": skipped, "index": index}  # fmt: skip
     with offload.attach(model, **settings, chunk=1024, capture=False) as runtime:
         cache = behind_context(runtime, case)
         logits, hidden = [], []
@@ -221,7 +223,10 @@ def divergence(want: Tensor, got: Tensor, device: torch.device) -> dict[str, flo
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("settings", nargs="*", default=["4k4v:0", "4k4v:64", "3k3v:64", "2k2v:256"])
+    parser.add_argument(
+        "settings", nargs="*", default=["4k4v:0", "4k4v:64", "3k3v:64", "2k2v:256"],
+        help="rung:tokens, or rung:tokens:index where the host searches",
+    )  # fmt: skip
     parser.add_argument("--model", action="append", help="may be given several times")
     parser.add_argument("--context", type=int, default=7168)
     parser.add_argument("--steps", type=int, default=1000)
@@ -257,8 +262,8 @@ def main() -> None:
             )
         mean = {}
         for setting in args.settings:
-            rung, _, tokens = setting.partition(":")
-            got = ours(case, rung, int(tokens), args.skipped_mass)
+            rung, tokens, *index = setting.split(":")
+            got = ours(case, rung, int(tokens), args.skipped_mass, *index)
             found = divergence(want, got["logits"], case.model.device)
             layers = [
                 float((a - b).norm() / b.norm()) for a, b in zip(got["hidden"], hidden, strict=True)

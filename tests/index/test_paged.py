@@ -1,0 +1,210 @@
+"""Rows in pages, found by codes and attended to, against float64 over the same rows laid out plainly."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from offload.index import BACKENDS, backend, scan, token_bytes
+from offload.index.paged import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    Coded,
+    Rows,
+    Scratch,
+    attend_best,
+    attend_some,
+    encode_blocks,
+    gathered,
+)
+from offload.index.workers import Workers
+
+Array = NDArray[Any]
+PAGE, HEADS = 64, 2
+
+
+def paged(
+    blocks: int, key_dim: int, value_dim: int, kind: int, seed: int = 0
+) -> tuple[Rows, Array]:
+    """Rows of the second head in pages that lie anywhere, and the same rows in order as float32 [N, D + D_v]."""
+    random = np.random.default_rng(seed)
+    shape = (blocks + 3, PAGE, HEADS, key_dim + value_dim)
+    values = random.standard_normal(shape).astype(np.float32)
+    # Some too small for a normal number of 16 bits, and zeros.
+    values[:, ::7, :, ::5] *= 1e-6
+    values[:, 3] = 0
+    if kind == BFLOAT16:
+        pool: Array = (values.view(np.uint32) >> 16).astype(np.uint16)
+        values = (pool.astype(np.uint32) << 16).view(np.float32)
+    elif kind == FLOAT16:
+        halves = values.astype(np.float16)
+        pool, values = halves.view(np.uint16), halves.astype(np.float32)
+    else:
+        pool = values
+    table = random.permutation(blocks + 3)[:blocks].astype(np.int64)
+    rows = Rows(pool, kind, table, 1, key_dim)
+    return rows, values[table][:, :, 1].reshape(blocks * PAGE, -1)
+
+
+def coded(rows: Rows, count: int, bits: int, scratch: Scratch) -> Coded:
+    blocks, dim = count // scan.BLOCK, rows.key_dim
+    made = Coded(
+        np.empty((blocks, dim + -dim % scan.CHANNELS, scan.BLOCK * bits // 8), np.uint8),
+        np.empty((blocks, dim), np.float32),
+        np.empty((blocks, dim), np.float32),
+        bits,
+    )
+    encode_blocks(rows, made, 0, blocks, scratch)
+    return made
+
+
+def attention(
+    rows: Array, key_dim: int, ids: Array, queries: Array, cap: float
+) -> tuple[Array, Array]:
+    """float64 [G, D_v] and [G] over some rows."""
+    some = rows[ids].astype(np.float64)
+    logits = some[:, :key_dim] @ queries.astype(np.float64).T
+    logits = cap * np.tanh(logits / cap) if cap else logits
+    most = logits.max(0)
+    weights = np.exp(logits - most)
+    return (weights / weights.sum(0)).T @ some[:, key_dim:], most + np.log(weights.sum(0))
+
+
+@pytest.mark.parametrize("kind", [BFLOAT16, FLOAT16, FLOAT32])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_codes_of_pages_are_those_of_rows_in_order(kind: int, bits: int) -> None:
+    rows, plain = paged(9, 50, 32, kind)
+    count = len(plain) // scan.BLOCK * scan.BLOCK
+    made = coded(rows, count, bits, Scratch.of(1, len(plain), 50, 1))
+    for mine, theirs in zip(made, scan.encode(plain[:count, :50], bits), strict=False):
+        np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_array_equal(gathered(rows, 70, 200), plain[70:200, :50])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    blocks=st.integers(1, 9),
+    left=st.integers(0, PAGE - 1),
+    kind=st.sampled_from([BFLOAT16, FLOAT16, FLOAT32]),
+    dims=st.sampled_from([(16, 16), (50, 32), (64, 128)]),
+    groups=st.integers(1, 7),
+    k=st.sampled_from([1, 16, 64, 1024]),
+    hidden=st.sampled_from([0, 1, 31, 64, 200, 10_000]),
+    cap=st.sampled_from([0.0, 5.0]),
+    seed=st.integers(0, 5),
+)
+def test_what_is_found_is_attended_to_exactly(
+    blocks: int, left: int, kind: int, dims: tuple[int, int], groups: int, k: int, hidden: int, cap: float, seed: int
+) -> None:  # fmt: skip
+    rows, plain = paged(blocks, *dims, kind, seed)
+    count = len(plain) - left
+    first = min(hidden, count)
+    scratch = Scratch.of(groups, count, max(dims), 8 * k)
+    codes = coded(rows, count, 4, scratch)
+    queries = np.random.default_rng(seed + 9).standard_normal((groups, dims[0])).astype(np.float32)
+    ids = np.full(k, 7, np.int32)
+    out, lse = np.full((groups, dims[1]), np.nan, np.float32), np.full(groups, np.nan, np.float32)
+    attend_best(rows, codes, first, count, queries, cap, 8, scratch, ids, out, lse)
+    found = ids[ids >= 0]
+    assert len(found) == min(k, count - first)
+    assert (ids[len(found) :] == -1).all()
+    assert (np.diff(found) > 0).all()
+    assert ((found >= first) & (found < count)).all()
+    if not len(found):
+        assert (out == 0).all()
+        assert np.isneginf(lse).all()
+        return
+    want, logs = attention(plain, dims[0], found, queries, cap)
+    np.testing.assert_allclose(out, want, atol=2e-5)
+    np.testing.assert_allclose(lse, logs, atol=2e-5)
+    # Who they are: the best by brute force, but for those that codes of 4 bits confuse beyond eight times as many.
+    logits = plain[first:count, : dims[0]] @ queries.T
+    logits = cap * np.tanh(logits / cap) if cap else logits
+    votes = (logits - logits.max(0)).max(1)
+    best = first + np.argsort(-votes, kind="stable")[: len(found)]
+    assert len(np.intersect1d(best, found)) >= 0.95 * len(found) - 1
+    # Of given candidates, the same, without codes.
+    again, logs32, chosen = np.empty_like(out), np.empty_like(lse), np.empty_like(ids)
+    attend_some(rows, found.astype(np.int64), queries, cap, scratch, chosen, again, logs32)
+    np.testing.assert_array_equal(chosen, ids)
+    np.testing.assert_allclose(again, out, atol=1e-6)
+
+
+def test_votes_go_by_what_a_token_weighs_beside_the_best_of_its_query() -> None:
+    """A query of large logits must not have all tokens to itself."""
+    rows, plain = paged(4, 32, 32, FLOAT32)
+    scratch = Scratch.of(2, len(plain), 32, 64)
+    queries = np.random.default_rng(3).standard_normal((2, 32)).astype(np.float32)
+    queries[0] *= 0.1  # nearly all tokens weigh alike: its best is no better than many
+    queries[1] *= 10
+    ids, out, lse = np.empty(16, np.int32), np.empty((2, 32), np.float32), np.empty(2, np.float32)
+    attend_best(rows, coded(rows, 256, 4, scratch), 0, 256, queries, 0.0, 4, scratch, ids, out, lse)
+    assert int(np.argmax(plain[:, :32] @ queries[1])) in ids
+    small = plain[:, :32] @ queries[0]
+    assert (small[ids] > np.quantile(small, 0.9)).sum() >= 12
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dimension", [64, 80, 128])
+def test_no_index_takes_more_than_is_planned(name: str, dimension: int) -> None:
+    keys = np.random.default_rng(0).standard_normal((3000, dimension)).astype(np.float16)
+    index = backend(name)()
+    index.build(keys)
+    held = index.nbytes
+    if (
+        name == "flat"
+    ):  # its rows are those of the pages, there is room for scores once for each thread
+        held = index.code_bytes  # type: ignore[attr-defined]
+    assert held <= 3000 * token_bytes(name, dimension)
+
+
+def test_tasks_run_once_each_and_by_different_workers_at_the_same_time() -> None:
+    workers = Workers(3)
+    counts = np.zeros(200, np.int64)
+    busy: set[int] = set()
+    lock = threading.Lock()
+
+    def task(i: int, worker: int) -> None:
+        with lock:
+            assert worker not in busy
+            busy.add(worker)
+        counts[i] += 1
+        with lock:
+            busy.remove(worker)
+
+    for n in (0, 1, 2, 200):
+        counts[:] = 0
+        workers.run(task, n)
+        assert counts.sum() == n == counts[:n].sum()
+    meeting = threading.Barrier(3, timeout=20)
+    workers.run(
+        lambda i, worker: meeting.wait() and None, 3
+    )  # none of them returns before all have begun
+    workers.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("offload-search") and t.is_alive() and t.join(5)]  # fmt: skip
+    workers.run(task, 5)
+    workers.close()
+
+
+def test_the_first_error_of_a_task_is_raised_and_the_threads_go_on() -> None:
+    workers = Workers(2)
+
+    def fails(i: int, worker: int) -> None:
+        if i == 3:
+            raise ValueError("no such row") from KeyError(i)
+
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no such row") as caught:
+            workers.run(fails, 100)
+        assert isinstance(caught.value.__cause__, KeyError)
+    done: list[int] = []
+    workers.run(lambda i, worker: done.append(i), 10)
+    assert sorted(done) == list(range(10))
+    workers.close()
