@@ -123,14 +123,19 @@ class Flat:
             names = ("codes", "lows", "steps")
             arrays = {name: part.rows for name, part in zip(names, self._parts, strict=True)}
             arrays["rows"] = self._rows.rows
-        metadata = {"bits": self.bits, "overfetch": self.overfetch, "block": scan.BLOCK}
+        metadata = {
+            "bits": self.bits,
+            "overfetch": self.overfetch,
+            "block": scan.BLOCK,
+            "channels": scan.CHANNELS,
+        }
         file.write(path, self.backend, metadata, arrays)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """See `Index`. Rows and codes stay in the file, mapped, until keys are added; then they are copied."""
         _, metadata, arrays = file.read(path, cls.backend)
-        if metadata["block"] != scan.BLOCK:
+        if metadata["block"] != scan.BLOCK or metadata.get("channels") != scan.CHANNELS:
             raise ConfigError(
                 f"{path.name} has codes in blocks of another size",
                 asked=metadata["block"],

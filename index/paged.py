@@ -18,7 +18,8 @@ from numba.extending import overload
 from numpy.typing import NDArray
 
 from offload.index.base import Floats, Ids
-from offload.index.scan import BLOCK, CHANNELS, _add2, _add4, _weigh, best
+from offload.index.pairs import BLOCK, TOGETHER
+from offload.index.scan import best, scan_block
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # what the rows of a pool are
 
@@ -48,7 +49,7 @@ class Coded(NamedTuple):
     """Codes of the first keys of one KV head, as of `offload.index.scan.encode`.
 
     Attributes:
-        codes: uint8 [n, channels, BLOCK * bits / 8].
+        codes: uint8 [n, channels / 2, 2 * BLOCK * bits / 8].
         lows: float32 [n, D].
         steps: float32 [n, D].
         bits: 4 or 2.
@@ -76,9 +77,10 @@ class Scratch(NamedTuple):
         order: int64 [N].
         exact: float32 [G, candidates].
         row: float32 [D or D_v].
-        weights: int16 [channels].
-        partial: int16 [BLOCK].
-        total: int32 [BLOCK].
+        many: int8 [channels / 2, T, 4], zeros behind the channels, with T of `offload.index.pairs`.
+        one: int8 [channels / 2, 1, 4], likewise.
+        total: int32 [T, BLOCK].
+        units: float32 [T, 2].
         counts: int32 [2,048].
     """
 
@@ -90,21 +92,27 @@ class Scratch(NamedTuple):
     order: Ids
     exact: Floats
     row: Floats
-    weights: NDArray[np.int16]
-    partial: NDArray[np.int16]
+    many: NDArray[np.int8]
+    one: NDArray[np.int8]
     total: NDArray[np.int32]
+    units: Floats
     counts: NDArray[np.int32]
 
     @classmethod
-    def of(cls, groups: int, tokens: int, width: int, candidates: int) -> Scratch:
+    def of(
+        cls, groups: int, tokens: int, key_dim: int, value_dim: int, candidates: int, bits: int = 4
+    ) -> Scratch:
         """Room for searches of up to so many keys.
 
         Args:
             groups: Query heads of a KV head.
             tokens: Keys.
-            width: The larger of D and D_v.
+            key_dim: D.
+            value_dim: D_v.
             candidates: Keys that are scored exactly.
+            bits: Of the codes.
         """
+        width, pairs, tile = max(key_dim, value_dim), -(-key_dim // 2), TOGETHER[bits]
         tokens += -tokens % BLOCK
         return cls(
             scores=np.empty((groups, tokens), np.float32),
@@ -115,9 +123,10 @@ class Scratch(NamedTuple):
             order=np.empty(tokens, np.int64),
             exact=np.empty((groups, max(1, candidates)), np.float32),
             row=np.empty(width, np.float32),
-            weights=np.zeros(width + -width % CHANNELS, np.int16),
-            partial=np.empty(BLOCK, np.int16),
-            total=np.empty(BLOCK, np.int32),
+            many=np.zeros((pairs, tile, 4), np.int8),
+            one=np.zeros((pairs, 1, 4), np.int8),
+            total=np.empty((tile, BLOCK), np.int32),
+            units=np.empty((tile, 2), np.float32),
             counts=np.empty(2048, np.int32),
         )
 
@@ -165,7 +174,7 @@ def attend_best(
     n = _candidates(
         *rows, *coded, first, count, queries, min(overfetch * ids.shape[0], max(0, count - first)),
         scratch.scores, scratch.tops, scratch.peaks, scratch.votes, scratch.ids, scratch.order, scratch.row,
-        scratch.weights, scratch.partial, scratch.total, scratch.counts,
+        scratch.many, scratch.one, scratch.total, scratch.units, scratch.counts,
     )  # fmt: skip
     attend_some(rows, scratch.ids[:n], queries, softcap, scratch, ids, out, lse)
 
@@ -256,7 +265,8 @@ def _encode(
     each = BLOCK // parts
     for block in range(first, stop):
         _gather(pool, kind, table, head, key_dim, block * BLOCK, values)
-        codes[block, key_dim:] = 0
+        if key_dim % 2:
+            codes[block, key_dim // 2] = 0
         for c in range(key_dim):
             low = values[0, c]
             high = low
@@ -273,7 +283,7 @@ def _encode(
                     code = np.rint((values[part * each + j, c] - low) / scale)
                     code = min(max(code, np.float32(0)), top)
                     packed |= int(code) << (part * bits)
-                codes[block, c, j] = packed
+                codes[block, c // 2, 2 * j + c % 2] = packed
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -290,7 +300,7 @@ def _candidates(
     codes: Any, lows: Any, steps: Any, bits: int,
     first: int, count: int, queries: Any, wanted: int,
     scores: Any, tops: Any, peaks: Any, votes: Any, ids: Any, order: Any, row: Any,
-    weights: Any, partial: Any, total: Any, counts: Any,
+    many: Any, one: Any, total: Any, units: Any, counts: Any,
 ) -> int:  # fmt: skip
     """Writes the ids of the `wanted` keys with the best votes, ascending; returns how many there are."""
     if wanted == 0:
@@ -299,14 +309,10 @@ def _candidates(
     coded = codes.shape[0] * BLOCK
     for block in range(first // BLOCK, codes.shape[0]):
         start = block * BLOCK
-        for g in range(groups):
-            unit, offset = _weigh(lows[block], steps[block], queries[g], weights)
-            if bits == 4:
-                _add4(codes[block], weights, partial, total)
-            else:
-                _add2(codes[block], weights, partial, total)
-            for j in range(BLOCK):
-                scores[g, start + j] = offset + unit * np.float32(total[j])
+        scan_block(
+            codes[block], lows[block], steps[block], queries, bits,
+            many, one, total, units, scores[:, start : start + BLOCK],
+        )  # fmt: skip
     for token in range(max(first, coded), count):
         _widen(pool[table[token // page], token % page, head, :key_dim], kind, row)
         for g in range(groups):

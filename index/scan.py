@@ -1,11 +1,11 @@
 """What do all keys score, from a few bits each, and which are best?
 
-A block is `BLOCK` keys. A channel of it is coded from its smallest to its largest value, and lies in one run of bytes:
-byte j of 4-bit codes holds keys j and j + BLOCK / 2, byte j of 2-bit codes holds j and three more, BLOCK / 4 apart. So the
-same step of all keys of a block is one vector instruction. Per channel, because keys have outlier channels (a bias, and what
+A block is `BLOCK` keys. A channel of it is coded from its smallest to its largest value. Two channels lie side by side: of a
+row of bytes 2 j is of the first and 2 j + 1 of the second, of keys j and j + BLOCK / 2 with 4-bit codes, of j and three
+more, BLOCK / 4 apart, with 2 bits. So one instruction weighs both channels of 16 keys (`offload.index.pairs`). Per channel, because keys have outlier channels (a bias, and what
 the position embedding leaves of it); see Liu et al., KIVI (arXiv 2402.02750), section 3.
 
-The scan counts in 16 bits: a query times the block's steps is rounded to 127 steps each way. Where all channels weigh
+The scan counts in whole numbers: a query times the block's steps is rounded to 127 steps each way. Where all channels weigh
 alike that adds a few hundredths to what 4-bit codes are off, and more where one outweighs the others. Everything here is single-threaded and lets go of the interpreter's lock.
 """
 
@@ -14,22 +14,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 
 from offload.index.base import Floats, Ids, Vectors
+from offload.index.pairs import BLOCK, TOGETHER, add_block
 
 # Keys of SmolLM2 at 7.8K, recall of the best 100, four (two) times over-fetched: at 4 bits 1.0 (0.9999, 0.9999, 0.9998) with
 # blocks of 64, 128 and 256, at 2 bits 0.986, 0.973 and 0.960; the steps take 1, 1/2 and 1/4 bit a value. A scan of blocks of
 # 64 takes twice as long as one of 128: too few bytes for whole vector registers.
-BLOCK = 128
-CHANNELS = 4  # channels of one step of the scan: codes are padded to a multiple
+CHANNELS = 2  # channels of one step of the scan: codes are padded to a multiple
 _STEPS = 127
-# Channels whose products fit 16 bits: 127 * 15 * 16 and 127 * 3 * 64 are below 32,768.
-_RUN4, _RUN2 = 16, 64
-# Bytes of a channel of a block. Constants, or the compiler takes the halves for the same memory: fourteen times as slow.
-_HALF, _QUARTER = BLOCK // 2, BLOCK // 4
 _AT_ONCE = 64  # blocks that are coded at once, which bounds the copy in float32
 
 # A float16 whose bits are put where a float32 has its own is the same number, less by this: the biases of both exponents.
@@ -44,7 +39,7 @@ def encode(rows: Vectors, bits: int) -> tuple[NDArray[np.uint8], Floats, Floats]
         bits: 4 or 2.
 
     Returns:
-        codes: uint8 [n, channels, BLOCK * bits / 8], where channels is D, padded to a multiple of CHANNELS.
+        codes: uint8 [n, channels / 2, 2 * BLOCK * bits / 8], where channels is D, padded to an even number.
         lows: float32 [n, D], the smallest value of each channel.
         steps: float32 [n, D], between codes; zero where all values are the same.
     """
@@ -67,13 +62,24 @@ def encode(rows: Vectors, bits: int) -> tuple[NDArray[np.uint8], Floats, Floats]
         packed = np.bitwise_or.reduce(parts << shifts, axis=1)
         codes[a:b, :dimension] = packed.transpose(0, 2, 1)
         lows[a:b], steps[a:b] = low, step
-    return codes, lows, steps
+    return _side_by_side(codes), lows, steps
+
+
+def _side_by_side(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bytes [n, channels, m] with two channels in one row: [n, channels / 2, 2 m]."""
+    n, channels, m = codes.shape
+    both = codes.reshape(n, channels // 2, 2, m).transpose(0, 1, 3, 2)
+    return np.ascontiguousarray(both).reshape(n, channels // 2, 2 * m)
 
 
 def decode(codes: NDArray[np.uint8], lows: Floats, steps: Floats, bits: int) -> Floats:
     """What codes stand for, float32 [n * BLOCK, D]; see `encode`."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[None, None, :, None]
-    parts = (codes[:, : lows.shape[1], None, :] >> shifts) & ((1 << bits) - 1)
+    n, pairs, twice = codes.shape
+    channels = (
+        codes.reshape(n, pairs, twice // 2, 2).transpose(0, 1, 3, 2).reshape(n, 2 * pairs, -1)
+    )
+    parts = (channels[:, : lows.shape[1], None, :] >> shifts) & ((1 << bits) - 1)
     values = parts.reshape(*lows.shape, BLOCK) * steps[..., None] + lows[..., None]
     return np.ascontiguousarray(values.transpose(0, 2, 1).reshape(-1, lows.shape[1]))
 
@@ -96,8 +102,7 @@ def scan(
         bits: 4 or 2.
         scores: float32 [G, at least n * BLOCK]: written.
     """
-    assert codes.shape[1] % CHANNELS == 0
-    _scan(codes, lows, steps, queries, scores, bits)
+    _scan(codes, lows, steps, queries, scores, bits, TOGETHER[bits])
 
 
 def rescore(rows: Vectors, ids: Ids, query: Floats, scores: Floats) -> None:
@@ -115,120 +120,88 @@ def rescore(rows: Vectors, ids: Ids, query: Floats, scores: Floats) -> None:
         _rescore32(rows, ids, query, scores)
 
 
-def _product(typing: Any, a: Any, b: Any) -> Any:
-    """The product of two int16 as int16. Numba's own is int64, of which four fit a register, not sixteen."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.mul(*values)
-
-    return types.int16(types.int16, types.int16), generate
-
-
-def _sum(typing: Any, a: Any, b: Any) -> Any:
-    """The sum of two int16 as int16."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.add(*values)
-
-    return types.int16(types.int16, types.int16), generate
-
-
-_times: Any = intrinsic(_product)
-_plus: Any = intrinsic(_sum)
-
-
-@njit(nogil=True, cache=True)
-def _weigh(low: Any, step: Any, query: Any, weights: Any) -> Any:
-    """A query in the steps of a block: writes int16 weights, returns their unit and what all keys have in common."""
-    offset = np.float32(0)
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
+def _largest(query: Any, step: Any) -> Any:
+    """The largest of |query x step|, and their products, which a compiler sums in any order."""
     largest = np.float32(0)
     for c in range(query.shape[0]):
-        offset += query[c] * low[c]
         largest = max(largest, abs(query[c] * step[c]))
+    return largest
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def weigh(low: Any, step: Any, query: Any, weights: Any) -> Any:
+    """A query in the steps of a block: writes weights as `offload.index.pairs.add_block` reads them.
+
+    Args:
+        low: float32 [D], of the block.
+        step: float32 [D], of the block.
+        query: float32 [D].
+        weights: int8 [pairs, 4]: written, zero where there is no channel.
+
+    Returns:
+        What a weight of one stands for, and what the scores of all keys have in common.
+    """
+    offset = np.float32(0)
+    for c in range(query.shape[0]):
+        offset += query[c] * low[c]
+    largest = _largest(query, step)
     unit = largest / np.float32(_STEPS)
     inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
     for c in range(query.shape[0]):
-        weights[c] = np.int16(np.rint(query[c] * step[c] * inverse))
+        weight = np.int8(np.rint(query[c] * step[c] * inverse))
+        weights[c >> 1, c & 1] = weight
+        weights[c >> 1, (c & 1) + 2] = weight
     return unit, offset
 
 
 @njit(nogil=True, cache=True)
-def _add4(codes: Any, weights: Any, partial: Any, total: Any) -> None:
-    """Weighs one block for one query: total int32 [BLOCK] is written, partial int16 [BLOCK] is worked with."""
-    for j in range(BLOCK):
-        total[j] = 0
-    for first in range(0, codes.shape[0], _RUN4):
-        for j in range(BLOCK):
-            partial[j] = 0
-        for c in range(first, min(first + _RUN4, codes.shape[0]), 4):
-            w0, w1, w2, w3 = weights[c], weights[c + 1], weights[c + 2], weights[c + 3]
-            four = codes[c : c + 4]
-            for j in range(_HALF):
-                a, b, d, e = four[0, j], four[1, j], four[2, j], four[3, j]
-                partial[j] = _plus(
-                    partial[j],
-                    _plus(
-                        _plus(_times(w0, np.int16(a & 15)), _times(w1, np.int16(b & 15))),
-                        _plus(_times(w2, np.int16(d & 15)), _times(w3, np.int16(e & 15))),
-                    ),
-                )
-                partial[j + _HALF] = _plus(
-                    partial[j + _HALF],
-                    _plus(
-                        _plus(_times(w0, np.int16(a >> 4)), _times(w1, np.int16(b >> 4))),
-                        _plus(_times(w2, np.int16(d >> 4)), _times(w3, np.int16(e >> 4))),
-                    ),
-                )
-        for j in range(BLOCK):
-            total[j] += partial[j]
+def scan_block(
+    codes: Any, low: Any, step: Any, queries: Any, bits: int, many: Any, one: Any, total: Any, units: Any, out: Any
+) -> None:  # fmt: skip
+    """Scores of one block.
 
-
-@njit(nogil=True, cache=True)
-def _add2(codes: Any, weights: Any, partial: Any, total: Any) -> None:
-    """The same of 2-bit codes."""
-    for j in range(BLOCK):
-        total[j] = 0
-    for first in range(0, codes.shape[0], _RUN2):
-        for j in range(BLOCK):
-            partial[j] = 0
-        for c in range(first, min(first + _RUN2, codes.shape[0]), 4):
-            w0, w1, w2, w3 = weights[c], weights[c + 1], weights[c + 2], weights[c + 3]
-            four = codes[c : c + 4]
-            for part in range(4):
-                shift = np.uint8(2 * part)
-                out = partial[part * _QUARTER : (part + 1) * _QUARTER]
-                for j in range(_QUARTER):
-                    a = np.int16((four[0, j] >> shift) & 3)
-                    b = np.int16((four[1, j] >> shift) & 3)
-                    d = np.int16((four[2, j] >> shift) & 3)
-                    e = np.int16((four[3, j] >> shift) & 3)
-                    out[j] = _plus(
-                        out[j],
-                        _plus(
-                            _plus(_times(w0, a), _times(w1, b)),
-                            _plus(_times(w2, d), _times(w3, e)),
-                        ),
-                    )
-        for j in range(BLOCK):
-            total[j] += partial[j]
-
-
-@njit(nogil=True, cache=True)
-def _scan(codes: Any, lows: Any, steps: Any, queries: Any, scores: Any, bits: int) -> None:
-    blocks, channels, _ = codes.shape
-    weights = np.zeros(channels, np.int16)
-    partial = np.empty(BLOCK, np.int16)
-    total = np.empty(BLOCK, np.int32)
-    for block in range(blocks):
-        start = block * BLOCK
-        for g in range(queries.shape[0]):
-            unit, offset = _weigh(lows[block], steps[block], queries[g], weights)
-            if bits == 4:
-                _add4(codes[block], weights, partial, total)
-            else:
-                _add2(codes[block], weights, partial, total)
+    Args:
+        codes: uint8 [pairs, 2 * BLOCK * bits / 8].
+        low: float32 [D].
+        step: float32 [D].
+        queries: float32 [G, D].
+        bits: 4 or 2.
+        many: int8 [pairs, T, 4] with T of `TOGETHER`, zeros at first; written.
+        one: int8 [pairs, 1, 4], likewise.
+        total: int32 [T, BLOCK]: written.
+        units: float32 [T, 2]: written.
+        out: float32 [G, BLOCK]: written.
+    """
+    groups, tile = queries.shape[0], many.shape[1]
+    for first in range(0, groups, tile):
+        n = min(tile, groups - first)
+        if n == 1:
+            units[0, 0], units[0, 1] = weigh(low, step, queries[first], one[:, 0])
+            total[0] = 0
+            add_block(codes, one, total[:1], bits)
+        else:
+            for t in range(n):
+                units[t, 0], units[t, 1] = weigh(low, step, queries[first + t], many[:, t])
+            total[:] = 0
+            add_block(codes, many, total, bits)
+        for t in range(n):
             for j in range(BLOCK):
-                scores[g, start + j] = offset + unit * np.float32(total[j])
+                out[first + t, j] = units[t, 1] + units[t, 0] * np.float32(total[t, j])
+
+
+@njit(nogil=True, cache=True)
+def _scan(
+    codes: Any, lows: Any, steps: Any, queries: Any, scores: Any, bits: int, tile: int
+) -> None:
+    blocks, pairs, _ = codes.shape
+    many, one = np.zeros((pairs, tile, 4), np.int8), np.zeros((pairs, 1, 4), np.int8)
+    total, units = np.empty((tile, BLOCK), np.int32), np.empty((tile, 2), np.float32)
+    for block in range(blocks):
+        out = scores[:, block * BLOCK : (block + 1) * BLOCK]
+        scan_block(
+            codes[block], lows[block], steps[block], queries, bits, many, one, total, units, out
+        )
 
 
 @njit(nogil=True, cache=True)

@@ -38,7 +38,7 @@ from offload.index.paged import (
     encode_blocks,
     gathered,
 )
-from offload.index.scan import BLOCK, CHANNELS
+from offload.index.pairs import BLOCK
 from offload.index.workers import Workers
 from offload.tiers.rows import RowShape
 
@@ -136,17 +136,21 @@ class Searchers:
         self.background = ThreadPoolExecutor(1, "offload-index")
         self._scratch: dict[tuple[int, ...], list[Scratch | None]] = {}
 
-    def scratch(self, worker: int, groups: int, tokens: int, width: int, candidates: int) -> Scratch:  # fmt: skip
-        """What a thread works with, made when it first asks; arguments as of `Scratch.of`."""
-        key = groups, tokens, width, candidates
-        if key not in self._scratch:
-            for other in [other for other in self._scratch if other[0] == groups and other[2:] == key[2:]]:  # fmt: skip
-                del self._scratch[other]
-            self._scratch[key] = [None] * self.workers.threads
-        there = self._scratch[key]
+    def scratch(self, worker: int, *sizes: int) -> Scratch:
+        """What a thread works with, made when it first asks.
+
+        Args:
+            worker: Which thread.
+            *sizes: Arguments of `Scratch.of`.
+        """
+        if sizes not in self._scratch:
+            for other in [other for other in self._scratch if (other[0], *other[2:]) == (sizes[0], *sizes[2:])]:  # fmt: skip
+                del self._scratch[other]  # of another number of tokens
+            self._scratch[sizes] = [None] * self.workers.threads
+        there = self._scratch[sizes]
         made = there[worker]
         if made is None:
-            made = there[worker] = Scratch.of(*key)
+            made = there[worker] = Scratch.of(*sizes)
         return made
 
     def close(self) -> None:
@@ -207,9 +211,8 @@ class HostSearch:
     def _room(self) -> Coded:
         # Nothing is written here: what takes memory is what is coded.
         blocks, dim = self._capacity // BLOCK, self.shape.key_dim
-        channels = dim + -dim % CHANNELS
         return Coded(
-            np.empty((blocks, channels, BLOCK * BITS // 8), np.uint8),
+            np.empty((blocks, -(-dim // 2), BLOCK * BITS // 4), np.uint8),
             np.empty((blocks, dim), np.float32),
             np.empty((blocks, dim), np.float32),
             BITS,
@@ -350,9 +353,8 @@ class HostSearch:
                 def encode(i: int, worker: int) -> None:
                     at, a = divmod(i, len(cuts))
                     row, head = divmod(at, heads)
-                    scratch = self._shared.scratch(
-                        worker, 1, BLOCK * self.shape.key_dim, self.shape.width, 1
-                    )
+                    dims = self.shape.key_dim, self.shape.value_dim
+                    scratch = self._shared.scratch(worker, 1, BLOCK * dims[0], *dims, 1)
                     b = min(cuts[a] + each, stop)
                     encode_blocks(rows(row, head), self._coded[row][head], cuts[a], b, scratch)
 
@@ -393,12 +395,12 @@ class HostSearch:
         out = found.out.view(batch, heads, groups, -1).numpy()
         lse = found.lse.view(batch, heads, groups).numpy()
         ids = found.tokens.numpy()
-        rows, width = self._rows(pool), max(self.shape.key_dim, self.shape.value_dim)
+        rows, dims = self._rows(pool), (self.shape.key_dim, self.shape.value_dim)
         cap, over = softcap or 0.0, max(OVERFETCH, groups)
 
         def task(i: int, worker: int) -> None:
             row, head = divmod(i, heads)
-            scratch = self._shared.scratch(worker, groups, self._capacity, width, over * k)
+            scratch = self._shared.scratch(worker, groups, self._capacity, *dims, over * k)
             here = rows(row, head), queries[row, head]
             target = ids[row, head], out[row, head], lse[row, head]
             first = min(self._first[row], self.tokens)

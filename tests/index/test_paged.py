@@ -56,7 +56,7 @@ def paged(
 def coded(rows: Rows, count: int, bits: int, scratch: Scratch) -> Coded:
     blocks, dim = count // scan.BLOCK, rows.key_dim
     made = Coded(
-        np.empty((blocks, dim + -dim % scan.CHANNELS, scan.BLOCK * bits // 8), np.uint8),
+        np.empty((blocks, -(-dim // 2), scan.BLOCK * bits // 4), np.uint8),
         np.empty((blocks, dim), np.float32),
         np.empty((blocks, dim), np.float32),
         bits,
@@ -82,7 +82,7 @@ def attention(
 def test_codes_of_pages_are_those_of_rows_in_order(kind: int, bits: int) -> None:
     rows, plain = paged(9, 50, 32, kind)
     count = len(plain) // scan.BLOCK * scan.BLOCK
-    made = coded(rows, count, bits, Scratch.of(1, len(plain), 50, 1))
+    made = coded(rows, count, bits, Scratch.of(1, len(plain), 50, 32, 1, bits))
     for mine, theirs in zip(made, scan.encode(plain[:count, :50], bits), strict=False):
         np.testing.assert_array_equal(mine, theirs)
     np.testing.assert_array_equal(gathered(rows, 70, 200), plain[70:200, :50])
@@ -106,7 +106,7 @@ def test_what_is_found_is_attended_to_exactly(
     rows, plain = paged(blocks, *dims, kind, seed)
     count = len(plain) - left
     first = min(hidden, count)
-    scratch = Scratch.of(groups, count, max(dims), 8 * k)
+    scratch = Scratch.of(groups, count, *dims, 8 * k)
     codes = coded(rows, count, 4, scratch)
     queries = np.random.default_rng(seed + 9).standard_normal((groups, dims[0])).astype(np.float32)
     ids = np.full(k, 7, np.int32)
@@ -140,7 +140,7 @@ def test_what_is_found_is_attended_to_exactly(
 def test_votes_go_by_what_a_token_weighs_beside_the_best_of_its_query() -> None:
     """A query of large logits must not have all tokens to itself."""
     rows, plain = paged(4, 32, 32, FLOAT32)
-    scratch = Scratch.of(2, len(plain), 32, 64)
+    scratch = Scratch.of(2, len(plain), 32, 32, 64)
     queries = np.random.default_rng(3).standard_normal((2, 32)).astype(np.float32)
     queries[0] *= 0.1  # nearly all tokens weigh alike: its best is no better than many
     queries[1] *= 10
@@ -184,11 +184,16 @@ def test_tasks_run_once_each_and_by_different_workers_at_the_same_time() -> None
         workers.run(task, n)
         assert counts.sum() == n == counts[:n].sum()
     meeting = threading.Barrier(3, timeout=20)
-    workers.run(
-        lambda i, worker: meeting.wait() and None, 3
-    )  # none of them returns before all have begun
+
+    def meet(i: int, worker: int) -> None:
+        meeting.wait()
+
+    workers.run(meet, 3)  # none of them returns before all have begun
     workers.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("offload-search") and t.is_alive() and t.join(5)]  # fmt: skip
+    ours = [t for t in threading.enumerate() if t.name.startswith("offload-search")]
+    for thread in ours:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in ours)
     workers.run(task, 5)
     workers.close()
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.index import scan
+from offload.index import pairs, scan
 from offload.index.base import Vectors
 
 BITS = [4, 2]
@@ -28,7 +28,7 @@ def test_no_value_is_further_than_half_a_step_from_its_code(
 ) -> None:
     keys = rows(size, scale=scale)
     codes, lows, steps = scan.encode(keys, bits)
-    assert codes.shape == (3, size + -size % scan.CHANNELS, scan.BLOCK * bits // 8)
+    assert codes.shape == (3, -(-size // 2), scan.BLOCK * bits // 4)
     back = scan.decode(codes, lows, steps, bits)
     allowed = np.repeat(steps, scan.BLOCK, axis=0) * 0.5001 + 2e-6 * np.abs(keys)
     assert (np.abs(back - keys) <= allowed).all()
@@ -62,6 +62,24 @@ def test_the_largest_products_do_not_overflow(bits: int) -> None:
         scores = np.empty((1, scan.BLOCK), dtype=np.float32)
         scan.scan(codes, lows, steps, queries, bits, scores)
         np.testing.assert_allclose(scores[0], [0, *[sign * 256] * (scan.BLOCK - 1)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("channels", [1, 9, 64, 65])
+def test_the_processors_instruction_sums_as_plain_loops_do(
+    bits: int, together: bool, channels: int
+) -> None:
+    random = np.random.default_rng(channels)
+    queries = pairs.TOGETHER[bits] if together else 1
+    codes = random.integers(0, 256, (channels, scan.BLOCK * bits // 4)).astype(np.uint8)
+    weights = random.integers(-127, 128, (channels, queries, 2)).astype(np.int8)
+    weights = np.concatenate([weights, weights], axis=2)
+    totals = [random.integers(-9, 9, (queries, scan.BLOCK)).astype(np.int32)] * 2
+    totals = [total.copy() for total in totals]
+    pairs.add_block(codes, weights, totals[0], bits)
+    pairs.add_plainly(codes, weights, totals[1], bits)
+    np.testing.assert_array_equal(*totals)
 
 
 def test_every_half_has_its_value() -> None:
