@@ -77,10 +77,9 @@ class Scratch(NamedTuple):
         order: int64 [N].
         exact: float32 [G, candidates].
         row: float32 [D or D_v].
-        many: int8 [channels / 2, T, 4], zeros behind the channels, with T of `offload.index.pairs`.
-        one: int8 [channels / 2, 1, 4], likewise.
+        weights: int32 [T, channels / 2], with T of `offload.index.pairs`.
         total: int32 [T, BLOCK].
-        units: float32 [T, 2].
+        products: float32 [channels + 2 T], zeros behind the channels.
         counts: int32 [2,048].
     """
 
@@ -92,10 +91,9 @@ class Scratch(NamedTuple):
     order: Ids
     exact: Floats
     row: Floats
-    many: NDArray[np.int8]
-    one: NDArray[np.int8]
+    weights: NDArray[np.int32]
     total: NDArray[np.int32]
-    units: Floats
+    products: Floats
     counts: NDArray[np.int32]
 
     @classmethod
@@ -123,10 +121,9 @@ class Scratch(NamedTuple):
             order=np.empty(tokens, np.int64),
             exact=np.empty((groups, max(1, candidates)), np.float32),
             row=np.empty(width, np.float32),
-            many=np.zeros((pairs, tile, 4), np.int8),
-            one=np.zeros((pairs, 1, 4), np.int8),
-            total=np.empty((tile, BLOCK), np.int32),
-            units=np.empty((tile, 2), np.float32),
+            weights=np.zeros((tile, pairs), np.int32),
+            total=np.zeros((tile, BLOCK), np.int32),
+            products=np.zeros(2 * (pairs + tile), np.float32),
             counts=np.empty(2048, np.int32),
         )
 
@@ -174,7 +171,7 @@ def attend_best(
     n = _candidates(
         *rows, *coded, first, count, queries, min(overfetch * ids.shape[0], max(0, count - first)),
         scratch.scores, scratch.tops, scratch.peaks, scratch.votes, scratch.ids, scratch.order, scratch.row,
-        scratch.many, scratch.one, scratch.total, scratch.units, scratch.counts,
+        scratch.weights, scratch.total, scratch.products, scratch.counts,
     )  # fmt: skip
     attend_some(rows, scratch.ids[:n], queries, softcap, scratch, ids, out, lse)
 
@@ -300,7 +297,7 @@ def _candidates(
     codes: Any, lows: Any, steps: Any, bits: int,
     first: int, count: int, queries: Any, wanted: int,
     scores: Any, tops: Any, peaks: Any, votes: Any, ids: Any, order: Any, row: Any,
-    many: Any, one: Any, total: Any, units: Any, counts: Any,
+    weights: Any, total: Any, products: Any, counts: Any,
 ) -> int:  # fmt: skip
     """Writes the ids of the `wanted` keys with the best votes, ascending; returns how many there are."""
     if wanted == 0:
@@ -311,7 +308,7 @@ def _candidates(
         start = block * BLOCK
         scan_block(
             codes[block], lows[block], steps[block], queries, bits,
-            many, one, total, units, scores[:, start : start + BLOCK],
+            weights, total, products, scores, start,
         )  # fmt: skip
     for token in range(max(first, coded), count):
         _widen(pool[table[token // page], token % page, head, :key_dim], kind, row)

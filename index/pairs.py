@@ -31,7 +31,8 @@ _NONE = ir.Constant(_EIGHT, ir.Undefined)
 
 def _has_avx2() -> bool:
     """Whether code that is compiled now may use AVX2: the processor has it, and nobody asked for another one."""
-    return not config.CPU_NAME and bool(llvm.get_host_cpu_features().get("avx2"))
+    asked = getattr(config, "CPU_NAME", None)  # by NUMBA_CPU_NAME
+    return not asked and bool(llvm.get_host_cpu_features().get("avx2"))
 
 
 HAS_AVX2 = _has_avx2()
@@ -89,7 +90,7 @@ def _with_avx2(bits: int, tile: int) -> Any:
                             shifted = builder.bitcast(wide, _BYTES)
                         unpacked.append(builder.and_(shifted, _all_of(_BYTES, mask)))
                     for query in range(tile):
-                        where = builder.add(builder.mul(pair, constant(tile)), constant(query))
+                        where = builder.add(builder.mul(pairs, constant(query)), pair)
                         both = builder.load(builder.gep(of_query, [where]), align=1)
                         one = builder.insert_element(_NONE, both, ir.Constant(_I32, 0))
                         all_ = builder.shuffle_vector(one, _NONE, ir.Constant(_EIGHT, [0] * 8))
@@ -124,7 +125,8 @@ def add_plainly(codes: Any, weights: Any, total: Any, bits: int) -> None:
     each = BLOCK // parts
     for query in range(total.shape[0]):
         for pair in range(codes.shape[0]):
-            first, second = weights[pair, query, 0], weights[pair, query, 1]
+            both = weights[query, pair] & 0xFFFF
+            first, second = (both & 255 ^ 128) - 128, (both >> 8 ^ 128) - 128  # bytes with a sign
             for part in range(parts):
                 for j in range(each):
                     a = (codes[pair, 2 * j] >> (part * bits)) & mask
@@ -141,8 +143,8 @@ if HAS_AVX2:
         Args:
             codes: uint8 [pairs, 2 * BLOCK * bits / 8], contiguous: byte 2 j + p of a row holds the codes of channel 2 row + p,
                 of keys j, j + 2^k, ...
-            weights: int8 [pairs, T, 4], contiguous, from -127 to 127: of T queries, 1 or `TOGETHER` of the bits. Each pair
-                twice: one load then fills a register.
+            weights: int32 [T, pairs], contiguous: of T queries, 1 or `TOGETHER` of the bits. The bytes of each are the
+                weights of two channels, from -127 to 127, twice: one load then fills a register.
             total: int32 [T, BLOCK], contiguous, added to.
             bits: 4 or 2.
         """

@@ -17,14 +17,17 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from offload.index import pairs
 from offload.index.base import Floats, Ids, Vectors
-from offload.index.pairs import BLOCK, TOGETHER, add_block
+from offload.index.pairs import TOGETHER, add_block
 
 # Keys of SmolLM2 at 7.8K, recall of the best 100, four (two) times over-fetched: at 4 bits 1.0 (0.9999, 0.9999, 0.9998) with
 # blocks of 64, 128 and 256, at 2 bits 0.986, 0.973 and 0.960; the steps take 1, 1/2 and 1/4 bit a value. A scan of blocks of
 # 64 takes twice as long as one of 128: too few bytes for whole vector registers.
+BLOCK = pairs.BLOCK
 CHANNELS = 2  # channels of one step of the scan: codes are padded to a multiple
 _STEPS = 127
+_ROUNDS = np.float32(1.5 * 2**23)
 _AT_ONCE = 64  # blocks that are coded at once, which bounds the copy in float32
 
 # A float16 whose bits are put where a float32 has its own is the same number, less by this: the biases of both exponents.
@@ -121,43 +124,41 @@ def rescore(rows: Vectors, ids: Ids, query: Floats, scores: Floats) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
-def _largest(query: Any, step: Any) -> Any:
-    """The largest of |query x step|, and their products, which a compiler sums in any order."""
-    largest = np.float32(0)
-    for c in range(query.shape[0]):
-        largest = max(largest, abs(query[c] * step[c]))
-    return largest
-
-
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def weigh(low: Any, step: Any, query: Any, weights: Any) -> Any:
+def weigh(low: Any, step: Any, query: Any, products: Any, weights: Any) -> Any:
     """A query in the steps of a block: writes weights as `offload.index.pairs.add_block` reads them.
 
     Args:
         low: float32 [D], of the block.
         step: float32 [D], of the block.
         query: float32 [D].
-        weights: int8 [pairs, 4]: written, zero where there is no channel.
+        products: float32 [2 pairs], zero behind D: worked with.
+        weights: int32 [pairs]: written; each holds two weights twice.
 
     Returns:
         What a weight of one stands for, and what the scores of all keys have in common.
     """
     offset = np.float32(0)
+    largest = np.float32(0)
     for c in range(query.shape[0]):
         offset += query[c] * low[c]
-    largest = _largest(query, step)
+        product = query[c] * step[c]
+        products[c] = product
+        largest = max(largest, abs(product))
     unit = largest / np.float32(_STEPS)
     inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
+    # A sum with this has the rounded number in its last bits, negative ones as their complement.
     for c in range(query.shape[0]):
-        weight = np.int8(np.rint(query[c] * step[c] * inverse))
-        weights[c >> 1, c & 1] = weight
-        weights[c >> 1, (c & 1) + 2] = weight
+        products[c] = products[c] * inverse + _ROUNDS
+    bits = products.view(np.int32)
+    for pair in range(weights.shape[0]):
+        first, second = bits[2 * pair] & 255, bits[2 * pair + 1] & 255
+        weights[pair] = (first | (second << 8)) * 65537
     return unit, offset
 
 
 @njit(nogil=True, cache=True)
 def scan_block(
-    codes: Any, low: Any, step: Any, queries: Any, bits: int, many: Any, one: Any, total: Any, units: Any, out: Any
+    codes: Any, low: Any, step: Any, queries: Any, bits: int, weights: Any, total: Any, products: Any, scores: Any, start: int
 ) -> None:  # fmt: skip
     """Scores of one block.
 
@@ -167,27 +168,28 @@ def scan_block(
         step: float32 [D].
         queries: float32 [G, D].
         bits: 4 or 2.
-        many: int8 [pairs, T, 4] with T of `TOGETHER`, zeros at first; written.
-        one: int8 [pairs, 1, 4], likewise.
+        weights: int32 [T, pairs] with T of `TOGETHER`: written.
         total: int32 [T, BLOCK]: written.
-        units: float32 [T, 2]: written.
-        out: float32 [G, BLOCK]: written.
+        products: float32 [2 pairs + 2 T], zeros at first: worked with.
+        scores: float32 [G, N]: written from `start` on.
+        start: The first key of the block.
     """
-    groups, tile = queries.shape[0], many.shape[1]
+    groups, tile, pairs = queries.shape[0], weights.shape[0], weights.shape[1]
     for first in range(0, groups, tile):
         n = min(tile, groups - first)
-        if n == 1:
-            units[0, 0], units[0, 1] = weigh(low, step, queries[first], one[:, 0])
-            total[0] = 0
-            add_block(codes, one, total[:1], bits)
-        else:
-            for t in range(n):
-                units[t, 0], units[t, 1] = weigh(low, step, queries[first + t], many[:, t])
-            total[:] = 0
-            add_block(codes, many, total, bits)
+        total[:n] = 0
         for t in range(n):
+            unit, offset = weigh(low, step, queries[first + t], products[: 2 * pairs], weights[t])
+            products[2 * (pairs + t)] = unit
+            products[2 * (pairs + t) + 1] = offset
+        if n == 1:
+            add_block(codes, weights[:1], total[:1], bits)
+        else:
+            add_block(codes, weights, total, bits)
+        for t in range(n):
+            unit, offset = products[2 * (pairs + t)], products[2 * (pairs + t) + 1]
             for j in range(BLOCK):
-                out[first + t, j] = units[t, 1] + units[t, 0] * np.float32(total[t, j])
+                scores[first + t, start + j] = offset + unit * np.float32(total[t, j])
 
 
 @njit(nogil=True, cache=True)
@@ -195,13 +197,12 @@ def _scan(
     codes: Any, lows: Any, steps: Any, queries: Any, scores: Any, bits: int, tile: int
 ) -> None:
     blocks, pairs, _ = codes.shape
-    many, one = np.zeros((pairs, tile, 4), np.int8), np.zeros((pairs, 1, 4), np.int8)
-    total, units = np.empty((tile, BLOCK), np.int32), np.empty((tile, 2), np.float32)
+    weights = np.zeros((tile, pairs), np.int32)
+    total, products = np.zeros((tile, BLOCK), np.int32), np.zeros(2 * (pairs + tile), np.float32)
     for block in range(blocks):
-        out = scores[:, block * BLOCK : (block + 1) * BLOCK]
         scan_block(
-            codes[block], lows[block], steps[block], queries, bits, many, one, total, units, out
-        )
+            codes[block], lows[block], steps[block], queries, bits, weights, total, products, scores, block * BLOCK
+        )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)

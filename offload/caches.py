@@ -262,8 +262,9 @@ class CacheMaker:
         retrieval = self._config.retrieval
         rung = layout.rungs[index] if layout.rungs else None
         tokens = 0 if rung is None else rung.selected(retrieval.tokens)
-        kept_rows = cached_rows(tokens, retrieval.row_cache) if self.streams.on else 0
-        if rung is not None and not rung.caches:
+        keeps = self.streams.on and retrieval.index == "replica"
+        kept_rows = cached_rows(tokens, retrieval.row_cache) if keeps else 0
+        if keeps and rung is not None and not rung.caches:
             self._notes.tell("the device has no room to keep selected rows: each step reads them all from the host")  # fmt: skip
             kept_rows = 0
         blocks = 0 if index in layout.whole else layout.replica_tokens // limits.page

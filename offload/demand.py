@@ -321,7 +321,8 @@ def _rungs(config: OffloadConfig, shape: Shape, *, on_card: bool) -> tuple[RungP
 
 def _priced(rung: Rung, config: OffloadConfig, shape: Shape, *, on_card: bool) -> RungPrice:
     tokens, rows = rung.selected(config.retrieval.tokens), shape.rows
-    slots = cached_rows(tokens, config.retrieval.row_cache) if on_card and rung.caches else 0
+    keeps = on_card and rung.caches and config.retrieval.index == "replica"
+    slots = cached_rows(tokens, config.retrieval.row_cache) if keeps else 0
     return RungPrice(
         rung=rung,
         layer_bytes=tuple(rung.token_bytes(r.kv_heads, r.key_dim, r.value_dim) for r in rows),

@@ -222,11 +222,12 @@ def plan(
 
 
 def _fidelity(config: OffloadConfig, layout: Layout) -> Fidelity | None:
-    """How close the tokens are; None where that was measured with more read exactly."""
+    """How close the tokens are; None where that was measured with more read exactly, or with others."""
     if config.mode != "fast" or layout.rung is None:
         return fidelity_of(None, config.retrieval.tokens)
     default, window = OffloadConfig(), config.cache.window
     less = config.replica.skipped_mass > default.replica.skipped_mass
+    less = less or config.retrieval.index != default.retrieval.index  # another choice of tokens
     less = less or config.cache.sinks < default.cache.sinks
     less = less or (isinstance(window, int) and window < REPLICA_WINDOW)
     return None if less else fidelity_of(layout.rung, config.retrieval.tokens)

@@ -24,7 +24,7 @@ OF_OURS = {
     "kernels": ("offload.kernels",),
 }
 OF_OTHERS = {
-    "index": {"numpy", "numba", "faiss"},
+    "index": {"numpy", "numba", "llvmlite", "faiss"},
     "scheduler": set[str](),
     "kernels": {"torch", "triton"},
 }

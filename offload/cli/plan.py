@@ -21,6 +21,7 @@ _LINE = 64  # characters of a bar
 _LETTERS = {
     "weights": "W", "sinks and window": "n", "tail": "n", "replica": "R", "cached rows": "c", "staging": "s",
     "eviction": "s", "workspace": "a", "decode step": "a", "other KV": "k", "overhead": "o", "pages": "P",
+    "index": "I",
 }  # fmt: skip
 
 
@@ -246,9 +247,13 @@ def _print_one(
         for name, size in shown.items():
             more = _about(name, result)
             print(f"  {_LETTERS.get(name, name[0])} {name:18}{gib(size):>10}{more}")
-        pages = sum(layout.host.values())
-        print(f"host   [{_bar(dict(layout.host), machine.host)}] {gib(pages)}")
-        print(f"  P {'pages':18}{gib(pages):>10}  {layout.host_tokens:,} tokens of each sequence")
+        print(f"host   [{_bar(dict(layout.host), machine.host)}] {gib(layout.host_bytes)}")
+        about = {
+            "pages": f"{layout.host_tokens:,} tokens of each sequence",
+            "index": "of their keys",
+        }
+        for name, size in layout.host.items():
+            print(f"  {_LETTERS[name]} {name:18}{gib(size):>10}  {about[name]}")
         print(f"\nfirst token  {duration(times.prefill)}, read in chunks of {layout.chunk:,}")
         print(f"then         {_speed(result)}, most of it {times.limit}")
         beyond = shape.max_positions is not None and result.largest > shape.max_positions

@@ -73,13 +73,17 @@ def test_the_processors_instruction_sums_as_plain_loops_do(
     random = np.random.default_rng(channels)
     queries = pairs.TOGETHER[bits] if together else 1
     codes = random.integers(0, 256, (channels, scan.BLOCK * bits // 4)).astype(np.uint8)
-    weights = random.integers(-127, 128, (channels, queries, 2)).astype(np.int8)
-    weights = np.concatenate([weights, weights], axis=2)
-    totals = [random.integers(-9, 9, (queries, scan.BLOCK)).astype(np.int32)] * 2
-    totals = [total.copy() for total in totals]
+    once = random.integers(-127, 128, (queries, channels, 2)).astype(np.int8)
+    weights = np.concatenate([once, once], axis=2).view(np.int32)[..., 0]
+    before = random.integers(-9, 9, (queries, scan.BLOCK)).astype(np.int32)
+    totals = [before.copy(), before.copy()]
     pairs.add_block(codes, weights, totals[0], bits)
     pairs.add_plainly(codes, weights, totals[1], bits)
-    np.testing.assert_array_equal(*totals)
+    np.testing.assert_array_equal(totals[0], totals[1])
+    shifts = np.arange(0, 8, bits)[:, None]
+    unpacked = (codes.reshape(channels, 1, -1, 2) >> shifts[..., None]) & ((1 << bits) - 1)
+    want = np.einsum("tcp,cmjp->tmj", once.astype(int), unpacked.astype(int)).reshape(queries, -1)
+    np.testing.assert_array_equal(totals[0] - before, want)
 
 
 def test_every_half_has_its_value() -> None:
