@@ -204,7 +204,7 @@ def plan(
             toml="",
         )
     way = way_of(config, batch=batch, prompt=context - output, output=output)
-    times = cost.times(layout, work_of(shape), machine.profile, way)
+    times = cost.times(layout, shape_of(shape), machine.profile, way)
     slow = times.token > SLOW_TOKEN_S
     return Plan(
         verdict=SLOW if slow else FITS,
@@ -257,13 +257,20 @@ def _notes(
     return [note for note, holds in said.items() if holds]
 
 
-def work_of(shape: FileShape) -> cost.Work:
+def shape_of(shape: FileShape) -> cost.Shape:
     """What the cost model needs of a shape."""
-    return cost.Work(
+    layers = tuple(
+        cost.Heads(queries, row.kv_heads, row.key_dim, row.value_dim)
+        for row, (queries, _) in zip(shape.rows, shape.heads, strict=True)
+    )
+    return cost.Shape(
+        layers=layers,
+        hidden=shape.hidden,
+        itemsize=max((row.itemsize for row in shape.rows), default=2),
         parameters=shape.parameters,
-        read_bytes=shape.read_bytes,
-        heads=shape.heads,
-        layers=shape.layers,
+        weights=shape.weights,
+        reads=shape.read_bytes,
+        depth=shape.layers,
     )
 
 

@@ -199,6 +199,29 @@ class Layout:
         return sum(rung.rank != least for layer, rung in pairs if layer not in self.whole)
 
     @property
+    def most_on_device(self) -> int:
+        """Tokens of a sequence up to which none has left the device: with one more the oldest block outside the sinks does."""
+        return (self.sink_blocks + self.window_blocks + 1) * self.page - 1
+
+    def on_host(self, tokens: int, *, prompt: int = 0) -> int:
+        """Tokens of a sequence that are on the host: whole blocks, the oldest behind the sinks.
+
+        A block leaves when one more is whole than the window holds. Beside a replica half of the window leaves at once,
+        but while a prompt is read.
+
+        Args:
+            tokens: That it has.
+            prompt: Of these, tokens of the prompt.
+        """
+        blocks = tokens // self.page - self.sink_blocks
+        # The last token of a prompt is fed by the first step.
+        read = max(0, min(tokens, prompt - 1)) // self.page - self.sink_blocks
+        there = max(0, read - self.window_blocks)
+        more = max(0, blocks - max(read, self.window_blocks))
+        together = max(1, self.window_blocks // 2) if self.rungs else 1
+        return (there + -(-more // together) * together) * self.page
+
+    @property
     def device_bytes(self) -> int:
         """All device bytes."""
         return sum(self.device.values())
