@@ -17,6 +17,7 @@ from offload.errors import BudgetError, InputError, OffloadError
 from offload.scheduler import cost
 from offload.scheduler.layout import REPLICA_WINDOW, Demand, Layout, lay_out
 from offload.scheduler.pace import Drafts
+from offload.scheduler.phases import Course, course
 from offload.scheduler.profiles import PROFILES, Profile, profile_of
 from offload.scheduler.rungs import Fidelity, fidelity_of
 from offload.units import GIB, gib
@@ -66,6 +67,7 @@ class Plan:
         context: Tokens of the prompt and the answer.
         layout: Of the run; None where it does not fit.
         times: Likewise.
+        phases: Where the run's tokens are as it grows; likewise.
         band: Share by which times may be off either way.
         basis: Of the rates that times come from: "data_sheet" or "calibrated".
         missing: What does not fit, as an error says it; None where it does.
@@ -86,6 +88,7 @@ class Plan:
     missing: BudgetError | None
     largest: int
     fidelity: Fidelity | None = None
+    phases: Course | None = None
     suggestions: list[Suggestion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     toml: str = ""
@@ -216,6 +219,7 @@ def plan(
         missing=None,
         largest=largest,
         fidelity=_fidelity(config, layout),
+        phases=course(layout, tokens=context, prompt=context - output),
         notes=notes,
         toml=_toml(config, machine),
     )

@@ -65,6 +65,7 @@ class Profile:
         events: Likewise, all of them, by time.
         looked_at: How many tokens those steps made.
         looked_s: Seconds that they took, the profiler's share included.
+        changes: Seconds from the first sample, and the phase of `offload.scheduler.phases` that began then.
     """
 
     report: Report
@@ -79,6 +80,7 @@ class Profile:
     events: list[Event] = field(default_factory=list)
     looked_at: int = 0
     looked_s: float = 0.0
+    changes: list[tuple[float, str]] = field(default_factory=list)
 
     @property
     def engines(self) -> dict[str, float]:
@@ -108,6 +110,7 @@ class Profile:
             "prefill_until_s": self.prefill_until, "bursts": [{"at_s": at, "tokens": tokens} for at, tokens in self.bursts],
             "engines_ms_per_token": self.engines, "kernels": [asdict(kernel) for kernel in self.kernels],
             "looked_at_tokens": self.looked_at, "looked_s": self.looked_s,
+            "phases": [{"at_s": at, "phase": phase} for at, phase in self.changes],
         }  # fmt: skip
 
 
@@ -181,6 +184,11 @@ def profile(
         events=steps.events(),
         looked_at=steps.tokens,
         looked_s=steps.seconds,
+        changes=[
+            (change.at - recorder.began, change.phase)
+            for change in report.phases
+            if change.at is not None
+        ],
     )
 
 

@@ -33,6 +33,33 @@ class Notes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseChange:
+    """A phase of `offload.scheduler.phases`, planned and as it came.
+
+    Attributes:
+        phase: "II": tokens are on the host too. "III": the oldest ones are dropped, and read again.
+        planned: Tokens of a sequence with which the layout lets it begin; None where it does not, within the run.
+        tokens: With which it began; None where it did not. While a prompt is read that is the end of a chunk; mode verified
+            makes room for a draft, and so is up to two drafts early.
+        at: `time.perf_counter()` then.
+    """
+
+    phase: str
+    planned: int | None
+    tokens: int | None
+    at: float | None
+
+    def __str__(self) -> str:
+        """As in `II from 4,672 tokens, as planned`."""
+        planned = "not planned" if self.planned is None else f"planned from {self.planned:,}"
+        if self.tokens is None:
+            return f"{self.phase} {planned} tokens, not reached"
+        if self.tokens == self.planned:
+            return f"{self.phase} from {self.tokens:,} tokens, as planned"
+        return f"{self.phase} from {self.tokens:,} tokens, {planned}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """Bytes per tier, tokens per tier, time, and every fallback, of the last `generate`.
 
@@ -82,6 +109,7 @@ class Report:
         dropped_tokens: Drafted behind one that was wrong, and looked at by no pass.
         replayed_steps: Steps of the last decode that a captured graph replayed.
         capture_s: Seconds of decode_s for compiling and capturing.
+        phases: Where tokens went as the run grew, planned and as it came; empty where all stayed on the device.
         notes: Fallbacks and adaptations, a sentence each.
     """
 
@@ -123,6 +151,7 @@ class Report:
     dropped_tokens: int = 0
     replayed_steps: int = 0
     capture_s: float = 0.0
+    phases: list[PhaseChange] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -150,6 +179,9 @@ class Report:
             f"  decode  {self.decode_s:>9.2f} s  {self.new_tokens:,} tokens,"
             f" {self.ms_per_token:.1f} ms each, {gib(self.decode_h2d_bytes)} from the host",
         ]
+        if self.phases:
+            reached = "-".join(["I", *(c.phase for c in self.phases if c.tokens is not None)])
+            lines.append(f"  phases  {reached:>10}  {'; '.join(map(str, self.phases))}")
         if self.rung is not None:
             others = {"better": self.lifted_layers, "whole": self.whole_layers}
             shown = ", ".join(f"{n} layers {what}" for what, n in others.items() if n)

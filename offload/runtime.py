@@ -50,7 +50,8 @@ from offload.prompt import (
     read_prompt,
     reuse,
 )
-from offload.report import Notes, Report
+from offload.report import Notes, PhaseChange, Report
+from offload.scheduler import phases
 from offload.scheduler.layout import Layout, budget_for
 from offload.scheduler.pace import TRIAL, Drafts, Tally
 from offload.scheduler.rungs import Rung
@@ -102,6 +103,8 @@ class _LastRun:
     """What `report` says of the last generate."""
 
     layout: Layout | None = None
+    final_tokens: int | None = None  # of a sequence, at most
+    phases: list[PhaseChange] = field(default_factory=list)
     bytes: dict[str, int] | None = None
     tokens_on_device: int = 0
     tokens_on_host: int = 0
@@ -347,6 +350,7 @@ class Runtime:
             error_estimate=last.error_estimate,
             replayed_steps=last.replayed_steps,
             capture_s=last.capture_s,
+            phases=last.phases,
             notes=notes,
         )
 
@@ -456,6 +460,7 @@ class Runtime:
         assert cache.layout is not None
         self._current = weakref.ref(cache)
         last = self._last
+        last.final_tokens = prompt.final_length
         last.prompt_tokens, last.reused_tokens = prompt.input_ids.shape[1], cache.get_seq_length()
         trace = self.config.trace
         total = prompt.input_ids.shape[1]
@@ -723,8 +728,21 @@ class Runtime:
         usual = max(
             stores, key=lambda store: store.host_tokens
         )  # not one that keeps all on the device
-        self._last.tokens_on_device = usual.device_tokens
-        self._last.tokens_on_host = usual.host_tokens
+        last = self._last
+        last.tokens_on_device = usual.device_tokens
+        last.tokens_on_host = usual.host_tokens
+        planned = phases.course(layout, tokens=last.final_tokens, prompt=last.prompt_tokens).begins
+        changes = {phases.Phase.HOST: usual.left}
+        last.phases = [
+            PhaseChange(
+                phase=phase.value,
+                planned=planned.get(phase),
+                tokens=None if change is None else change.tokens,
+                at=None if change is None else change.at,
+            )
+            for phase, change in changes.items()
+            if change is not None or phase in planned
+        ]
 
 
 def _require_croppable(model: Any, shape: ModelShape) -> None:

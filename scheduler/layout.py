@@ -169,6 +169,8 @@ class Layout:
         page: Tokens of a block.
         hidden: What pages hold instead of keys and values; None where they hold these.
         resident_share: Of the host's tokens, those of which the device keeps rebuilt rows while it decodes.
+        host_blocks: Blocks of a sequence that the host holds at most, where older ones are then dropped and read again
+            from their ids; None: it holds all that leave the device.
     """
 
     chunk: int
@@ -185,6 +187,7 @@ class Layout:
     page: int = 1
     hidden: HiddenPrice | None = None
     resident_share: float = 0.0
+    host_blocks: int | None = None
 
     @property
     def rung(self) -> Rung | None:
@@ -204,7 +207,16 @@ class Layout:
         return (self.sink_blocks + self.window_blocks + 1) * self.page - 1
 
     def on_host(self, tokens: int, *, prompt: int = 0) -> int:
-        """Tokens of a sequence that are on the host: whole blocks, the oldest behind the sinks.
+        """Tokens of a sequence that are on the host: whole blocks, the newest of those that left the device."""
+        left = self.left(tokens, prompt=prompt)
+        return left if self.host_blocks is None else min(left, self.host_blocks * self.page)
+
+    def dropped(self, tokens: int, *, prompt: int = 0) -> int:
+        """Tokens of a sequence that are nowhere, and are read again from their ids: the oldest behind the sinks."""
+        return self.left(tokens, prompt=prompt) - self.on_host(tokens, prompt=prompt)
+
+    def left(self, tokens: int, *, prompt: int = 0) -> int:
+        """Tokens of a sequence that have left the device: whole blocks, the oldest behind the sinks.
 
         A block leaves when one more is whole than the window holds. Beside a replica half of the window leaves at once,
         but while a prompt is read.

@@ -183,7 +183,7 @@ def _memory(found: Profile) -> str:
     top = 1.05 * max([level or 0.0, *(y for _, points in lines for _, y in points)])
     drawn = _chart(
         lines, label="memory over time", x_unit="s", y_text=("0", gib(int(top))), top=top,
-        marks=[(found.prefill_until, "decode")], level=level,
+        marks=[(found.prefill_until, "decode"), *((at, f"phase {phase}") for at, phase in found.changes)], level=level,
     )  # fmt: skip
     dashed = "" if level is None else f"; dashed: planned, {gib(planned)}"
     return f"<figure>{drawn}<figcaption>{said}{dashed}</figcaption></figure>"

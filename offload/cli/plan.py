@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -165,14 +166,15 @@ def _as_object(machine: Machine, result: Plan) -> dict[str, Any]:
             {"change": s.change, "result": s.result} for s in result.suggestions
         ]
         return found
-    layout, times = result.layout, result.times
+    layout, times, phases = result.layout, result.times, result.phases
     assert layout is not None
     assert times is not None
+    assert phases is not None
     return found | {
         "device_bytes": dict(layout.device), "host_bytes": dict(layout.host),
         "rung": None if layout.rung is None else layout.rung.name, "lifted_layers": layout.lifted_layers,
         "chunk": layout.chunk, "device_tokens": result.context - layout.host_tokens,
-        "host_tokens": layout.host_tokens, "prefill_s": times.prefill, "token_s": times.token, "band": result.band,
+        "host_tokens": layout.host_tokens, "phases": asdict(phases), "prefill_s": times.prefill, "token_s": times.token, "band": result.band,
         "limit": times.limit, "parts_s": times.parts, "toml": result.toml,
         "fidelity": None if result.fidelity is None else {
             "kl": result.fidelity.kl, "same_top": result.fidelity.same_top, "source": "measured",
@@ -249,7 +251,8 @@ def _print_one(
         pages = sum(layout.host.values())
         print(f"host   [{_bar(dict(layout.host), machine.host)}] {gib(pages)}")
         print(f"  P {'pages':18}{gib(pages):>10}  {layout.host_tokens:,} tokens of each sequence")
-        print(f"\nfirst token  {duration(times.prefill)}, read in chunks of {layout.chunk:,}")
+        print(f"\nphases       {result.phases}")
+        print(f"first token  {duration(times.prefill)}, read in chunks of {layout.chunk:,}")
         print(f"then         {_speed(result)}, most of it {times.limit}")
         beyond = shape.max_positions is not None and result.largest > shape.max_positions
         more = ", more than the model was made for" if beyond else ""

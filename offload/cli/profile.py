@@ -128,7 +128,13 @@ def _write_page(file: Path, source: str, found: Profile, planned: Plan | None) -
 def _write_trace(file: Path, found: Profile) -> None:
     from offload.trace import perfetto
 
-    data = perfetto(found.events, found.samples, found.bursts, prefill_until=found.prefill_until)
+    data = perfetto(
+        found.events,
+        found.samples,
+        found.bursts,
+        prefill_until=found.prefill_until,
+        changes=found.changes,
+    )
     file.write_bytes(data)
     progress(f"wrote {file}; ui.perfetto.dev opens it")
 

@@ -15,6 +15,7 @@ only when the window is full its oldest block is copied to a host page, and the 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -64,6 +65,19 @@ class StoreLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """A new phase: the first block left the device, or the first one was dropped.
+
+    Attributes:
+        tokens: Of every sequence then, those among them with which the block left; in a prefill those of its chunk.
+        at: `time.perf_counter()` then.
+    """
+
+    tokens: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """What a layer held at one time. Tokens that come in behind it change nothing of it; evictions and crops do.
 
@@ -91,6 +105,7 @@ class LayerStore:
         damaged: Tokens were being taken in when an exception came: what the layer holds is not known.
         capturing: A graph is being captured: `attend` makes the step's launches and changes nothing else.
         written: The event behind the last copy to a host page.
+        left: When the first block left the device; None while all tokens are there.
         path: The device path of steps of one token, or None.
     """
 
@@ -126,6 +141,7 @@ class LayerStore:
         self.damaged = False
         self.capturing = False
         self.written: torch.cuda.Event | None = None
+        self.left: Change | None = None
         assert hidden is None or path is None, "kernels read rows from pages"
         self._hidden = hidden
         self.page_bytes = (
@@ -527,6 +543,7 @@ class LayerStore:
             self.damaged = True
             self._tail_length = 0
             self._close_tail()
+            self._note_phase()
             self.damaged = False
             self._published = False
 
@@ -618,7 +635,15 @@ class LayerStore:
         self.damaged = True
         self._append(key, value, inputs)
         self.length += key.shape[2]
+        self._note_phase()
         self.damaged = False
+
+    def _note_phase(self) -> None:
+        """Notes when tokens have left the device."""
+        if not self.columns:
+            self.left = None
+        elif self.left is None:
+            self.left = Change(self.length, time.perf_counter())
 
     def _append(self, key: Tensor, value: Tensor, inputs: Tensor | None) -> None:
         n_new, page = key.shape[2], self.limits.page
@@ -728,6 +753,7 @@ class LayerStore:
         blocks = torch.cat([self._window[:, slot : slot + n] for _, slot, n in _runs(old)], dim=1)
         self._window[:, self._sinks : self._sinks + len(old)] = blocks
         self._slots = deque(range(self._sinks, self._sinks + len(old) - 1))
+        self._note_phase()
         self._published = False
         self.damaged = False
 
@@ -914,6 +940,7 @@ class LayerStore:
         self._tail_length, self.length = length % page, length
         if partial is not None:
             self._tail.copy_(partial)
+        self._note_phase()
         self.damaged = False
 
     def _block(self, index: int) -> Tensor:

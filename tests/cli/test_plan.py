@@ -133,6 +133,27 @@ def test_json_has_every_byte(model: str, capsys: pytest.CaptureFixture[str]) -> 
     assert found["token_s"] > 0
 
 
+def test_the_phases_are_those_of_the_layout(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exact = ["plan", "--model", model, "--gpu", "rtx4090", "--mode", "exact", "--context"]
+    assert cli.main([*exact, "128K", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["plans"]
+    said = found["phases"]
+    # The tail holds a page less a token beyond what sinks and window do.
+    window = found["device_bytes"]["sinks and window"] // (128 * 1024)
+    assert said["p1"] == window + 63
+    assert said["p2"] is None
+    assert said["host_share"] == pytest.approx(found["host_tokens"] / found["context"], abs=1e-3)
+    assert (said["rebuilt_share"], said["dropped_share"]) == (0, 0)
+    assert cli.main([*exact, "128K"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"phases       I up to {said['p1']:,} tokens; then II, at the end 60.7% on the host"
+        in shown
+    )
+    assert cli.main([*exact, "8K"]) == 0
+    assert "phases       I to the end, all on the device" in capsys.readouterr().out
+
+
 def test_cards_and_lengths_are_compared_in_one_table(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
