@@ -27,6 +27,7 @@ from transformers.cache_utils import (
 from transformers.generation.utils import GenerationMixin
 
 from offload.attention import forget_pending, hand_over
+from offload.decisions import Choice
 from offload.errors import CacheError, InputError
 from offload.scheduler.layout import Layout
 from offload.tiers.store import LayerStore
@@ -341,6 +342,7 @@ class OffloadCache(Cache):
         self._on_close = on_close
         self._closed: str | None = None
         self.layout: Layout | None = None  # of the stores
+        self.decisions: list[Choice] = []  # that made it
         self._fed: list[Tensor] | None = []  # token ids of every pass, [B, Q] each; None: not known
         self._capturing = False
         self._in_pass = False  # a forward pass began and has not ended: layers may differ

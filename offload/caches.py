@@ -102,7 +102,14 @@ class CacheMaker:
                 prompt=prompt_tokens,
                 exact=exact,
             )
+            budget = self._budgets.device_budget()
             layout = self._laid_out(demand)
+            cache.decisions = self._budgets.decisions(
+                demand(errors=self.errors),
+                layout,
+                budget=budget,
+                output=None if tokens is None else tokens - prompt_tokens,
+            )
             auto = isinstance(self._config.prefill.chunk, str) and self._shape.fed_whole is None
             if auto and layout.chunk < min(AUTO_CHUNK, tokens or AUTO_CHUNK):
                 note = (

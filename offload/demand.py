@@ -12,7 +12,8 @@ from typing import Protocol
 
 from offload.config import OffloadConfig
 from offload.errors import ConfigError
-from offload.scheduler.cost import hidden_share
+from offload.scheduler import cost
+from offload.scheduler.cost import Way, hidden_share
 from offload.scheduler.layout import (
     REBUILT_TOKENS,
     Demand,
@@ -155,7 +156,8 @@ def demand_of(
     selected = max(rung.selected(config.retrieval.tokens) for rung in RUNGS)
     overhead = held.overhead + ALLOCATOR_SLACK + DRIVER_GROWTH if held.on_card else 0
     hidden = None
-    if config.scheduler.recompute == "hidden" and config.mode == "exact" and tokens is not None:
+    hides = config.scheduler.recompute == "hidden" and config.mode == "exact"
+    if hides and tokens is not None and shape.rows:
         hidden = hidden_price(config, shape, held.flops_per_byte)
     captures = CUBLAS_WORKSPACE if held.on_card and fast and config.decode.capture else 0
     return Demand(
@@ -191,6 +193,77 @@ def demand_of(
         scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
         longest=shape.max_positions or 2**20,
         hidden=hidden,
+    )
+
+
+def other_demand(
+    config: OffloadConfig, shape: Shape, held: Held, *, batch: int, tokens: int | None, copies: int = 1, prompt: int = 0
+) -> Demand | None:  # fmt: skip
+    """The demand with the other setting of scheduler.recompute; None where there is none, or the model has no use for it.
+
+    Args:
+        config: As asked.
+        shape: As for `demand_of`; likewise the others.
+        held: By the device.
+        batch: Sequences that are decoded.
+        tokens: Per sequence at the end, or None if unknown.
+        copies: How many of them continue one prompt.
+        prompt: Tokens of the prompt.
+    """
+    if config.mode != "exact" or tokens is None or not shape.rows:
+        return None
+    recompute = "hidden" if config.scheduler.recompute == "off" else "off"
+    try:
+        return demand_of(
+            OffloadConfig.build(config, recompute=recompute), shape, held,
+            batch=batch, tokens=tokens, copies=copies, prompt=prompt,
+        )  # fmt: skip
+    except ConfigError:
+        return None
+
+
+def priced_shape(
+    shape: Shape, *, weights: int, parameters: float, reads: float | None = None, depth: int | None = None
+) -> cost.Shape:  # fmt: skip
+    """What the cost model needs of a shape.
+
+    Args:
+        shape: Of the model.
+        weights: Bytes of them on the device.
+        parameters: That a token is multiplied with.
+        reads: Bytes of them that a step reads; None: all.
+        depth: Layers of all kinds; None: there are no others.
+    """
+    layers = tuple(
+        cost.Heads(queries, row.kv_heads, row.key_dim, row.value_dim)
+        for row, (queries, _) in zip(shape.rows, shape.heads, strict=True)
+    )
+    return cost.Shape(
+        layers=layers,
+        hidden=shape.hidden,
+        itemsize=max((_itemsize(row) for row in shape.rows), default=2),
+        parameters=parameters,
+        weights=weights,
+        reads=reads,
+        depth=depth,
+    )
+
+
+def _itemsize(row: Row) -> int:
+    return row.token_bytes // (row.kv_heads * (row.key_dim + row.value_dim))
+
+
+def way_of(config: OffloadConfig, *, batch: int, prompt: int, output: int) -> Way:
+    """How a configuration makes tokens."""
+    selected, ahead = config.retrieval.tokens, config.decode.look_ahead
+    return Way(
+        mode=config.mode,
+        batch=batch,
+        prompt=prompt,
+        selected=None if isinstance(selected, str) else selected,
+        drafts=Drafts.of(config.decode.draft),
+        looks_ahead=ahead is not False,
+        compiled=config.compiles(output),
     )
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from offload import hardware
 from offload.checkpoint import FileShape, describe
 from offload.config import OffloadConfig
-from offload.demand import CUBLAS_WORKSPACE, Held, demand_of
+from offload.decisions import Card, Choice, choices
+from offload.demand import CUBLAS_WORKSPACE, Held, demand_of, other_demand, priced_shape, way_of
 from offload.errors import BudgetError, InputError, OffloadError
 from offload.scheduler import cost
 from offload.scheduler.layout import REPLICA_WINDOW, Demand, Layout, lay_out
-from offload.scheduler.pace import Drafts
 from offload.scheduler.phases import Course, course
 from offload.scheduler.profiles import PROFILES, Profile, profile_of
 from offload.scheduler.rungs import Fidelity, fidelity_of
@@ -77,6 +77,7 @@ class Plan:
         suggestions: The smallest changes with which it fits.
         notes: What else the reader should know.
         toml: The settings, to paste.
+        decisions: What was chosen, what else there was, and what both cost.
     """
 
     verdict: str
@@ -92,6 +93,7 @@ class Plan:
     suggestions: list[Suggestion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     toml: str = ""
+    decisions: list[Choice] = field(default_factory=list)
 
 
 def machine_of(profile: Profile, config: OffloadConfig) -> Machine:
@@ -191,7 +193,8 @@ def plan(
     notes = _notes(config, shape, machine, context, batch)
     largest = longest(config, shape, machine, output=output, batch=batch)
     try:
-        layout = _laid_out(config, shape, machine, context=context, output=output, batch=batch)
+        demand = _demand(config, shape, machine, context, output, batch)
+        layout = lay_out(demand, device_budget=machine.device, host_budget=machine.host)
     except BudgetError as error:
         return Plan(
             verdict=NOT,
@@ -222,6 +225,22 @@ def plan(
         phases=course(layout, tokens=context, prompt=context - output),
         notes=notes,
         toml=_toml(config, machine),
+        decisions=choices(
+            config,
+            demand,
+            layout,
+            budget=machine.device,
+            card=Card(shape=shape_of(shape), profile=machine.profile, way=way),
+            other=other_demand(
+                config,
+                shape,
+                _held(shape, machine),
+                batch=batch,
+                tokens=context,
+                prompt=context - output,
+            ),
+            output=output,
+        ),
     )
 
 
@@ -263,32 +282,12 @@ def _notes(
 
 def shape_of(shape: FileShape) -> cost.Shape:
     """What the cost model needs of a shape."""
-    layers = tuple(
-        cost.Heads(queries, row.kv_heads, row.key_dim, row.value_dim)
-        for row, (queries, _) in zip(shape.rows, shape.heads, strict=True)
-    )
-    return cost.Shape(
-        layers=layers,
-        hidden=shape.hidden,
-        itemsize=max((row.itemsize for row in shape.rows), default=2),
-        parameters=shape.parameters,
+    return priced_shape(
+        shape,
         weights=shape.weights,
+        parameters=shape.parameters,
         reads=shape.read_bytes,
         depth=shape.layers,
-    )
-
-
-def way_of(config: OffloadConfig, *, batch: int, prompt: int, output: int) -> cost.Way:
-    """How a configuration makes tokens."""
-    selected, ahead = config.retrieval.tokens, config.decode.look_ahead
-    return cost.Way(
-        mode=config.mode,
-        batch=batch,
-        prompt=prompt,
-        selected=None if isinstance(selected, str) else selected,
-        drafts=Drafts.of(config.decode.draft),
-        looks_ahead=ahead is not False,
-        compiled=config.compiles(output),
     )
 
 
@@ -319,7 +318,13 @@ def longest(
 def _demand(
     config: OffloadConfig, shape: FileShape, machine: Machine, context: int, output: int, batch: int
 ) -> Demand:
-    held = Held(
+    prompt = max(1, context - output)
+    held = _held(shape, machine)
+    return demand_of(config, shape, held, batch=batch, tokens=context, prompt=prompt)
+
+
+def _held(shape: FileShape, machine: Machine) -> Held:
+    return Held(
         total=machine.profile.memory,
         weights=shape.weights,
         # The runtime finds what cuBLAS keeps for the first stream allocated.
@@ -327,8 +332,6 @@ def _demand(
         on_card=True,
         flops_per_byte=machine.profile.gemm_flops / machine.profile.pcie,
     )
-    prompt = max(1, context - output)
-    return demand_of(config, shape, held, batch=batch, tokens=context, prompt=prompt)
 
 
 def _laid_out(

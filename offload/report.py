@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from offload.decisions import Choice
+from offload.parts import Part
 from offload.units import gib
 
 logger = logging.getLogger(__name__)
@@ -110,6 +112,10 @@ class Report:
         replayed_steps: Steps of the last decode that a captured graph replayed.
         capture_s: Seconds of decode_s for compiling and capturing.
         phases: Where tokens went as the run grew, planned and as it came; empty where all stayed on the device.
+        decisions: What was chosen for the run, what else there was, and what both cost.
+        device_parts: Bytes of the device by purpose, planned and measured; empty before the first run.
+        unaccounted: Of the most bytes of the card that were in use since `attach`, by whomever, those that no purpose
+            explains; None on a CPU, which has no driver that counts.
         notes: Fallbacks and adaptations, a sentence each.
     """
 
@@ -152,7 +158,16 @@ class Report:
     replayed_steps: int = 0
     capture_s: float = 0.0
     phases: list[PhaseChange] = field(default_factory=list)
+    decisions: list[Choice] = field(default_factory=list)
+    device_parts: list[Part] = field(default_factory=list)
+    unaccounted: int | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def host_parts(self) -> list[Part]:
+        """Bytes of the host by purpose, planned and measured."""
+        there = self.bytes.get("host_pinned", 0) + self.bytes.get("host_pageable", 0)
+        return [Part("pages", self.planned_host, there)]
 
     @property
     def ms_per_token(self) -> float:
@@ -164,6 +179,20 @@ class Report:
         return asdict(self) | {"ms_per_token": self.ms_per_token}
 
     def __str__(self) -> str:
+        """The summary, bytes by purpose, and decisions."""
+        lines = [self.summary]
+        if self.device_parts:
+            lines.append(f"  {'bytes':24}{'planned':>10}{'measured':>12}")
+            for part in [*self.device_parts, *self.host_parts]:
+                measured = "-" if part.measured is None else gib(part.measured)
+                lines.append(f"    {part.purpose:22}{gib(part.planned):>10}{measured:>12}")
+        if self.unaccounted is not None:
+            lines.append(f"    {'unaccounted':22}{'':10}{gib(self.unaccounted):>12}")
+        return "\n".join(lines + [f"  decided {choice}" for choice in self.decisions])
+
+    @property
+    def summary(self) -> str:
+        """Bytes per tier, time per token and every fallback, a line each."""
         device = {k: v for k, v in self.bytes.items() if not k.startswith("host_") and v}
         host = {
             k.removeprefix("host_"): v for k, v in self.bytes.items() if k.startswith("host_") and v

@@ -18,7 +18,7 @@ from offload.scheduler.profiles import Profile
 # Of a layer of a captured step, without what its bytes take: launches, gaps, small kernels.
 _LAYER_S = 24e-6
 # Further, where layers are not compiled: some twenty small kernels more (`benchmarks/cli_card.json`).
-_EAGER_S = 71e-6
+EAGER_S = 71e-6
 # The device path of a layer besides its bytes: scan and selection until the tail is under way.
 _PATH_S = 39e-6
 _PATH_TOKEN_S = 3e-11  # for each token of the replica
@@ -481,7 +481,7 @@ def _weights_s(work: Work, profile: Profile, batch: int) -> float:
 
 def _launches_s(work: Work, *, compiled: bool) -> float:
     """Seconds of a step's launches and gaps."""
-    return work.layers * (_LAYER_S + (0.0 if compiled else _EAGER_S))
+    return work.layers * (_LAYER_S + (0.0 if compiled else EAGER_S))
 
 
 def pass_flops(work: Work, tokens: int, rows: int) -> float:
@@ -509,6 +509,21 @@ def slowed_by(computes_s: float, copied: float, bytes_per_s: float, layers: int)
 
 def verified(layout: Layout, work: Work, profile: Profile, way: Way, *, step_s: float) -> float:
     """Seconds of a verified token, with drafts as long as is fastest, or as asked."""
+    return min(by_draft(layout, work, profile, way, step_s=step_s).values())
+
+
+def by_draft(
+    layout: Layout, work: Work, profile: Profile, way: Way, *, step_s: float
+) -> dict[int, float]:
+    """Seconds of a verified token by the tokens of a draft: of the lengths there are, or of the one that is asked for.
+
+    Args:
+        layout: Of the run.
+        work: Of the model.
+        profile: Of the machine.
+        way: How tokens are made.
+        step_s: Seconds of a step of mode fast.
+    """
     copied = float(layout.host_bytes)
     computes = pass_flops(work, way.prompt, MOST_ROWS) / profile.attention_flops
     taken = max(copied / profile.pcie, computes)
@@ -517,12 +532,12 @@ def verified(layout: Layout, work: Work, profile: Profile, way: Way, *, step_s: 
     agreement = AGREEMENT[0 if rung is None or rung.clustered else rung.bits]
     drafts = way.drafts or Drafts(MOST_ROWS - 1, True)
     lengths = [n for n in LENGTHS if 0 < n <= drafts.most] if drafts.is_auto else []
-    return min(
-        verified_token(
+    return {
+        n: verified_token(
             step_s, taken, late, drafts=n, agreement=agreement, looks_ahead=way.looks_ahead
         )
         for n in lengths or [drafts.most]
-    )
+    }
 
 
 def verified_token(

@@ -444,6 +444,28 @@ def budget_for(demand: Demand, *, device_tokens: int) -> int:
     return _least(demand).device_bytes + spare + 16  # divisions round down
 
 
+def everything(demand: Demand) -> Layout:
+    """The layout with all tokens on the device, whatever the budget: no replica, and buffers that are never used.
+
+    Args:
+        demand: What is asked; its length and its chunk are known.
+    """
+    assert demand.tokens is not None
+    assert demand.chunk is not None
+    # Of one page: nothing is copied.
+    blocks = max(1, -(-demand.tokens // demand.page) - demand.sinks // demand.page)
+    whole = replace(demand, rungs=(), hidden=None)
+    return _price(whole, _page_bytes(demand), blocks, demand.chunk)
+
+
+def workspace_bytes(demand: Demand, chunk: int) -> int:
+    """Device bytes of activations with a chunk of the prompt."""
+    return max(
+        demand.workspace + demand.batch * chunk * demand.workspace_per_token,
+        demand.least_workspace,
+    )
+
+
 def _chunks(demand: Demand) -> list[int]:
     """The chunks that `auto` tries, largest first."""
     longest = AUTO_CHUNK
@@ -462,9 +484,8 @@ def _device_layout(demand: Demand, budget: int) -> Layout:
     least = _least(demand)
     needed = least.device_bytes
     if demand.tokens is not None and demand.window is None:
-        # Does everything fit? Then the buffers are never used and hold one page.
-        blocks = max(1, -(-demand.tokens // demand.page) - sink_blocks)
-        whole = _price(replace(demand, rungs=(), hidden=None), _page_bytes(demand), blocks, chunk)
+        # Does everything fit?
+        whole = everything(demand)
         if whole.device_bytes <= budget:
             return whole
         needed = min(needed, whole.device_bytes)
@@ -636,10 +657,7 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "decode step": demand.batch
             * (demand.scratch_bytes + replica_tokens * demand.scratch_token_bytes),
             "other KV": demand.other_kv,
-            "workspace": max(
-                demand.workspace + demand.batch * chunk * demand.workspace_per_token,
-                demand.least_workspace,
-            ),
+            "workspace": workspace_bytes(demand, chunk),
             "overhead": demand.overhead,
         }
         | rebuilding,

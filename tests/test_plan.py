@@ -21,9 +21,10 @@ from offload.demand import (
     activation_bytes,
     demand_of,
     parts_bytes,
+    way_of,
 )
 from offload.errors import BudgetError, InputError
-from offload.plan import BAND, FITS, NOT, SLOW, Machine, longest, machine_of, plan, shape_of, way_of
+from offload.plan import BAND, FITS, NOT, SLOW, Machine, longest, machine_of, plan, shape_of
 from offload.scheduler import cost
 from offload.scheduler.layout import lay_out
 from offload.scheduler.profiles import PROFILES, profile_of

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from offload.units import duration, gib
 
 if TYPE_CHECKING:
-    from offload.profile import Part, Profile
+    from offload.parts import Part
+    from offload.profile import Profile
 
 _WIDTH, _HEIGHT = 760, 220
 _LEFT, _BOTTOM = 64, 24
@@ -51,7 +52,7 @@ def page(title: str, found: Profile, *, planned_ms: float | None) -> str:
     report = found.report
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<pre>{escape(str(report))}</pre>",
+        f"<pre>{escape(report.summary)}</pre>",
         "<h2>Bytes by purpose</h2>",
         _bytes_table([*found.device], "device", found.unaccounted),
         _bytes_table([*found.host], "host", None),

@@ -175,7 +175,7 @@ def _as_object(machine: Machine, result: Plan) -> dict[str, Any]:
         "rung": None if layout.rung is None else layout.rung.name, "lifted_layers": layout.lifted_layers,
         "chunk": layout.chunk, "device_tokens": result.context - layout.host_tokens,
         "host_tokens": layout.host_tokens, "phases": asdict(phases), "prefill_s": times.prefill, "token_s": times.token, "band": result.band,
-        "limit": times.limit, "parts_s": times.parts, "toml": result.toml,
+        "decisions": [asdict(choice) for choice in result.decisions], "limit": times.limit, "parts_s": times.parts, "toml": result.toml,
         "fidelity": None if result.fidelity is None else {
             "kl": result.fidelity.kl, "same_top": result.fidelity.same_top, "source": "measured",
         },

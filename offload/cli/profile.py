@@ -27,8 +27,9 @@ from offload.errors import OffloadError
 
 if TYPE_CHECKING:
     from offload.config import OffloadConfig
+    from offload.parts import Part
     from offload.plan import Plan
-    from offload.profile import Part, Profile
+    from offload.profile import Profile
 
 _SHOWN = 8  # kernels
 
@@ -142,7 +143,7 @@ def _write_trace(file: Path, found: Profile) -> None:
 def _print(found: Profile, planned: Plan | None) -> None:
     from offload.units import duration
 
-    print(found.report)
+    print(found.report.summary)
     _print_bytes("device", found.device, found.unaccounted)
     _print_bytes("host", found.host, None)
     if found.peak is None:
