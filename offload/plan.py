@@ -294,7 +294,7 @@ def shape_of(shape: FileShape) -> cost.Shape:
 def longest(
     config: OffloadConfig, shape: FileShape, machine: Machine, *, output: int, batch: int
 ) -> int:
-    """Tokens of the longest context that fits, in whole pages, 16M at most; 0 where none does."""
+    """Tokens of the longest context that fits, 16M at most; 0 where not even a page does."""
 
     def fits(tokens: int) -> bool:
         try:
@@ -311,6 +311,9 @@ def longest(
         return high
     while high - low > page:
         middle = (low + high) // 2 // page * page
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    while low and high - low > 1:  # buffers grow with tokens: part of a page may have room
+        middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 

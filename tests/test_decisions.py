@@ -36,7 +36,7 @@ def decided(
 
 
 def test_kv_leaves_the_device_where_it_no_longer_fits() -> None:
-    settings = {"mode": "exact", "chunk": 4096}  # else it would shrink first
+    settings: dict[str, Any] = {"mode": "exact", "chunk": 4096}  # else it would shrink first
     fits = decided("KV", context=32_768, **settings)
     assert fits.chosen == "all on the device"
     assert fits.cost is not None
@@ -75,7 +75,7 @@ def test_fetching_is_cheaper_again_on_a_card_that_multiplies_slowly() -> None:
     """What is asked for is done; the costs say that it does not pay."""
     slow = replace(PROFILES["h100"], gemm_flops=3e12)
     there = Machine(profile=slow, device=18 * GIB, host=200 * GIB)
-    settings = {"mode": "exact", "recompute": "hidden", "recomputed": 1.0}
+    settings: dict[str, Any] = {"mode": "exact", "recompute": "hidden", "recomputed": 1.0}
     choice = decided("tokens", shape=MHA, there=there, context=65_536, **settings)
     assert choice.instead == "keys and values fetched"
     assert choice.why.endswith("the other one is cheaper")
@@ -134,7 +134,8 @@ def test_a_run_reports_its_decisions_and_its_bytes_by_purpose() -> None:
     model, ids = build("llama"), prompts(1, 400) % 190 + 2
     tiers: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64, "chunk": 96}
     with offload.attach(model, recompute="hidden", **tiers) as runtime:
-        assert runtime.report().device_parts == runtime.report().decisions == []
+        assert not runtime.report().device_parts
+        assert not runtime.report().decisions
         runtime.generate(ids, max_new_tokens=8, do_sample=False)
         report = runtime.report()
     kv, tokens, chunk = report.decisions

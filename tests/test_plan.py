@@ -142,13 +142,12 @@ def machine(gib: float = 23, host: float = 48, card: str = "rtx4090") -> Machine
     mode=st.sampled_from(["fast", "verified", "exact"]),
     batch=st.integers(1, 3),
 )
-def test_the_longest_context_fits_and_a_page_more_does_not(
+def test_the_longest_context_fits_and_a_token_more_does_not(
     gib: float, host: float, mode: str, batch: int
 ) -> None:
     config, there = OffloadConfig.build(mode=mode), machine(gib, host)
     tokens = longest(config, SHAPE, there, output=16, batch=batch)
-    assert tokens % 64 == 0
-    more = plan(config, SHAPE, there, context=max(64, tokens + 64), output=16, batch=batch)
+    more = plan(config, SHAPE, there, context=max(64, tokens + 1), output=16, batch=batch)
     assert more.verdict == NOT
     if tokens > 64:
         found = plan(config, SHAPE, there, context=tokens, output=16, batch=batch)

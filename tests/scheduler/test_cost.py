@@ -91,6 +91,26 @@ def test_what_a_step_copies_is_what_the_host_holds_and_the_device_does_not(
     assert batch * tokens <= made * (1 + 1e-9) <= batch * (tokens + 2 * PAGE) * (1 + 1e-6)
 
 
+@given(
+    room=st.integers(4 * 2**30, 18 * 2**30),
+    more=st.integers(1, 4 * 2**30),
+    inputs=st.sampled_from([0, 0, 24, PAGE]),
+)
+def test_more_budget_is_never_predicted_slower_than_a_block_of_the_window_costs(
+    room: int, more: int, inputs: int
+) -> None:
+    """Mode exact, whose tokens are the same at every budget: mode fast spends more of it on better replicas."""
+    less, roomy = (
+        step(laid_out(demand(MHA, inputs=inputs), size), MHA, H100, EXACT)
+        for size in (room, room + more)
+    )
+    # Where the rest is enough for one page more in each buffer, the window gives up a block for it.
+    block = placed(Placement(sequences=1, resident=0, fetched=PAGE), MHA, H100)
+    assert roomy.seconds <= less.seconds + block.link
+    if more >= 2**30:
+        assert roomy.seconds <= less.seconds
+
+
 def test_inputs_are_rebuilt_at_the_price_of_a_placement() -> None:
     layout = laid_out(demand(MHA, inputs=48), 2 * 2**30)
     assert layout.hidden is not None
