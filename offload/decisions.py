@@ -224,7 +224,18 @@ def _recompute(
     card: Card | None,
     other: Demand | None,
 ) -> Iterator[Choice]:
-    """Fetching keys and values beside rebuilding them from inputs of attention."""
+    """Fetching keys and values beside rebuilding them from inputs of attention; keeping the oldest beside dropping them."""
+    if layout.host_blocks is not None:
+        kept = replace(demand, prefix_token_bytes=0, chunk=layout.chunk)
+        yield Choice(
+            what="the oldest tokens",
+            chosen=f"{layout.dropped_tokens:,} of each sequence dropped, and read again in every pass",
+            cost=layout.host_bytes,
+            instead="all kept on the host",
+            instead_cost=lay_out(kept, device_budget=budget, host_budget=2**62).host_bytes,
+            unit=BYTES,
+            why='memory.cpu has no room for all, and scheduler.recompute = "prefix"',
+        )
     names = ("keys and values fetched", "some rebuilt from inputs of attention")
     chosen, instead = names if layout.hidden is None else names[::-1]
     asked = f'scheduler.recompute = "{config.scheduler.recompute}"'

@@ -16,6 +16,7 @@ from offload.scheduler import cost
 from offload.scheduler.cost import Way, hidden_share
 from offload.scheduler.layout import (
     REBUILT_TOKENS,
+    REREAD_TOKENS,
     Demand,
     HiddenPrice,
     RungPrice,
@@ -159,6 +160,7 @@ def demand_of(
     hides = config.scheduler.recompute == "hidden" and config.mode == "exact"
     if hides and tokens is not None and shape.rows:
         hidden = hidden_price(config, shape, held.flops_per_byte)
+    again = _reread_bytes(config, shape, copies)
     captures = CUBLAS_WORKSPACE if held.on_card and fast and config.decode.capture else 0
     return Demand(
         batch=batch,
@@ -193,7 +195,25 @@ def demand_of(
         scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
         longest=shape.max_positions or 2**20,
         hidden=hidden,
+        prefix_token_bytes=again[0],
+        prefix_workspace=again[1],
     )
+
+
+def _reread_bytes(config: OffloadConfig, shape: Shape, copies: int) -> tuple[int, int]:
+    """Device bytes of a token while it is read again, and of activations besides; none where nothing may be dropped."""
+    if config.scheduler.recompute != "prefix" or config.mode != "exact" or copies > 1:
+        return 0, 0
+    # Keys and values of a layer as they came and side by side, and both of the layer before.
+    widest = max(shape.rows, key=lambda row: row.token_bytes, default=None)
+    if widest is None:
+        return 0, 0
+    kept = 4 * widest.token_bytes
+    if shape.other_kv_bytes(1):  # in one piece: windows and states are not those of a piece
+        return kept + shape.workspace_per_token, 0
+    # A piece that waits in a layer has the model's input, the layer's, that of attention, and queries.
+    waits = _itemsize(widest) * (3 * shape.hidden + max(n * size for n, size in shape.heads))
+    return kept + waits, REREAD_TOKENS * shape.workspace_per_token
 
 
 def other_demand(
@@ -212,7 +232,7 @@ def other_demand(
     """
     if config.mode != "exact" or tokens is None or not shape.rows:
         return None
-    recompute = "hidden" if config.scheduler.recompute == "off" else "off"
+    recompute = "off" if config.scheduler.recompute == "hidden" else "hidden"
     try:
         return demand_of(
             OffloadConfig.build(config, recompute=recompute), shape, held,

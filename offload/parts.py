@@ -60,7 +60,7 @@ def device_parts(
         "eviction": (planned["eviction"], there["eviction"]),
     }
     passes = planned["workspace"] + planned["decode step"] + planned["other KV"]
-    passes += planned["rebuilding"]
+    passes += planned["rebuilding"] + planned["reading again"]
     if device.type != "cuda":
         parts = [Part(name, *pair) for name, pair in held.items() if any(pair)]
         return [*parts, Part("passes and states", passes, None)], None, None

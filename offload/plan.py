@@ -379,6 +379,12 @@ def _suggestions(
         found.append(Suggestion(change=change, result=f"fits{rung if layout.host_tokens else ''}"))
         return True
 
+    if config.mode == "exact" and config.scheduler.recompute == "off":
+        again = OffloadConfig.build(config, recompute="prefix")
+        layout = fits(again, machine)
+        if layout is not None:
+            result = f"fits, the {layout.dropped_tokens:,} oldest tokens read again for every token"
+            found.append(Suggestion(change="--set scheduler.recompute=prefix", result=result))
     with_host("", config, machine)  # only the host is too small
     for key, value in (
         ("replica.rung", "auto"),

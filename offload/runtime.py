@@ -54,6 +54,7 @@ from offload.prompt import (
     reuse,
 )
 from offload.report import Notes, PhaseChange, Report
+from offload.reread import require_rereadable
 from offload.scheduler import phases
 from offload.scheduler.layout import Layout, budget_for
 from offload.scheduler.pace import TRIAL, Drafts, Tally
@@ -173,6 +174,8 @@ class Runtime:
         config.require_usable()
         if config.mode == "verified":
             _require_croppable(model, shape)
+        if config.scheduler.recompute == "prefix":
+            require_rereadable(model, shape, sorted(_rope_types(text_config(model))))
         # The smallest run must fit, or attaching was pointless: say so now, not after minutes of loading.
         self.budgets.lay_out(self.budgets.demand(batch=1, tokens=None))
         self.budgets.cap_allocator()
@@ -248,6 +251,13 @@ class Runtime:
         cache = None if given is None else self._own(require_ours(given))
         if kwargs.get("inputs_embeds") is not None:
             return self._generate_stock(inputs, cache, kwargs, "inputs_embeds")
+        if self.config.scheduler.recompute == "prefix" and kwargs.get("position_ids") is not None:
+            raise InputError(
+                "Tokens that are read again get the positions that transformers gives them",
+                asked="position_ids",
+                there='scheduler.recompute = "prefix"',
+                change='Leave position_ids out, or write scheduler.recompute = "off".',
+            )
         prompt = read_prompt(self.model, inputs, kwargs)
         if not prompt.in_chunks:
             return self._generate_stock(inputs, cache, kwargs, "inputs beside the text")
@@ -779,7 +789,7 @@ class Runtime:
         last.tokens_on_device = usual.device_tokens
         last.tokens_on_host = usual.host_tokens
         planned = phases.course(layout, tokens=last.final_tokens, prompt=last.prompt_tokens).begins
-        changes = {phases.Phase.HOST: usual.left}
+        changes = {phases.Phase.HOST: usual.left, phases.Phase.AGAIN: usual.gone}
         last.phases = [
             PhaseChange(
                 phase=phase.value,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from offload.errors import InputError
-from offload.scheduler.layout import Layout
+from offload.scheduler.layout import REREAD_TOKENS, Layout
 from offload.scheduler.pace import LENGTHS, MOST_ROWS, Drafts
 from offload.scheduler.profiles import Profile
 
@@ -167,6 +167,11 @@ def placement_of(layout: Layout, shape: Shape, way: Way, *, tokens: int | None =
         read=layout.device["other KV"],
         compiled=way.compiled,
     )
+    gone = layout.dropped_tokens if tokens is None else layout.dropped(tokens, prompt=way.prompt)
+    if gone:  # read again in pieces, the sinks before them too
+        gone += layout.sink_blocks * layout.page
+        piece = batch * min(gone, REREAD_TOKENS) * shape.prefix_bytes
+        where = replace(where, dropped=batch * gone, staging=max(1, piece))
     if not away:
         return where
     # A layout whose length is not known has no bytes on the host, only the rule by which they come there.
@@ -223,6 +228,11 @@ def prefill(layout: Layout, work: Work, profile: Profile, *, batch: int, prompt:
     copied = layout.host_bytes * steps / 2
     launches = copied / max(1, layout.staging_bytes) * _CHUNK_S
     computes = reading(work, profile, sequences=batch, tokens=prompt * batch, passes=chunks)
+    if layout.dropped_tokens:  # by every chunk that comes behind, half of the end's on average
+        tokens = batch * (layout.dropped_tokens + layout.sink_blocks * layout.page)
+        again = layout.dropped_tokens / layout.chunk / 2
+        pieces = -(-tokens // (batch * REREAD_TOKENS))
+        computes += again * reading(work, profile, sequences=batch, tokens=tokens, passes=pieces)
     return max(computes, copied / profile.pcie + launches)
 
 

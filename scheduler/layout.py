@@ -51,6 +51,7 @@ class RungPrice:
         return sum(self.layer_bytes)
 
 
+REREAD_TOKENS = 512  # of each sequence, that go through a layer together where they are read again
 REBUILT_TOKENS = 8192  # of all sequences, whose keys and values are rebuilt together
 
 
@@ -121,6 +122,9 @@ class Demand:
         longest: Tokens to make room for where `tokens` is not known.
         hidden: Of pages that hold inputs of attention; None where they hold keys and values. Only where `tokens` is
             known, and without rungs.
+        prefix_token_bytes: Device bytes of a token while it is read again, where the oldest may be dropped when the host is
+            full; 0 where they may not. Only where `tokens` is known, without rungs and copies.
+        prefix_workspace: Device bytes of activations of one sequence besides.
     """
 
     batch: int
@@ -148,6 +152,8 @@ class Demand:
     scratch_token_bytes: int = 0
     longest: int = 0
     hidden: HiddenPrice | None = None
+    prefix_token_bytes: int = 0
+    prefix_workspace: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +177,7 @@ class Layout:
         resident_share: Of the host's tokens, those of which the device keeps rebuilt rows while it decodes.
         host_blocks: Blocks of a sequence that the host holds at most, where older ones are then dropped and read again
             from their ids; None: it holds all that leave the device.
+        dropped_tokens: Tokens per sequence that are nowhere at the end, where the length is known.
     """
 
     chunk: int
@@ -188,6 +195,7 @@ class Layout:
     hidden: HiddenPrice | None = None
     resident_share: float = 0.0
     host_blocks: int | None = None
+    dropped_tokens: int = 0
 
     @property
     def rung(self) -> Rung | None:
@@ -279,6 +287,9 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
                 errors.append(error)
                 continue
             if layout.host_bytes > host_budget:
+                dropping = _dropping(replace(demand, chunk=chunk), device_budget, host_budget)
+                if dropping is not None:
+                    return dropping
                 raise BudgetError(
                     f"The KV cache of {demand.batch} x {demand.tokens:,} tokens in host memory",
                     requested=layout.host_bytes,
@@ -302,6 +313,45 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
     if roomiest is not None:
         return roomiest
     raise min(errors, key=lambda error: error.requested)
+
+
+def _dropping(demand: Demand, budget: int, host_budget: int) -> Layout | None:
+    """Drops the oldest tokens that the host has no room for; None where that is not asked for, or does not fit.
+
+    Reading them again takes memory of the device, so that the window is smaller and more leave it: enlarged until it is
+    enough.
+
+    Args:
+        demand: With a chunk.
+        budget: Device bytes.
+        host_budget: Bytes for pages.
+    """
+    host_blocks = host_budget // max(1, _block_bytes(demand))
+    if not demand.prefix_token_bytes or demand.rungs or demand.hidden or host_blocks < 1:
+        return None
+    reserved = 0
+    while reserved <= budget:
+        try:
+            layout = _device_layout(replace(demand, overhead=demand.overhead + reserved), budget)
+        except BudgetError:
+            return None
+        dropped = max(0, layout.host_tokens - host_blocks * demand.page)
+        again = dropped + layout.sink_blocks * demand.page if dropped else 0
+        needed = demand.batch * again * demand.prefix_token_bytes
+        needed += demand.batch * demand.prefix_workspace if dropped else 0
+        if needed <= reserved:
+            there = layout.host_tokens - dropped
+            own = {"overhead": demand.overhead, "reading again": reserved}
+            return replace(
+                layout,
+                device=layout.device | own,
+                host={"pages": there // demand.page * _block_bytes(demand)},
+                host_tokens=there,
+                host_blocks=host_blocks,
+                dropped_tokens=dropped,
+            )
+        reserved = needed
+    return None
 
 
 def _lifted(

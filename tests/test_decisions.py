@@ -130,6 +130,37 @@ def test_a_chunk_that_shrank_says_what_a_whole_one_would_take() -> None:
     assert decided("chunk", chunk=512, context=16_384).why == "prefill.chunk is set"
 
 
+def test_the_oldest_tokens_are_dropped_where_the_host_ends_and_not_before() -> None:
+    settings: dict[str, Any] = {"mode": "exact", "recompute": "prefix", "chunk": 1024}
+    config = OffloadConfig.build(None, **settings)
+
+    def planned(host: int, config: OffloadConfig = config) -> Any:
+        there = replace(machine(18), host=host)
+        return plan(config, SHAPE, there, context=65_536)
+
+    roomy = planned(2**40)
+    assert roomy.layout.dropped_tokens == 0
+    assert roomy.phases.p2 is None
+    needed = roomy.layout.host_bytes
+    assert planned(needed).layout == roomy.layout
+    short = planned(needed - 1)
+    assert short.layout.dropped_tokens > 0
+    assert short.layout.host_bytes < needed
+    assert short.layout.device_bytes <= 18 * GIB
+    assert short.phases.p2 == short.phases.p1 + short.layout.host_blocks * 64
+    assert short.phases.dropped_share == pytest.approx(short.layout.dropped_tokens / 65_536, abs=1e-3)  # fmt: skip
+    assert "on III, at the end" in str(short.phases)
+    # The card computes more and the link copies less; a chunk that is read needs the dropped ones too.
+    assert short.times.parts["prefix"] > 0
+    assert short.times.parts["PCIe"] < roomy.times.parts["PCIe"]
+    assert short.times.prefill > roomy.times.prefill
+    (choice,) = [c for c in short.decisions if c.what == "the oldest tokens"]
+    assert choice.cost == short.layout.host_bytes < choice.instead_cost
+    kept = planned(needed - 1, OffloadConfig.build(config, recompute="off"))
+    assert kept.missing.setting == "memory.cpu"
+    assert kept.suggestions[0].change == "--set scheduler.recompute=prefix"
+
+
 def test_a_run_reports_its_decisions_and_its_bytes_by_purpose() -> None:
     model, ids = build("llama"), prompts(1, 400) % 190 + 2
     tiers: dict[str, Any] = {"mode": "exact", "page": 16, "sinks": 16, "window": 64, "chunk": 96}

@@ -21,7 +21,7 @@ NOT_FITTING = 3
 _LINE = 64  # characters of a bar
 _LETTERS = {
     "weights": "W", "sinks and window": "n", "tail": "n", "replica": "R", "cached rows": "c", "staging": "s",
-    "eviction": "s", "workspace": "a", "decode step": "a", "other KV": "k", "overhead": "o", "pages": "P",
+    "eviction": "s", "workspace": "a", "reading again": "a", "rebuilding": "a", "decode step": "a", "other KV": "k", "overhead": "o", "pages": "P",
 }  # fmt: skip
 
 
@@ -173,8 +173,8 @@ def _as_object(machine: Machine, result: Plan) -> dict[str, Any]:
     return found | {
         "device_bytes": dict(layout.device), "host_bytes": dict(layout.host),
         "rung": None if layout.rung is None else layout.rung.name, "lifted_layers": layout.lifted_layers,
-        "chunk": layout.chunk, "device_tokens": result.context - layout.host_tokens,
-        "host_tokens": layout.host_tokens, "phases": asdict(phases), "prefill_s": times.prefill, "token_s": times.token, "band": result.band,
+        "chunk": layout.chunk, "device_tokens": result.context - layout.host_tokens - layout.dropped_tokens,
+        "host_tokens": layout.host_tokens, "dropped_tokens": layout.dropped_tokens, "phases": asdict(phases), "prefill_s": times.prefill, "token_s": times.token, "band": result.band,
         "decisions": [asdict(choice) for choice in result.decisions], "limit": times.limit, "parts_s": times.parts, "toml": result.toml,
         "fidelity": None if result.fidelity is None else {
             "kl": result.fidelity.kl, "same_top": result.fidelity.same_top, "source": "measured",
@@ -274,7 +274,8 @@ def _about(name: str, result: Plan) -> str:
         lifted = f", {layout.lifted_layers} layers better" if layout.lifted_layers else ""
         return f"  {layout.rung.name}{lifted}"
     if name == "sinks and window":
-        return f"  {result.context - layout.host_tokens:,} tokens and more, in full precision"
+        tokens = result.context - layout.host_tokens - layout.dropped_tokens
+        return f"  {tokens:,} tokens and more, in full precision"
     if name == "overhead":
         return "  driver, allocator"
     return ""

@@ -78,6 +78,7 @@ def test_what_does_not_fit_ends_with_3_and_says_what_would(
         ["--context", "1M", "--gpu-memory", "12GiB"],
         ["--context", "128K", "--cpu-memory", "8GiB"],
         ["--context", "512K"],
+        ["--context", "64K", "--mode", "exact", "--gpu-memory", "19GiB", "--cpu-memory", "5GiB"],
         ["--context", "256K", "--batch", "4"],
     ],
     ids=lambda given: " ".join(given),
@@ -152,6 +153,25 @@ def test_the_phases_are_those_of_the_layout(model: str, capsys: pytest.CaptureFi
     )
     assert cli.main([*exact, "8K"]) == 0
     assert "phases       I to the end, all on the device" in capsys.readouterr().out
+
+
+def test_what_the_host_has_no_room_for_is_read_again(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["plan", "--model", model, "--gpu", "rtx4090", "--mode", "exact", "--context", "64K"]
+    given += ["--gpu-memory", "19GiB", "--cpu-memory", "5GiB", "--set", "scheduler.recompute=prefix"]  # fmt: skip
+    assert cli.main([*given, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["plans"]
+    tokens = (found["device_tokens"], found["host_tokens"], found["dropped_tokens"])
+    assert sum(tokens) == 65_536
+    assert min(tokens) > 0
+    said = found["phases"]
+    assert said["p2"] == said["p1"] + found["host_tokens"]
+    assert said["dropped_share"] == pytest.approx(found["dropped_tokens"] / 65_536, abs=1e-3)
+    assert found["device_bytes"]["reading again"] > 0
+    assert cli.main(given) == 0
+    shown = capsys.readouterr().out
+    assert f"from {said['p2'] + 1:,} on III, at the end 13.4% read again" in shown
 
 
 def test_cards_and_lengths_are_compared_in_one_table(

@@ -165,6 +165,29 @@ def test_a_step_gets_dearer_as_the_sequence_grows_and_ends_at_the_layouts_price(
     assert end.seconds == pytest.approx(step(layout, MHA, H100, EXACT).seconds, rel=0.01)
 
 
+@given(room=st.integers(5 * 2**30, 12 * 2**30), host=st.integers(PAGE * MHA.kv_bytes, 8 * 2**30))
+def test_what_the_host_has_no_room_for_is_read_again_within_both_budgets(
+    room: int, host: int
+) -> None:
+    asked = replace(demand(MHA), prefix_token_bytes=50_000)
+    layout = lay_out(asked, device_budget=asked.weights + room, host_budget=host)
+    assert layout.host_bytes <= host
+    assert layout.device_bytes <= asked.weights + room
+    where = placement_of(layout, MHA, EXACT)
+    assert bool(where.dropped) == (layout.host_blocks is not None)
+    if layout.host_blocks is None:
+        return
+    again = layout.dropped_tokens + layout.sink_blocks * PAGE
+    assert layout.device["reading again"] >= again * 50_000
+    assert where.dropped == again
+    there = where.resident + where.fetched + layout.dropped_tokens
+    assert 32_768 <= there * (1 + 1e-9) <= 32_768 + 2 * PAGE + 1
+    # With a token more on the host none is dropped that need not be.
+    assert layout.host_bytes > host - PAGE * MHA.kv_bytes
+    busy = step(layout, MHA, H100, EXACT)
+    assert busy.device["prefix"] > 2 * MHA.parameters * again / H100.gemm_flops * 0.999
+
+
 def test_rebuilding_pays_with_as_many_kv_heads_as_query_heads_and_never_at_a_quarter() -> None:
     """At 4 to 1 an input is twice a token's keys and values: nothing is rebuilt, whatever the card."""
     fetched = step(laid_out(demand(MHA), 2 * 2**30), MHA, H100, EXACT).seconds
