@@ -9,11 +9,21 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from offload.config import OffloadConfig
-from offload.demand import DRIVER_GROWTH, Held, demand_of, pass_bytes
+from offload.decisions import Card, Choice, choices
+from offload.demand import (
+    DRIVER_GROWTH,
+    Held,
+    demand_of,
+    other_demand,
+    pass_bytes,
+    priced_shape,
+    way_of,
+)
 from offload.errors import BudgetError, InputError
 from offload.hardware import DeviceMemory, device_memory, host_memory
 from offload.model import ModelShape
@@ -130,16 +140,10 @@ class Budgets:
             exact: No replica, whatever the mode.
             errors: What each layer's replica costs in fidelity, by rung, where that was measured.
         """
-        memory = self._device()
-        weights = memory.allocated if self._on_card else self._held()
-        held = Held(
-            total=memory.total, weights=weights, overhead=memory.overhead, on_card=self._on_card,
-            flops_per_byte=None if self._profile is None else self._profile.gemm_flops / self._profile.pcie,
-        )  # fmt: skip
         return demand_of(
             self._config,
             self._shape,
-            held,
+            self._holds(),
             batch=batch,
             tokens=tokens,
             copies=copies,
@@ -147,6 +151,35 @@ class Budgets:
             exact=exact,
             errors=errors,
         )
+
+    def decisions(
+        self, demand: Demand, layout: Layout, *, budget: int, output: int | None
+    ) -> list[Choice]:
+        """Why a run is laid out as it is; in milliseconds where the card is known, else in bytes.
+
+        Args:
+            demand: Of the run.
+            layout: That came of it.
+            budget: Device bytes that it had.
+            output: Tokens of the answer, where that is known.
+        """
+        exact = self._config.keeps_replica and not demand.rungs
+        config = OffloadConfig.build(self._config, mode="exact") if exact else self._config
+        card = None
+        if self._profile is not None:
+            itemsize = max((row.dtype.itemsize for row in self._shape.rows), default=2)
+            weights = self._shape.weights
+            # As if every weight were multiplied with: embeddings are a few hundredths.
+            shape = priced_shape(self._shape, weights=weights, parameters=weights / itemsize)
+            way = way_of(config, batch=demand.batch, prompt=demand.prompt, output=output or 0)
+            card = Card(shape=shape, profile=self._profile, way=way)
+        other = other_demand(
+            config, self._shape, self._holds(),
+            batch=demand.batch, tokens=demand.tokens, copies=demand.copies, prompt=demand.prompt,
+        )  # fmt: skip
+        if other is not None:  # as the device was: by now the run may have taken its memory
+            other = replace(other, weights=demand.weights, overhead=demand.overhead)
+        return choices(config, demand, layout, budget=budget, card=card, other=other, output=output)
 
     def pass_bytes(self, batch: int, rows: int) -> int:
         """Device bytes of a pass that gives logits of every row; see `offload.demand`."""
@@ -194,6 +227,19 @@ class Budgets:
         """Takes the cap away again."""
         if self._uncap is not None:
             self._uncap()
+
+    def _holds(self) -> Held:
+        """What the device holds now."""
+        memory = self._device()
+        return Held(
+            total=memory.total,
+            weights=memory.allocated if self._on_card else self._held(),
+            overhead=memory.overhead,
+            on_card=self._on_card,
+            flops_per_byte=None
+            if self._profile is None
+            else self._profile.gemm_flops / self._profile.pcie,
+        )
 
     def _device(self) -> DeviceMemory:
         return device_memory(self._shape.device)

@@ -27,6 +27,7 @@ from transformers.cache_utils import (
 from transformers.generation.utils import GenerationMixin
 
 from offload.attention import forget_pending, hand_over
+from offload.decisions import Choice
 from offload.errors import CacheError, InputError
 from offload.scheduler.layout import Layout
 from offload.tiers.store import LayerStore
@@ -341,6 +342,8 @@ class OffloadCache(Cache):
         self._on_close = on_close
         self._closed: str | None = None
         self.layout: Layout | None = None  # of the stores
+        self.decisions: list[Choice] = []  # that made it
+        self.on_end_pass: Callable[[], None] | None = None
         self._fed: list[Tensor] | None = []  # token ids of every pass, [B, Q] each; None: not known
         self._capturing = False
         self._in_pass = False  # a forward pass began and has not ended: layers may differ
@@ -439,6 +442,13 @@ class OffloadCache(Cache):
         """Told of every forward pass that ended without an exception."""
         if not self._capturing:
             self._in_pass = False
+        if self.on_end_pass is not None:
+            self.on_end_pass()
+
+    def first_ids(self, tokens: int) -> Tensor | None:
+        """The first tokens' ids [B, tokens], -1 for padding; None where they are not known."""
+        known = self._known()
+        return None if known is None or known.shape[1] < tokens else known[:, :tokens]
 
     def forget_pass(self) -> None:
         """Takes back a pass that began and then did not run at all."""
@@ -592,8 +602,15 @@ class OffloadCache(Cache):
             behind = known[:, first + ids.shape[1] :]
             self._fed = [torch.cat([known[:, :first], ids.to(known.device), behind], dim=1)]
 
+    def croppable(self, length: int) -> int:
+        """The most tokens up to `length` that `crop` can keep, as far as those are concerned that were dropped."""
+        return min((store.croppable(length) for store in self.layer_stores), default=length)
+
     def can_go_back(self, tokens: int = 1) -> bool:
-        """Whether `crop` can forget so many tokens: not where a recurrent state or a full window is kept."""
+        """Whether `crop` can forget so many tokens: not into a full window, a recurrent state, or what was dropped."""
+        kept = self.get_seq_length() - tokens
+        if self.croppable(kept) < kept:
+            return False
         for layer in self.layers:
             recording = getattr(layer, "record_past", False)
             if isinstance(layer, LinearAttentionLayer) and not (recording and layer.is_croppable):

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from offload.budget import Budgets
 from offload.cache import OffloadCache, stock_layers
@@ -17,6 +18,7 @@ from offload.hardware import host_memory
 from offload.model import ModelShape, text_config
 from offload.recompute import Angles, Inputs, LayerSource, recipes
 from offload.report import Notes
+from offload.reread import Rereader
 from offload.scheduler.layout import AUTO_CHUNK, Demand, Layout
 from offload.scheduler.rungs import Rung, cached_rows
 from offload.tiers.hidden import HiddenForm
@@ -92,6 +94,17 @@ class CacheMaker:
         readers: list[HostReader] = []
         searches: list[HostSearch] = []
 
+        this: list[weakref.ref[OffloadCache]] = []  # strong, what it calls would keep it alive
+        key: list[int] = []
+
+        def first_ids(n: int) -> Tensor | None:
+            cache = this[0]()
+            return None if cache is None else cache.first_ids(n)
+
+        reread = None
+        if self._config.scheduler.recompute == "prefix":
+            reread = Rereader(self._model, self._shape, first_ids)
+
         def build(sequences: int, copies: int) -> tuple[Layout, list[LayerStore]]:
             for other in list(self.caches):
                 for store in other.layer_stores:
@@ -106,7 +119,16 @@ class CacheMaker:
                 prompt=prompt_tokens,
                 exact=exact,
             )
+            budget = self._budgets.device_budget()
             layout = self._laid_out(demand)
+            owner = this[0]()
+            assert owner is not None
+            owner.decisions = self._budgets.decisions(
+                demand(errors=self.errors),
+                layout,
+                budget=budget,
+                output=None if tokens is None else tokens - prompt_tokens,
+            )
             auto = isinstance(self._config.prefill.chunk, str) and self._shape.fed_whole is None
             if auto and layout.chunk < min(AUTO_CHUNK, tokens or AUTO_CHUNK):
                 note = (
@@ -145,6 +167,7 @@ class CacheMaker:
                             writer=writer,
                             path=path,
                             hidden=self._hidden_form(index, layout, angles),
+                            reread=None if reread is None else partial(reread.take, index),
                         )
                     )
             except BaseException:
@@ -153,14 +176,18 @@ class CacheMaker:
             reader.reset(list(stores))
             readers.append(reader)
             if layout.hidden is None and self._inputs is not None:
-                self._inputs.forget(id(cache))
+                self._inputs.forget(key[0])
             return layout, stores
 
         def settle() -> None:
+            if reread is not None:
+                reread.stop()
             for reader in readers:
                 reader.reset(reader.order)
 
         def give_back() -> None:
+            if reread is not None:
+                reread.stop()
             self.streams.synchronize()
             for search in searches:
                 search.settle(quietly=True)
@@ -169,8 +196,8 @@ class CacheMaker:
                 # It and its stores hold each other: without this their memory waits for the garbage collector.
                 reader.reset([])
             readers.clear()
-            if self._inputs is not None:
-                self._inputs.forget(id(cache))
+            if self._inputs is not None and key:
+                self._inputs.forget(key[0])
             for page_bytes, region in taken:
                 self._free_regions.setdefault(page_bytes, []).append(region)
             taken.clear()
@@ -183,6 +210,10 @@ class CacheMaker:
             on_close=give_back,
             modules=self._shape.modules,
         )
+        this.append(weakref.ref(cache))
+        key.append(id(cache))
+        if reread is not None:
+            cache.on_end_pass = reread.stop
         self.caches.add(cache)
         if self._inputs is not None:
             self._inputs.asking.add(id(cache))
@@ -245,6 +276,7 @@ class CacheMaker:
             sink_blocks=layout.sink_blocks,
             window_blocks=layout.window_blocks,
             host_tokens=layout.host_tokens,
+            host_blocks=layout.host_blocks,
             batch=batch,
         )
         # Layers that keep all their tokens on the device have a window as long as the run.
@@ -338,7 +370,9 @@ class CacheMaker:
         stores = cache.layer_stores
         # A CPU's copy would be no nearer, and an explicit window says what shall be on the device.
         wanted = self.streams.on and isinstance(self._config.cache.window, str)
-        if not wanted or layout is None or not stores or not stores[0].columns:
+        if layout is None or layout.host_blocks is not None:
+            return  # tokens that are read again need that memory
+        if not wanted or not stores or not stores[0].columns:
             return
         torch.cuda.empty_cache()
         needed = self._budgets.pass_bytes(stores[0].batch, rows)

@@ -361,12 +361,14 @@ class ReplicaConfig(_Table):
 class SchedulerConfig(_Table):
     """What becomes of tokens that a step needs and the device does not hold."""
 
-    recompute: Literal["off", "hidden"] = Field(
+    recompute: Literal["off", "hidden", "prefix"] = Field(
         default="off",
         description="off: keys and values on the host are copied. hidden, in mode exact: the host keeps the inputs of "
         "attention instead, which are fewer bytes where a model has as many KV heads as query heads, and the device "
-        "rebuilds keys and values from them, to the rounding of its matrix products.",
-        json_schema_extra=_unit('"off" or "hidden"'),
+        "rebuilds keys and values from them, to the rounding of its matrix products. prefix, in mode exact: where keys and "
+        "values are more than memory.cpu, the oldest are dropped, and read again from their ids in every pass: slow, and "
+        "it fits. One sequence or several, but neither beams nor returned sequences.",
+        json_schema_extra=_unit('"off", "hidden" or "prefix"'),
     )
     recomputed: _AutoOrShare = Field(
         default="auto",

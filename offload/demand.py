@@ -13,9 +13,11 @@ from typing import Protocol
 from offload.config import OffloadConfig
 from offload.errors import ConfigError
 from offload.index import token_bytes
-from offload.scheduler.cost import hidden_share
+from offload.scheduler import cost
+from offload.scheduler.cost import Way, hidden_share
 from offload.scheduler.layout import (
     REBUILT_TOKENS,
+    REREAD_TOKENS,
     Demand,
     HiddenPrice,
     RungPrice,
@@ -31,6 +33,9 @@ from offload.scheduler.rungs import (
     scratch_token_bytes,
 )
 
+# Share of an index that a search reads. Of all but flat what finds 95 of the best 100 of 8,000 keys, rounded up: it falls as
+# the context grows (benchmarks/index.json).
+SEARCHED = {"replica": 0.0, "flat": 1.0, "ivf": 0.3, "hnsw": 0.2, "graph": 0.15}
 # What torch's allocator loses to rounding and fragmentation. An 8B model used all of it in a prefill of 131,072
 # tokens; with less, the allocator gives cached blocks back and asks for them again, again and again.
 ALLOCATOR_SLACK = 256 * 2**20
@@ -156,8 +161,10 @@ def demand_of(
     selected = max(rung.selected(config.retrieval.tokens) for rung in RUNGS)
     overhead = held.overhead + ALLOCATOR_SLACK + DRIVER_GROWTH if held.on_card else 0
     hidden = None
-    if config.scheduler.recompute == "hidden" and config.mode == "exact" and tokens is not None:
+    hides = config.scheduler.recompute == "hidden" and config.mode == "exact"
+    if hides and tokens is not None and shape.rows:
         hidden = hidden_price(config, shape, held.flops_per_byte)
+    again = _reread_bytes(config, shape, copies)
     captures = CUBLAS_WORKSPACE if held.on_card and fast and config.decode.capture else 0
     return Demand(
         batch=batch,
@@ -193,6 +200,98 @@ def demand_of(
         longest=shape.max_positions or 2**20,
         hidden=hidden,
         index_bytes=index_bytes(config, shape) if fast else 0,
+        searched_bytes=int(index_bytes(config, shape) * SEARCHED[config.retrieval.index])
+        if fast
+        else 0,
+        prefix_token_bytes=again[0],
+        prefix_workspace=again[1],
+    )
+
+
+def _reread_bytes(config: OffloadConfig, shape: Shape, copies: int) -> tuple[int, int]:
+    """Device bytes of a token while it is read again, and of activations besides; none where nothing may be dropped."""
+    if config.scheduler.recompute != "prefix" or config.mode != "exact" or copies > 1:
+        return 0, 0
+    # Keys and values of a layer as they came and side by side, and both of the layer before.
+    widest = max(shape.rows, key=lambda row: row.token_bytes, default=None)
+    if widest is None:
+        return 0, 0
+    kept = 4 * widest.token_bytes
+    if shape.other_kv_bytes(1):  # in one piece: windows and states are not those of a piece
+        return kept + shape.workspace_per_token, 0
+    # A piece that waits in a layer has the model's input, the layer's, that of attention, and queries.
+    waits = _itemsize(widest) * (3 * shape.hidden + max(n * size for n, size in shape.heads))
+    return kept + waits, REREAD_TOKENS * shape.workspace_per_token
+
+
+def other_demand(
+    config: OffloadConfig, shape: Shape, held: Held, *, batch: int, tokens: int | None, copies: int = 1, prompt: int = 0
+) -> Demand | None:  # fmt: skip
+    """The demand with the other setting of scheduler.recompute; None where there is none, or the model has no use for it.
+
+    Args:
+        config: As asked.
+        shape: As for `demand_of`; likewise the others.
+        held: By the device.
+        batch: Sequences that are decoded.
+        tokens: Per sequence at the end, or None if unknown.
+        copies: How many of them continue one prompt.
+        prompt: Tokens of the prompt.
+    """
+    if config.mode != "exact" or tokens is None or not shape.rows:
+        return None
+    recompute = "off" if config.scheduler.recompute == "hidden" else "hidden"
+    try:
+        return demand_of(
+            OffloadConfig.build(config, recompute=recompute), shape, held,
+            batch=batch, tokens=tokens, copies=copies, prompt=prompt,
+        )  # fmt: skip
+    except ConfigError:
+        return None
+
+
+def priced_shape(
+    shape: Shape, *, weights: int, parameters: float, reads: float | None = None, depth: int | None = None
+) -> cost.Shape:  # fmt: skip
+    """What the cost model needs of a shape.
+
+    Args:
+        shape: Of the model.
+        weights: Bytes of them on the device.
+        parameters: That a token is multiplied with.
+        reads: Bytes of them that a step reads; None: all.
+        depth: Layers of all kinds; None: there are no others.
+    """
+    layers = tuple(
+        cost.Heads(queries, row.kv_heads, row.key_dim, row.value_dim)
+        for row, (queries, _) in zip(shape.rows, shape.heads, strict=True)
+    )
+    return cost.Shape(
+        layers=layers,
+        hidden=shape.hidden,
+        itemsize=max((_itemsize(row) for row in shape.rows), default=2),
+        parameters=parameters,
+        weights=weights,
+        reads=reads,
+        depth=depth,
+    )
+
+
+def _itemsize(row: Row) -> int:
+    return row.token_bytes // (row.kv_heads * (row.key_dim + row.value_dim))
+
+
+def way_of(config: OffloadConfig, *, batch: int, prompt: int, output: int) -> Way:
+    """How a configuration makes tokens."""
+    selected, ahead = config.retrieval.tokens, config.decode.look_ahead
+    return Way(
+        mode=config.mode,
+        batch=batch,
+        prompt=prompt,
+        selected=None if isinstance(selected, str) else selected,
+        drafts=Drafts.of(config.decode.draft),
+        looks_ahead=ahead is not False,
+        compiled=config.compiles(output),
     )
 
 

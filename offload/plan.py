@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from offload import hardware
 from offload.checkpoint import FileShape, describe
 from offload.config import OffloadConfig
-from offload.demand import CUBLAS_WORKSPACE, Held, demand_of
+from offload.decisions import Card, Choice, choices
+from offload.demand import CUBLAS_WORKSPACE, Held, demand_of, other_demand, priced_shape, way_of
 from offload.errors import BudgetError, InputError, OffloadError
 from offload.scheduler import cost
 from offload.scheduler.layout import REPLICA_WINDOW, Demand, Layout, lay_out
-from offload.scheduler.pace import Drafts
+from offload.scheduler.phases import Course, course
 from offload.scheduler.profiles import PROFILES, Profile, profile_of
 from offload.scheduler.rungs import Fidelity, fidelity_of
 from offload.units import GIB, gib
@@ -66,6 +67,7 @@ class Plan:
         context: Tokens of the prompt and the answer.
         layout: Of the run; None where it does not fit.
         times: Likewise.
+        phases: Where the run's tokens are as it grows; likewise.
         band: Share by which times may be off either way.
         basis: Of the rates that times come from: "data_sheet" or "calibrated".
         missing: What does not fit, as an error says it; None where it does.
@@ -75,6 +77,7 @@ class Plan:
         suggestions: The smallest changes with which it fits.
         notes: What else the reader should know.
         toml: The settings, to paste.
+        decisions: What was chosen, what else there was, and what both cost.
     """
 
     verdict: str
@@ -86,9 +89,11 @@ class Plan:
     missing: BudgetError | None
     largest: int
     fidelity: Fidelity | None = None
+    phases: Course | None = None
     suggestions: list[Suggestion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     toml: str = ""
+    decisions: list[Choice] = field(default_factory=list)
 
 
 def machine_of(profile: Profile, config: OffloadConfig) -> Machine:
@@ -188,7 +193,8 @@ def plan(
     notes = _notes(config, shape, machine, context, batch)
     largest = longest(config, shape, machine, output=output, batch=batch)
     try:
-        layout = _laid_out(config, shape, machine, context=context, output=output, batch=batch)
+        demand = _demand(config, shape, machine, context, output, batch)
+        layout = lay_out(demand, device_budget=machine.device, host_budget=machine.host)
     except BudgetError as error:
         return Plan(
             verdict=NOT,
@@ -204,7 +210,7 @@ def plan(
             toml="",
         )
     way = way_of(config, batch=batch, prompt=context - output, output=output)
-    times = cost.times(layout, work_of(shape), machine.profile, way)
+    times = cost.times(layout, shape_of(shape), machine.profile, way)
     slow = times.token > SLOW_TOKEN_S
     return Plan(
         verdict=SLOW if slow else FITS,
@@ -216,8 +222,25 @@ def plan(
         missing=None,
         largest=largest,
         fidelity=_fidelity(config, layout),
+        phases=course(layout, tokens=context, prompt=context - output),
         notes=notes,
         toml=_toml(config, machine),
+        decisions=choices(
+            config,
+            demand,
+            layout,
+            budget=machine.device,
+            card=Card(shape=shape_of(shape), profile=machine.profile, way=way),
+            other=other_demand(
+                config,
+                shape,
+                _held(shape, machine),
+                batch=batch,
+                tokens=context,
+                prompt=context - output,
+            ),
+            output=output,
+        ),
     )
 
 
@@ -258,34 +281,21 @@ def _notes(
     return [note for note, holds in said.items() if holds]
 
 
-def work_of(shape: FileShape) -> cost.Work:
+def shape_of(shape: FileShape) -> cost.Shape:
     """What the cost model needs of a shape."""
-    return cost.Work(
+    return priced_shape(
+        shape,
+        weights=shape.weights,
         parameters=shape.parameters,
-        read_bytes=shape.read_bytes,
-        heads=shape.heads,
-        layers=shape.layers,
-    )
-
-
-def way_of(config: OffloadConfig, *, batch: int, prompt: int, output: int) -> cost.Way:
-    """How a configuration makes tokens."""
-    selected, ahead = config.retrieval.tokens, config.decode.look_ahead
-    return cost.Way(
-        mode=config.mode,
-        batch=batch,
-        prompt=prompt,
-        selected=None if isinstance(selected, str) else selected,
-        drafts=Drafts.of(config.decode.draft),
-        looks_ahead=ahead is not False,
-        compiled=config.compiles(output),
+        reads=shape.read_bytes,
+        depth=shape.layers,
     )
 
 
 def longest(
     config: OffloadConfig, shape: FileShape, machine: Machine, *, output: int, batch: int
 ) -> int:
-    """Tokens of the longest context that fits, in whole pages, 16M at most; 0 where none does."""
+    """Tokens of the longest context that fits, 16M at most; 0 where not even a page does."""
 
     def fits(tokens: int) -> bool:
         try:
@@ -303,13 +313,22 @@ def longest(
     while high - low > page:
         middle = (low + high) // 2 // page * page
         low, high = (middle, high) if fits(middle) else (low, middle)
+    while low and high - low > 1:  # buffers grow with tokens: part of a page may have room
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
 def _demand(
     config: OffloadConfig, shape: FileShape, machine: Machine, context: int, output: int, batch: int
 ) -> Demand:
-    held = Held(
+    prompt = max(1, context - output)
+    held = _held(shape, machine)
+    return demand_of(config, shape, held, batch=batch, tokens=context, prompt=prompt)
+
+
+def _held(shape: FileShape, machine: Machine) -> Held:
+    return Held(
         total=machine.profile.memory,
         weights=shape.weights,
         # The runtime finds what cuBLAS keeps for the first stream allocated.
@@ -317,8 +336,6 @@ def _demand(
         on_card=True,
         flops_per_byte=machine.profile.gemm_flops / machine.profile.pcie,
     )
-    prompt = max(1, context - output)
-    return demand_of(config, shape, held, batch=batch, tokens=context, prompt=prompt)
 
 
 def _laid_out(
@@ -363,6 +380,12 @@ def _suggestions(
         found.append(Suggestion(change=change, result=f"fits{rung if layout.host_tokens else ''}"))
         return True
 
+    if config.mode == "exact" and config.scheduler.recompute == "off":
+        again = OffloadConfig.build(config, recompute="prefix")
+        layout = fits(again, machine)
+        if layout is not None:
+            result = f"fits, the {layout.dropped_tokens:,} oldest tokens read again for every token"
+            found.append(Suggestion(change="--set scheduler.recompute=prefix", result=result))
     with_host("", config, machine)  # only the host is too small
     for key, value in (
         ("replica.rung", "auto"),

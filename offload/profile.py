@@ -7,7 +7,6 @@ A second, short generate behind the first answer is looked at by torch's profile
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from offload.config import OffloadConfig
-from offload.demand import ALLOCATOR_SLACK, DRIVER_GROWTH
 from offload.errors import InputError, OffloadError
 from offload.hardware import DeviceMemory, device_memory
+from offload.parts import Part, device_parts
 from offload.prefill import Progress
 from offload.report import Report
 from offload.runtime import Runtime, attach
@@ -30,21 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Of the second generate: tokens before those that are looked at, and of those.
 LEAD, LOOKED_AT = 8, 16
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Bytes of one purpose.
-
-    Attributes:
-        purpose: As the plan names it.
-        planned: Bytes.
-        measured: At the peak; None where this device has no way to tell.
-    """
-
-    purpose: str
-    planned: int
-    measured: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +49,7 @@ class Profile:
         events: Likewise, all of them, by time.
         looked_at: How many tokens those steps made.
         looked_s: Seconds that they took, the profiler's share included.
+        changes: Seconds from the first sample, and the phase of `offload.scheduler.phases` that began then.
     """
 
     report: Report
@@ -79,6 +64,7 @@ class Profile:
     events: list[Event] = field(default_factory=list)
     looked_at: int = 0
     looked_s: float = 0.0
+    changes: list[tuple[float, str]] = field(default_factory=list)
 
     @property
     def engines(self) -> dict[str, float]:
@@ -108,6 +94,7 @@ class Profile:
             "prefill_until_s": self.prefill_until, "bursts": [{"at_s": at, "tokens": tokens} for at, tokens in self.bursts],
             "engines_ms_per_token": self.engines, "kernels": [asdict(kernel) for kernel in self.kernels],
             "looked_at_tokens": self.looked_at, "looked_s": self.looked_s,
+            "phases": [{"at_s": at, "phase": phase} for at, phase in self.changes],
         }  # fmt: skip
 
 
@@ -171,7 +158,7 @@ def profile(
     return Profile(
         report=report,
         device=parts,
-        host=[Part("pages", report.planned_host, _on_host(report))],
+        host=report.host_parts,
         peak=peak,
         unaccounted=unaccounted,
         samples=recorder.samples,
@@ -181,6 +168,11 @@ def profile(
         events=steps.events(),
         looked_at=steps.tokens,
         looked_s=steps.seconds,
+        changes=[
+            (change.at - recorder.began, change.phase)
+            for change in report.phases
+            if change.at is not None
+        ],
     )
 
 
@@ -213,41 +205,17 @@ def _look(runtime: Runtime, sequence: Tensor, cache: Any, steps: Steps, tokens: 
         steps.close(watch.tokens)
 
 
-def _on_host(report: Report) -> int:
-    return report.bytes.get("host_pinned", 0) + report.bytes.get("host_pageable", 0)
-
-
 def _device_parts(
     report: Report, before: DeviceMemory, recorder: Recorder, device: torch.device
 ) -> tuple[list[Part], int | None, int | None]:
     """Planned and measured, the driver's peak, and what is unaccounted."""
-    planned, there = defaultdict(int, report.planned), defaultdict(int, report.bytes)
-    held = {
-        "weights": (planned["weights"], there["weights"]),
-        "sinks, window, tail": (planned["sinks and window"] + planned["tail"], there["window"]),
-        "replica": (planned["replica"], there["replica"]),
-        "cached rows": (planned["cached rows"], there["cached rows"]),
-        "staging": (planned["staging"], there["staging"]),
-        "eviction": (planned["eviction"], there["eviction"]),
-    }
-    passes = planned["workspace"] + planned["decode step"] + planned["other KV"]
-    if device.type != "cuda":
-        parts = [Part(name, *pair) for name, pair in held.items() if any(pair)]
-        return [*parts, Part("passes and states", passes, None)], None, None
-    if before.allocated:  # what the allocator counts, other live tensors included
-        held["weights"] = (planned["weights"], before.allocated)
-    allocated = torch.cuda.max_memory_allocated(device)
-    reserved = torch.cuda.max_memory_reserved(device)
     last = recorder.samples[-1]
-    driver = max(0, last.used - (last.reserved or 0))
-    # Between two samples memory can rise and fall unseen; torch's own peak misses nothing.
-    peak = max(recorder.most_used, driver + reserved)
-    # What nobody counts by itself is what is left, but no more of it than was planned: the rest is unaccounted.
-    left = {
-        "passes and states": (passes, allocated - sum(pair[1] for pair in held.values())),
-        "allocator": (ALLOCATOR_SLACK, reserved - allocated),
-        "driver": (before.overhead + DRIVER_GROWTH, driver),
-    }
-    parts = [Part(name, *pair) for name, pair in held.items() if any(pair)]
-    parts += [Part(name, size, max(0, min(size, rest))) for name, (size, rest) in left.items()]
-    return parts, peak, peak - sum(part.measured or 0 for part in parts)
+    return device_parts(
+        report.planned,
+        report.bytes,
+        device,
+        before=before,
+        most_used=recorder.most_used,
+        last_used=last.used,
+        last_reserved=last.reserved or 0,
+    )

@@ -335,6 +335,7 @@ def reuse(cache: OffloadCache, prompt: Prompt) -> None:
             past,
         )
     if keep < past:
+        keep = cache.croppable(keep)
         if not cache.can_go_back(past - keep):
             raise InputError(
                 "The prompt (or its padding) does not begin as the cache does, whose recurrent states or "

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from offload.decisions import Choice
+from offload.parts import Part
 from offload.units import gib
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,33 @@ class Notes:
         if note not in self._notes:
             logger.warning("Mode fast: %s.", note)
         self.add(note)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseChange:
+    """A phase of `offload.scheduler.phases`, planned and as it came.
+
+    Attributes:
+        phase: "II": tokens are on the host too. "III": the oldest ones are dropped, and read again.
+        planned: Tokens of a sequence with which the layout lets it begin; None where it does not, within the run.
+        tokens: With which it began; None where it did not. While a prompt is read that is the end of a chunk; mode verified
+            makes room for a draft, and so is up to two drafts early.
+        at: `time.perf_counter()` then.
+    """
+
+    phase: str
+    planned: int | None
+    tokens: int | None
+    at: float | None
+
+    def __str__(self) -> str:
+        """As in `II from 4,672 tokens, as planned`."""
+        planned = "not planned" if self.planned is None else f"planned from {self.planned:,}"
+        if self.tokens is None:
+            return f"{self.phase} {planned} tokens, not reached"
+        if self.tokens == self.planned:
+            return f"{self.phase} from {self.tokens:,} tokens, as planned"
+        return f"{self.phase} from {self.tokens:,} tokens, {planned}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +115,11 @@ class Report:
         dropped_tokens: Drafted behind one that was wrong, and looked at by no pass.
         replayed_steps: Steps of the last decode that a captured graph replayed.
         capture_s: Seconds of decode_s for compiling and capturing.
+        phases: Where tokens went as the run grew, planned and as it came; empty where all stayed on the device.
+        decisions: What was chosen for the run, what else there was, and what both cost.
+        device_parts: Bytes of the device by purpose, planned and measured; empty before the first run.
+        unaccounted: Of the most bytes of the card that were in use since `attach`, by whomever, those that no purpose
+            explains; None on a CPU, which has no driver that counts.
         notes: Fallbacks and adaptations, a sentence each.
     """
 
@@ -130,7 +164,17 @@ class Report:
     dropped_tokens: int = 0
     replayed_steps: int = 0
     capture_s: float = 0.0
+    phases: list[PhaseChange] = field(default_factory=list)
+    decisions: list[Choice] = field(default_factory=list)
+    device_parts: list[Part] = field(default_factory=list)
+    unaccounted: int | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def host_parts(self) -> list[Part]:
+        """Bytes of the host by purpose, planned and measured."""
+        there = self.bytes.get("host_pinned", 0) + self.bytes.get("host_pageable", 0)
+        return [Part("pages", self.planned_host, there)]
 
     @property
     def ms_per_token(self) -> float:
@@ -142,6 +186,20 @@ class Report:
         return asdict(self) | {"ms_per_token": self.ms_per_token}
 
     def __str__(self) -> str:
+        """The summary, bytes by purpose, and decisions."""
+        lines = [self.summary]
+        if self.device_parts:
+            lines.append(f"  {'bytes':24}{'planned':>10}{'measured':>12}")
+            for part in [*self.device_parts, *self.host_parts]:
+                measured = "-" if part.measured is None else gib(part.measured)
+                lines.append(f"    {part.purpose:22}{gib(part.planned):>10}{measured:>12}")
+        if self.unaccounted is not None:
+            lines.append(f"    {'unaccounted':22}{'':10}{gib(self.unaccounted):>12}")
+        return "\n".join(lines + [f"  decided {choice}" for choice in self.decisions])
+
+    @property
+    def summary(self) -> str:
+        """Bytes per tier, time per token and every fallback, a line each."""
         device = {k: v for k, v in self.bytes.items() if not k.startswith("host_") and v}
         host = {
             k.removeprefix("host_"): v for k, v in self.bytes.items() if k.startswith("host_") and v
@@ -157,6 +215,9 @@ class Report:
             f"  decode  {self.decode_s:>9.2f} s  {self.new_tokens:,} tokens,"
             f" {self.ms_per_token:.1f} ms each, {gib(self.decode_h2d_bytes)} from the host",
         ]
+        if self.phases:
+            reached = "-".join(["I", *(c.phase for c in self.phases if c.tokens is not None)])
+            lines.append(f"  phases  {reached:>10}  {'; '.join(map(str, self.phases))}")
         if self.rung is not None:
             others = {"better": self.lifted_layers, "whole": self.whole_layers}
             shown = ", ".join(f"{n} layers {what}" for what, n in others.items() if n)

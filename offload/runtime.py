@@ -30,9 +30,11 @@ from offload.cache import (
 )
 from offload.caches import CacheMaker
 from offload.config import OffloadConfig
+from offload.decisions import RUN_MS, TOKEN_MS, Choice
 from offload.decode import captured_steps, decode
 from offload.demand import ladder_rungs
 from offload.errors import CacheError, InputError, UnsupportedModelError
+from offload.hardware import device_memory
 from offload.model import (
     ModelShape,
     attention_names,
@@ -42,6 +44,7 @@ from offload.model import (
     restore_attention,
     text_config,
 )
+from offload.parts import Part, device_parts
 from offload.prefill import Progress, prefill, progress_bar
 from offload.prompt import (
     Prompt,
@@ -50,7 +53,9 @@ from offload.prompt import (
     read_prompt,
     reuse,
 )
-from offload.report import Notes, Report
+from offload.report import Notes, PhaseChange, Report
+from offload.reread import require_rereadable
+from offload.scheduler import phases
 from offload.scheduler.layout import Layout, budget_for
 from offload.scheduler.pace import TRIAL, Drafts, Tally
 from offload.scheduler.rungs import Rung
@@ -102,6 +107,9 @@ class _LastRun:
     """What `report` says of the last generate."""
 
     layout: Layout | None = None
+    final_tokens: int | None = None  # of a sequence, at most
+    phases: list[PhaseChange] = field(default_factory=list)
+    decisions: list[Choice] = field(default_factory=list)
     bytes: dict[str, int] | None = None
     tokens_on_device: int = 0
     tokens_on_host: int = 0
@@ -160,12 +168,15 @@ class Runtime:
             self._notes.add(f"prompts are read in one piece: {shape.fed_whole}")
             logger.warning("%s reads prompts in one piece: %s", shape.model_type, shape.fed_whole)
         self._last = _LastRun()
+        self._at_attach = device_memory(shape.device)
         self._idle = threading.Lock()  # held by a generate
         self._asked_tokens = 0  # in calls of mode fast
         self._current: weakref.ref[OffloadCache] | None = None  # the cache used last
         config.require_usable()
         if config.mode == "verified":
             _require_croppable(model, shape)
+        if config.scheduler.recompute == "prefix":
+            require_rereadable(model, shape, sorted(_rope_types(text_config(model))))
         # The smallest run must fit, or attaching was pointless: say so now, not after minutes of loading.
         self.budgets.lay_out(self.budgets.demand(batch=1, tokens=None))
         self.budgets.cap_allocator()
@@ -241,6 +252,13 @@ class Runtime:
         cache = None if given is None else self._own(require_ours(given))
         if kwargs.get("inputs_embeds") is not None:
             return self._generate_stock(inputs, cache, kwargs, "inputs_embeds")
+        if self.config.scheduler.recompute == "prefix" and kwargs.get("position_ids") is not None:
+            raise InputError(
+                "Tokens that are read again get the positions that transformers gives them",
+                asked="position_ids",
+                there='scheduler.recompute = "prefix"',
+                change='Leave position_ids out, or write scheduler.recompute = "off".',
+            )
         prompt = read_prompt(self.model, inputs, kwargs)
         if not prompt.in_chunks:
             return self._generate_stock(inputs, cache, kwargs, "inputs beside the text")
@@ -309,6 +327,7 @@ class Runtime:
         notes = [*self._notes]
         if self.budgets.pins.refused is not None:
             notes.append(f"not all host pages are pinned: {self.budgets.pins.refused}")
+        parts, unaccounted = self._parts()
         return Report(
             mode=self.config.mode,
             verify_passes=last.tally.passes,
@@ -351,8 +370,50 @@ class Runtime:
             error_estimate=last.error_estimate,
             replayed_steps=last.replayed_steps,
             capture_s=last.capture_s,
+            phases=last.phases,
+            decisions=[*last.decisions, *self._measured()],
+            device_parts=parts,
+            unaccounted=unaccounted,
             notes=notes,
         )
+
+    def _parts(self) -> tuple[list[Part], int | None]:
+        """Device bytes of the last run by purpose, and what no purpose explains; nothing before it."""
+        last = self._last
+        if last.layout is None or last.bytes is None:
+            return [], None
+        device = self.shape.device
+        now = device_memory(device)
+        used = now.total - now.free
+        parts, _, unaccounted = device_parts(
+            last.layout.device, last.bytes, device, before=self._at_attach,
+            most_used=used, last_used=used, last_reserved=used - now.overhead,
+        )  # fmt: skip
+        return parts, unaccounted
+
+    def _measured(self) -> list[Choice]:
+        """What the last run's steps came to, beside what they replaced."""
+        last, found = self._last, []
+        if last.replayed_steps:
+            found.append(
+                Choice(
+                    what="launches", chosen=f"{last.replayed_steps:,} steps replayed as a graph",
+                    cost=1000 * last.capture_s, instead="launched one by one", instead_cost=None, unit=RUN_MS,
+                    why="decode.capture is on; the cost is that of compiling and capturing", source="measured",
+                )
+            )  # fmt: skip
+        if last.tally.passes and last.new_tokens:
+            drafted = last.tally.drafted / last.tally.passes
+            found.append(
+                Choice(
+                    what="drafts", chosen=f"{drafted:.1f} tokens before a pass",
+                    cost=1000 * (last.decode_s - last.capture_s) / last.new_tokens,
+                    instead="a pass for every token", instead_cost=1000 * last.tally.verify_s / last.tally.passes,
+                    unit=TOKEN_MS, why="as long as made tokens come fastest, by what drafts and passes took",
+                    source="measured",
+                )
+            )  # fmt: skip
+        return found
 
     def detach(self) -> None:
         """Leaves the model as it was: its attention implementation, and no memory of ours. May be repeated."""
@@ -460,6 +521,7 @@ class Runtime:
         assert cache.layout is not None
         self._current = weakref.ref(cache)
         last = self._last
+        last.final_tokens = prompt.final_length
         last.prompt_tokens, last.reused_tokens = prompt.input_ids.shape[1], cache.get_seq_length()
         trace = self.config.trace
         total = prompt.input_ids.shape[1]
@@ -712,7 +774,7 @@ class Runtime:
         stores, layout = cache.layer_stores, cache.layout
         if not stores or layout is None:
             return
-        self._last.layout = layout
+        self._last.layout, self._last.decisions = layout, cache.decisions
         regions = [store.region for store in stores]
         pinned = sum(region.pinned for region in regions)
         self._last.bytes = {
@@ -733,8 +795,21 @@ class Runtime:
         usual = max(
             stores, key=lambda store: store.host_tokens
         )  # not one that keeps all on the device
-        self._last.tokens_on_device = usual.device_tokens
-        self._last.tokens_on_host = usual.host_tokens
+        last = self._last
+        last.tokens_on_device = usual.device_tokens
+        last.tokens_on_host = usual.host_tokens
+        planned = phases.course(layout, tokens=last.final_tokens, prompt=last.prompt_tokens).begins
+        changes = {phases.Phase.HOST: usual.left, phases.Phase.AGAIN: usual.gone}
+        last.phases = [
+            PhaseChange(
+                phase=phase.value,
+                planned=planned.get(phase),
+                tokens=None if change is None else change.tokens,
+                at=None if change is None else change.at,
+            )
+            for phase, change in changes.items()
+            if change is not None or phase in planned
+        ]
 
 
 def _require_croppable(model: Any, shape: ModelShape) -> None:

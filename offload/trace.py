@@ -25,6 +25,13 @@ MOST_EVENTS = 200_000  # of a trace: some 3 MB
 _EVERY_S = 0.02
 _BURST_S = 0.0001  # between tokens of one burst, at most: a replayed step of the smallest models takes twice as long
 
+# Where tokens are, in the phases of `offload.scheduler.phases`.
+PLACEMENTS = {
+    "I": "all on the device",
+    "II": "device and host",
+    "III": "device and host, the oldest read again",
+}
+
 # The first pattern that a kernel's name matches says what it is for. Ours first: libraries use many words.
 _KERNELS = (
     ("scan and selection", r"^_(scan|scan_clusters|blocks|votes|tokens)_kernel"),
@@ -296,6 +303,7 @@ def perfetto(
     bursts: Iterable[tuple[float, int]],
     *,
     prefill_until: float,
+    changes: Iterable[tuple[float, str]] = (),
 ) -> bytes:
     """A trace that ui.perfetto.dev opens: Chrome's JSON, gzipped.
 
@@ -307,6 +315,7 @@ def perfetto(
         samples: Of the whole run.
         bursts: Seconds from the first sample, and tokens so far, of each burst of tokens.
         prefill_until: Seconds from the first sample to the end of the prefill.
+        changes: Seconds from the first sample to the begin of each later phase of placement, and its number: "II", "III".
     """
     longest = sorted(events, key=lambda event: -event.seconds)[:MOST_EVENTS]
     tracks = {name: i for i, name in enumerate(sorted({event.track for event in longest}), 1)}
@@ -317,6 +326,11 @@ def perfetto(
     ended = ticks[-1][0] if ticks else prefill_until
     for name, began, until in (("prefill", 0.0, prefill_until), ("decode", prefill_until, ended)):
         rows.append(_slice(1, 1, name, began, until - began))
+    rows.append(_named(1, "placement", 3))
+    phases = [(0.0, "I"), *changes]
+    ended = max(ended, phases[-1][0])
+    for (began, phase), (until, _) in zip(phases, [*phases[1:], (ended, "")], strict=True):
+        rows.append(_slice(1, 3, f"phase {phase}: {PLACEMENTS[phase]}", began, until - began))
     for (began, before), (until, so_far) in pairwise(ticks):
         name = f"token {so_far}" if so_far == before + 1 else f"tokens {before + 1} to {so_far}"
         rows.append(_slice(1, 2, name, began, until - began))

@@ -7,18 +7,18 @@ H100 SXM, from `benchmarks/decode.json` and `benchmarks/verified.json`; a test c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from offload.errors import InputError
-from offload.scheduler.layout import Layout
+from offload.scheduler.layout import REREAD_TOKENS, Layout
 from offload.scheduler.pace import LENGTHS, MOST_ROWS, Drafts
 from offload.scheduler.profiles import Profile
 
 # Of a layer of a captured step, without what its bytes take: launches, gaps, small kernels.
 _LAYER_S = 24e-6
 # Further, where layers are not compiled: some twenty small kernels more (`benchmarks/cli_card.json`).
-_EAGER_S = 71e-6
+EAGER_S = 71e-6
 # The device path of a layer besides its bytes: scan and selection until the tail is under way.
 _PATH_S = 39e-6
 _PATH_TOKEN_S = 3e-11  # for each token of the replica
@@ -35,6 +35,8 @@ _PASS_LAYER_S = (
 # Share of drafted tokens that are kept, by bits of the replica: measured at 4 bits (`benchmarks/verified.json`), for
 # 3 and 2 the share of same best tokens (`benchmarks/fidelity.json`), below that a guess.
 AGREEMENT = {4: 0.9987, 3: 0.998, 2: 0.989, 0: 0.9}
+_HAND_OFFS_S = 58e-6  # of a layer to the host and back, 29 us each on an H100
+_SEARCH_SHARE = 0.5  # of the host's memory rate, by a search
 LINK, PASSES = "PCIe", "passes"
 
 
@@ -100,54 +102,104 @@ class Times:
     limit: str
 
 
-def times(layout: Layout, work: Work, profile: Profile, way: Way) -> Times:
+def times(layout: Layout, shape: Shape, profile: Profile, way: Way) -> Times:
     """Times of a run.
 
     Args:
         layout: Of the run.
-        work: Of the model.
+        shape: Of the model.
         profile: Of the machine.
         way: How tokens are made.
     """
-    first = prefill(layout, work, profile, batch=way.batch, prompt=way.prompt)
-    parts = step(layout, work, profile, way)
-    device = sum(size for part, size in parts.items() if part != LINK)
-    token = max(device, parts.get(LINK, 0.0))
+    first = prefill(layout, shape.work, profile, batch=way.batch, prompt=way.prompt)
+    busy = step(layout, shape, profile, way)
+    parts, device, token = dict(busy.device), busy.computes, busy.seconds
+    if busy.link:
+        parts[LINK] = busy.link
     if way.mode == "verified" and layout.rungs and way.batch == 1:
-        token = verified(layout, work, profile, way, step_s=device)
+        token = verified(layout, shape.work, profile, way, step_s=device)
         parts[PASSES] = token - device
     limit = max(parts, key=lambda part: parts[part])
-    if LINK in parts and parts[LINK] >= device:
+    if busy.link >= device:
         limit = LINK
     return Times(prefill=first, token=token, parts=parts, limit=limit)
 
 
-def step(layout: Layout, work: Work, profile: Profile, way: Way) -> dict[str, float]:
-    """Seconds of one token by part. Where every token is streamed, that is the link's."""
-    rate, batch = profile.bytes_per_s, way.batch
-    parts = {
-        "weights": _weights_s(work, profile, batch),
-        "window": (layout.device["sinks and window"] + layout.device["other KV"]) / rate,
-        "launches": _launches_s(work, compiled=way.compiled),
-    }
+def step(
+    layout: Layout, shape: Shape, profile: Profile, way: Way, *, tokens: int | None = None
+) -> Busy:
+    """Prices a step of a run, as `placed` prices where its layout has the tokens.
+
+    Args:
+        layout: Of the run.
+        shape: Of the model.
+        profile: Of the machine.
+        way: How tokens are made.
+        tokens: Of a sequence, at that step; None: at the end.
+    """
+    return placed(placement_of(layout, shape, way, tokens=tokens), shape, profile)
+
+
+def placement_of(layout: Layout, shape: Shape, way: Way, *, tokens: int | None = None) -> Placement:
+    """From where a step of a layout gets the tokens that it attends to.
+
+    A page that beams share is copied once. Tokens are counted by their bytes in all layers: those that some layers
+    have on the device and others do not are part of a token in each place.
+
+    Args:
+        layout: Of the run.
+        shape: Of the model.
+        way: How tokens are made.
+        tokens: Of a sequence, at that step; None: at the end.
+    """
+    batch, kv = way.batch, max(1, shape.kv_bytes)
+    held, hidden = layout.device["sinks and window"] / kv, layout.hidden
+    away = layout.host_tokens if tokens is None else layout.on_host(tokens, prompt=way.prompt)
+    if (
+        hidden is not None
+    ):  # a row of the window has its input beside it, which attention does not read
+        held *= kv / (kv + sum(hidden.row_bytes))
+    if tokens is not None:
+        held = min(held, float(batch * tokens))
     # Several sequences are not drafted: mode verified makes exact steps of them.
     streams = way.mode == "exact" or (way.mode == "verified" and batch > 1) or not layout.rungs
-    if layout.host_tokens and streams:
-        # What is left of the budget keeps rebuilt rows.
-        streamed = 1.0 - layout.resident_share
-        parts[LINK] = streamed * layout.host["pages"] / profile.pcie / _STREAM_SHARE
-        if layout.hidden is not None:
-            rebuilt = layout.hidden.tokens / layout.page * layout.host_tokens * batch * streamed
-            parts["rebuilding"] = rebuilt * layout.hidden.flops / profile.gemm_flops
-    elif layout.rungs:
-        rung = layout.rung
-        assert rung is not None
-        replicas = len(layout.rungs) - len(layout.whole)
-        selected = rung.tokens if way.selected is None else way.selected
-        parts["replica"] = layout.device["replica"] / rate
-        parts["selection"] = replicas * (_PATH_S + batch * layout.replica_tokens * _PATH_TOKEN_S)
-        parts["selection"] += replicas * batch * max(0, selected - 64) * _ROW_S
-    return parts
+    where = Placement(
+        sequences=batch,
+        resident=held,
+        read=layout.device["other KV"],
+        compiled=way.compiled,
+    )
+    gone = layout.dropped_tokens if tokens is None else layout.dropped(tokens, prompt=way.prompt)
+    if gone:  # read again in pieces, the sinks before them too
+        gone += layout.sink_blocks * layout.page
+        piece = batch * min(gone, REREAD_TOKENS) * shape.prefix_bytes
+        where = replace(where, dropped=batch * gone, staging=max(1, piece))
+    if not away:
+        return where
+    # A layout whose length is not known has no bytes on the host, only the rule by which they come there.
+    grown = away / layout.host_tokens if layout.host_tokens else 0.0
+    if streams:
+        # What is left of the budget keeps rows of host tokens.
+        host_bytes = grown * layout.host["pages"] if layout.host_tokens else batch * away * kv
+        copied = (1.0 - layout.resident_share) * host_bytes
+        resident = held + layout.resident_share * batch * away
+        if hidden is None:
+            return replace(where, resident=resident, fetched=copied / kv)
+        pages = copied / sum(hidden.page_bytes)
+        rebuilt, fetched = pages * hidden.tokens, pages * (layout.page - hidden.tokens)
+        # A layer whose inputs are no fewer bytes keeps them all the same.
+        more = copied - fetched * kv - rebuilt * shape.input_bytes
+        return replace(where, resident=resident, fetched=fetched, rebuilt=rebuilt, bytes_in=more)
+    rung = layout.rung
+    assert rung is not None
+    return replace(
+        where,
+        replica=layout.device["replica"] * away / max(1, layout.replica_tokens),
+        scored=batch * away,
+        choosing=len(layout.rungs) - len(layout.whole),
+        selected=batch * max(0, (rung.tokens if way.selected is None else way.selected) - 64),
+        searched=layout.searched_bytes * away / max(1, layout.replica_tokens),
+    )
 
 
 def hidden_share(values: int, inputs: int, itemsize: int, flops_per_byte: float | None) -> float:
@@ -179,6 +231,11 @@ def prefill(layout: Layout, work: Work, profile: Profile, *, batch: int, prompt:
     copied = layout.host["pages"] * steps / 2
     launches = copied / max(1, layout.staging_bytes) * _CHUNK_S
     computes = reading(work, profile, sequences=batch, tokens=prompt * batch, passes=chunks)
+    if layout.dropped_tokens:  # by every chunk that comes behind, half of the end's on average
+        tokens = batch * (layout.dropped_tokens + layout.sink_blocks * layout.page)
+        again = layout.dropped_tokens / layout.chunk / 2
+        pieces = -(-tokens // (batch * REREAD_TOKENS))
+        computes += again * reading(work, profile, sequences=batch, tokens=tokens, passes=pieces)
     return max(computes, copied / profile.pcie + launches)
 
 
@@ -208,12 +265,24 @@ class Heads:
     Attributes:
         queries: Query heads.
         kv: KV heads.
-        size: Of a head, in channels.
+        size: Of a head of the keys, in channels.
+        values: Of a head of the values; None: as large.
     """
 
     queries: int
     kv: int
     size: int
+    values: int | None = None
+
+    @property
+    def token_values(self) -> int:
+        """Numbers of a token's keys and values."""
+        return self.kv * (self.size + self.value_size)
+
+    @property
+    def value_size(self) -> int:
+        """Of a head of the values, in channels."""
+        return self.size if self.values is None else self.values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +290,12 @@ class Shape:
     """A model, as its tokens can be kept: as keys and values, or as the inputs of its layers.
 
     Attributes:
-        layers: Those that keep every token.
+        layers: Those that keep every token; a model that has none is priced too.
         hidden: Channels of a layer's input.
         itemsize: Bytes of a number.
         parameters: That a token is multiplied with.
         weights: Bytes of all of them on the device.
-        reads: Bytes of them that a step reads; None: all.
+        reads: Bytes of them that a step reads, in the mean; None: all.
         depth: Layers of all kinds; None: there are no others.
     """
 
@@ -235,14 +304,14 @@ class Shape:
     itemsize: int
     parameters: float
     weights: int
-    reads: int | None = None
+    reads: float | None = None
     depth: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no model has."""
         sizes = (self.hidden, self.itemsize, self.parameters, self.weights)
-        heads = [n for layer in self.layers for n in (layer.queries, layer.kv, layer.size)]
-        if not self.layers or not all(size > 0 for size in (*sizes, *heads)):
+        heads = [n for x in self.layers for n in (x.queries, x.kv, x.size, x.value_size)]
+        if not all(size > 0 for size in (*sizes, *heads)):
             raise InputError(
                 "A model's shape has a size that is not above zero",
                 asked=(*sizes, *heads),
@@ -255,13 +324,13 @@ class Shape:
         return Work(
             parameters=self.parameters,
             read_bytes=self.weights if self.reads is None else self.reads,
-            heads=[(layer.queries, layer.size) for layer in self.layers],
+            heads=[(layer.queries, layer.value_size) for layer in self.layers],
             layers=len(self.layers) if self.depth is None else self.depth,
         )
 
     @cached_property
     def kv_bytes(self) -> int:
-        """Of a token in all layers, as K and V: Σ 2 · kv heads · head size · itemsize."""
+        """Of a token in all layers, as K and V: Σ kv heads · (key size + value size) · itemsize."""
         return sum(self._layer_kv)
 
     @cached_property
@@ -271,7 +340,7 @@ class Shape:
 
     @cached_property
     def rebuild_flops(self) -> float:
-        """Of K and V of a token from inputs: Σ 2 · hidden · (2 · kv heads · head size), where these are smaller."""
+        """Of K and V of a token from inputs: Σ 2 · hidden · kv heads · (key size + value size), where these are smaller."""
         smaller = [kv for kv in self._layer_kv if self.hidden * self.itemsize < kv]
         return sum(2.0 * self.hidden * kv / self.itemsize for kv in smaller)
 
@@ -283,11 +352,11 @@ class Shape:
     @cached_property
     def prefix_bytes(self) -> int:
         """Of a token that is read again, while it is: a layer's input, and its K and V."""
-        return self.hidden * self.itemsize + max(self._layer_kv)
+        return self.hidden * self.itemsize + max(self._layer_kv, default=0)
 
     @cached_property
     def _layer_kv(self) -> tuple[int, ...]:
-        return tuple(2 * layer.kv * layer.size * self.itemsize for layer in self.layers)
+        return tuple(layer.token_values * self.itemsize for layer in self.layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,10 +370,16 @@ class Placement:
         rebuilt: Whose layer inputs are copied from the host, and multiplied to K and V.
         dropped: The oldest ones, read again from their ids.
         scored: Among which the step first chooses; 0 where it attends to all.
+        choosing: Layers that choose; None: all that keep every token.
+        selected: Tokens per KV head beyond 64 that a layer then reads exactly, of all sequences together.
+        searched: Bytes that the host reads to find what is read exactly; 0 where the device does.
+        replica: Bytes of the replica that scores are of.
+        read: Further bytes on the device: states, and windows of other layers.
         bytes_in: Further bytes that are copied to the device.
         bytes_out: Bytes that are copied to the host.
         staging: Bytes in which the dropped ones are read again, a group of sequences at a time.
         link_share: Of the link's rate that copies reach, if it is not that of pinned memory.
+        compiled: Whether the layers of a step are compiled.
     """
 
     sequences: int
@@ -313,10 +388,16 @@ class Placement:
     rebuilt: float = 0
     dropped: float = 0
     scored: float = 0
+    choosing: int | None = None
+    selected: int = 0
+    searched: float = 0
+    replica: float = 0
+    read: float = 0
     bytes_in: float = 0
     bytes_out: float = 0
     staging: int = 1
     link_share: float = _STREAM_SHARE
+    compiled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,15 +435,19 @@ class Busy:
 
 
 def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
-    """Prices a step of a placement, in seconds. Planner and simulator have no other prices.
+    """Prices a step of a placement, in seconds. Planner, runtime and simulator have no other prices.
 
     Of the card, which add up:
     weights    max(weight bytes / memory rate, 2 · parameters · sequences / GEMM rate)
-    launches   layers · 24 µs
-    attention  bytes of all K and V, read once, and of what was not resident written before / memory rate
+    launches   layers · 24 µs; 95 µs where they are not compiled
+    attention  bytes of all K and V, read once, and of what was not resident written before, and of other layers' K, V and
+               states / memory rate
     rebuild    tokens · 2 · hidden · (2 · kv heads · head size) over layers / GEMM rate; inputs written and read
     prefix     `reading` of the dropped tokens; the weights once for each group of sequences that staging holds
-    selection  layers · (39 µs + 0.03 ns · tokens scored)
+    selection  layers that choose · (39 µs + 0.03 ns · tokens scored + 0.28 µs · tokens read exactly beyond 64)
+    replica    its bytes / memory rate
+    search     layers that choose · 58 µs for a hand-off each way + bytes / (host's memory rate · 0.5): the device waits. The
+               half is what is aimed at and has not been measured beside a card
 
     Of the link: bytes / (PCIe rate · share reached), the larger of both ways, or their sum over 1.5.
 
@@ -375,8 +460,8 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
     made = where.fetched + where.rebuilt + where.dropped
     device = {
         "weights": _weights_s(work, profile, where.sequences),
-        "launches": _launches_s(work, compiled=True),
-        "attention": (where.resident + 2 * made) * shape.kv_bytes / rate,
+        "launches": _launches_s(work, compiled=where.compiled),
+        "attention": ((where.resident + 2 * made) * shape.kv_bytes + where.read) / rate,
     }
     if where.rebuilt:
         products = where.rebuilt * shape.rebuild_flops / profile.gemm_flops
@@ -387,7 +472,15 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
             work, profile, sequences=where.sequences, tokens=where.dropped, passes=groups
         )
     if where.scored:
-        device["selection"] = len(shape.layers) * (_PATH_S + where.scored * _PATH_TOKEN_S)
+        layers = len(shape.layers) if where.choosing is None else where.choosing
+        a_layer = _PATH_S + where.scored * _PATH_TOKEN_S + where.selected * _ROW_S
+        if where.searched:  # the card then scores only what is not found
+            a_layer = _PATH_S + where.scored * _PATH_TOKEN_S
+            waits = where.searched / (_SEARCH_SHARE * profile.host_bytes_per_s)
+            device["search"] = layers * _HAND_OFFS_S + waits
+        device["selection"] = layers * a_layer
+    if where.replica:
+        device["replica"] = where.replica / rate
     come = where.fetched * shape.kv_bytes + where.rebuilt * shape.input_bytes + where.bytes_in
     link = copying(come, where.bytes_out, profile, share=where.link_share)
     return Busy(device, link, come, where.bytes_out)
@@ -409,7 +502,7 @@ def _weights_s(work: Work, profile: Profile, batch: int) -> float:
 
 def _launches_s(work: Work, *, compiled: bool) -> float:
     """Seconds of a step's launches and gaps."""
-    return work.layers * (_LAYER_S + (0.0 if compiled else _EAGER_S))
+    return work.layers * (_LAYER_S + (0.0 if compiled else EAGER_S))
 
 
 def pass_flops(work: Work, tokens: int, rows: int) -> float:
@@ -437,6 +530,21 @@ def slowed_by(computes_s: float, copied: float, bytes_per_s: float, layers: int)
 
 def verified(layout: Layout, work: Work, profile: Profile, way: Way, *, step_s: float) -> float:
     """Seconds of a verified token, with drafts as long as is fastest, or as asked."""
+    return min(by_draft(layout, work, profile, way, step_s=step_s).values())
+
+
+def by_draft(
+    layout: Layout, work: Work, profile: Profile, way: Way, *, step_s: float
+) -> dict[int, float]:
+    """Seconds of a verified token by the tokens of a draft: of the lengths there are, or of the one that is asked for.
+
+    Args:
+        layout: Of the run.
+        work: Of the model.
+        profile: Of the machine.
+        way: How tokens are made.
+        step_s: Seconds of a step of mode fast.
+    """
     copied = float(layout.host["pages"])
     computes = pass_flops(work, way.prompt, MOST_ROWS) / profile.attention_flops
     taken = max(copied / profile.pcie, computes)
@@ -445,12 +553,12 @@ def verified(layout: Layout, work: Work, profile: Profile, way: Way, *, step_s: 
     agreement = AGREEMENT[0 if rung is None or rung.clustered else rung.bits]
     drafts = way.drafts or Drafts(MOST_ROWS - 1, True)
     lengths = [n for n in LENGTHS if 0 < n <= drafts.most] if drafts.is_auto else []
-    return min(
-        verified_token(
+    return {
+        n: verified_token(
             step_s, taken, late, drafts=n, agreement=agreement, looks_ahead=way.looks_ahead
         )
         for n in lengths or [drafts.most]
-    )
+    }
 
 
 def verified_token(

@@ -51,6 +51,7 @@ class RungPrice:
         return sum(self.layer_bytes)
 
 
+REREAD_TOKENS = 512  # of each sequence, that go through a layer together where they are read again
 REBUILT_TOKENS = 8192  # of all sequences, whose keys and values are rebuilt together
 
 
@@ -120,8 +121,12 @@ class Demand:
         scratch_token_bytes: Further ones, per token and sequence.
         longest: Tokens to make room for where `tokens` is not known.
         index_bytes: Host bytes of one token of one sequence in the indexes of all layers; 0 where there are none.
+        searched_bytes: Of these and of its rows, what a step reads.
         hidden: Of pages that hold inputs of attention; None where they hold keys and values. Only where `tokens` is
             known, and without rungs.
+        prefix_token_bytes: Device bytes of a token while it is read again, where the oldest may be dropped when the host is
+            full; 0 where they may not. Only where `tokens` is known, without rungs and copies.
+        prefix_workspace: Device bytes of activations of one sequence besides.
     """
 
     batch: int
@@ -150,6 +155,9 @@ class Demand:
     longest: int = 0
     hidden: HiddenPrice | None = None
     index_bytes: int = 0
+    searched_bytes: int = 0
+    prefix_token_bytes: int = 0
+    prefix_workspace: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,10 +175,14 @@ class Layout:
         host: Host bytes by purpose.
         rungs: What the replica of each offloaded layer is; empty without one.
         replica_tokens: Tokens per sequence that it has room for.
+        searched_bytes: Host bytes that a step then reads to find what it attends to exactly; 0 where the device does.
         whole: Layers that keep all their tokens on the device; they have no replica.
         page: Tokens of a block.
         hidden: What pages hold instead of keys and values; None where they hold these.
         resident_share: Of the host's tokens, those of which the device keeps rebuilt rows while it decodes.
+        host_blocks: Blocks of a sequence that the host holds at most, where older ones are then dropped and read again
+            from their ids; None: it holds all that leave the device.
+        dropped_tokens: Tokens per sequence that are nowhere at the end, where the length is known.
     """
 
     chunk: int
@@ -183,10 +195,13 @@ class Layout:
     host: dict[str, int]
     rungs: tuple[Rung, ...] = ()
     replica_tokens: int = 0
+    searched_bytes: int = 0
     whole: frozenset[int] = frozenset()
     page: int = 1
     hidden: HiddenPrice | None = None
     resident_share: float = 0.0
+    host_blocks: int | None = None
+    dropped_tokens: int = 0
 
     @property
     def rung(self) -> Rung | None:
@@ -199,6 +214,38 @@ class Layout:
         pairs = enumerate(self.rungs)
         least = None if self.rung is None else self.rung.rank
         return sum(rung.rank != least for layer, rung in pairs if layer not in self.whole)
+
+    @property
+    def most_on_device(self) -> int:
+        """Tokens of a sequence up to which none has left the device: with one more the oldest block outside the sinks does."""
+        return (self.sink_blocks + self.window_blocks + 1) * self.page - 1
+
+    def on_host(self, tokens: int, *, prompt: int = 0) -> int:
+        """Tokens of a sequence that are on the host: whole blocks, the newest of those that left the device."""
+        left = self.left(tokens, prompt=prompt)
+        return left if self.host_blocks is None else min(left, self.host_blocks * self.page)
+
+    def dropped(self, tokens: int, *, prompt: int = 0) -> int:
+        """Tokens of a sequence that are nowhere, and are read again from their ids: the oldest behind the sinks."""
+        return self.left(tokens, prompt=prompt) - self.on_host(tokens, prompt=prompt)
+
+    def left(self, tokens: int, *, prompt: int = 0) -> int:
+        """Tokens of a sequence that have left the device: whole blocks, the oldest behind the sinks.
+
+        A block leaves when one more is whole than the window holds. Beside a replica half of the window leaves at once,
+        but while a prompt is read.
+
+        Args:
+            tokens: That it has.
+            prompt: Of these, tokens of the prompt.
+        """
+        blocks = tokens // self.page - self.sink_blocks
+        # The last token of a prompt is fed by the first step.
+        read = max(0, min(tokens, prompt - 1)) // self.page - self.sink_blocks
+        there = max(0, read - self.window_blocks)
+        more = max(0, blocks - max(read, self.window_blocks))
+        together = max(1, self.window_blocks // 2) if self.rungs else 1
+        return (there + -(-more // together) * together) * self.page
 
     @property
     def device_bytes(self) -> int:
@@ -246,6 +293,9 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
                 errors.append(error)
                 continue
             if layout.host_bytes > host_budget:
+                dropping = _dropping(replace(demand, chunk=chunk), device_budget, host_budget)
+                if dropping is not None:
+                    return dropping
                 raise BudgetError(
                     f"The KV cache of {demand.batch} x {demand.tokens:,} tokens in host memory",
                     requested=layout.host_bytes,
@@ -269,6 +319,45 @@ def lay_out(demand: Demand, *, device_budget: int, host_budget: int) -> Layout:
     if roomiest is not None:
         return roomiest
     raise min(errors, key=lambda error: error.requested)
+
+
+def _dropping(demand: Demand, budget: int, host_budget: int) -> Layout | None:
+    """Drops the oldest tokens that the host has no room for; None where that is not asked for, or does not fit.
+
+    Reading them again takes memory of the device, so that the window is smaller and more leave it: enlarged until it is
+    enough.
+
+    Args:
+        demand: With a chunk.
+        budget: Device bytes.
+        host_budget: Bytes for pages.
+    """
+    host_blocks = host_budget // max(1, _block_bytes(demand))
+    if not demand.prefix_token_bytes or demand.rungs or demand.hidden or host_blocks < 1:
+        return None
+    reserved = 0
+    while reserved <= budget:
+        try:
+            layout = _device_layout(replace(demand, overhead=demand.overhead + reserved), budget)
+        except BudgetError:
+            return None
+        dropped = max(0, layout.host_tokens - host_blocks * demand.page)
+        again = dropped + layout.sink_blocks * demand.page if dropped else 0
+        needed = demand.batch * again * demand.prefix_token_bytes
+        needed += demand.batch * demand.prefix_workspace if dropped else 0
+        if needed <= reserved:
+            there = layout.host_tokens - dropped
+            own = {"overhead": demand.overhead, "reading again": reserved}
+            return replace(
+                layout,
+                device=layout.device | own,
+                host={"pages": there // demand.page * _block_bytes(demand)},
+                host_tokens=there,
+                host_blocks=host_blocks,
+                dropped_tokens=dropped,
+            )
+        reserved = needed
+    return None
 
 
 def _lifted(
@@ -411,6 +500,28 @@ def budget_for(demand: Demand, *, device_tokens: int) -> int:
     return _least(demand).device_bytes + spare + 16  # divisions round down
 
 
+def everything(demand: Demand) -> Layout:
+    """The layout with all tokens on the device, whatever the budget: no replica, and buffers that are never used.
+
+    Args:
+        demand: What is asked; its length and its chunk are known.
+    """
+    assert demand.tokens is not None
+    assert demand.chunk is not None
+    # Of one page: nothing is copied.
+    blocks = max(1, -(-demand.tokens // demand.page) - demand.sinks // demand.page)
+    whole = replace(demand, rungs=(), hidden=None)
+    return _price(whole, _page_bytes(demand), blocks, demand.chunk)
+
+
+def workspace_bytes(demand: Demand, chunk: int) -> int:
+    """Device bytes of activations with a chunk of the prompt."""
+    return max(
+        demand.workspace + demand.batch * chunk * demand.workspace_per_token,
+        demand.least_workspace,
+    )
+
+
 def _chunks(demand: Demand) -> list[int]:
     """The chunks that `auto` tries, largest first."""
     longest = AUTO_CHUNK
@@ -429,9 +540,8 @@ def _device_layout(demand: Demand, budget: int) -> Layout:
     least = _least(demand)
     needed = least.device_bytes
     if demand.tokens is not None and demand.window is None:
-        # Does everything fit? Then the buffers are never used and hold one page.
-        blocks = max(1, -(-demand.tokens // demand.page) - sink_blocks)
-        whole = _price(replace(demand, rungs=(), hidden=None), _page_bytes(demand), blocks, chunk)
+        # Does everything fit?
+        whole = everything(demand)
         if whole.device_bytes <= budget:
             return whole
         needed = min(needed, whole.device_bytes)
@@ -604,10 +714,7 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
             "decode step": demand.batch
             * (demand.scratch_bytes + replica_tokens * demand.scratch_token_bytes),
             "other KV": demand.other_kv,
-            "workspace": max(
-                demand.workspace + demand.batch * chunk * demand.workspace_per_token,
-                demand.least_workspace,
-            ),
+            "workspace": workspace_bytes(demand, chunk),
             "overhead": demand.overhead,
         }
         | rebuilding,
@@ -615,6 +722,7 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
         | ({"index": indexed * demand.index_bytes} if demand.index_bytes else {}),
         rungs=() if rung is None else (rung,) * len(demand.token_bytes),
         replica_tokens=replica_tokens,
+        searched_bytes=demand.batch * replica_tokens * demand.searched_bytes,
         whole=whole,
         page=demand.page,
         hidden=hidden,

@@ -10,6 +10,9 @@ Source: Zhao et al., ALISA (ISCA 2024, arXiv 2403.17312), algorithm 2. Different
 up), and recomputing is exact, in two forms. *Inputs*: what goes into a layer is kept instead of K and V, which are made
 of it by the model's own projections; PCIe copies less and the card multiplies more. *Prefix*: the oldest tokens, whose K and
 V depend on nothing else, are read again in every step. All attention is exact; every price is `cost.placed`'s.
+
+`plan` searches all of this, for the simulator. The runtime goes by its layout, which has pages, sinks and buffers: its
+phases are read off that by `course`.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 
 from offload.errors import BudgetError, InputError
 from offload.scheduler.cost import Busy, Placement, Shape, copying, placed, reading
-from offload.scheduler.layout import AUTO_CHUNK, STAGING_BYTES
+from offload.scheduler.layout import AUTO_CHUNK, STAGING_BYTES, Layout
 from offload.scheduler.profiles import Profile
 from offload.units import duration, gib
 
@@ -319,6 +322,76 @@ class PhasePlan:
 
     def _at(self, tokens: int) -> Placement:
         return self.placement(tokens * self.ask.batch)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """The phases of a run of the runtime, as its layout decides them.
+
+    Attributes:
+        p1: Tokens of a sequence up to which all are on the device; None where the run ends before.
+        p2: Tokens of a sequence up to which none is dropped; None where none ever is.
+        host_share: Of all tokens, those on the host at the end.
+        rebuilt_share: Of the tokens on the host, those kept as inputs of attention.
+        dropped_share: Of all tokens, those that are dropped and read again at the end.
+    """
+
+    p1: int | None
+    p2: int | None
+    host_share: float
+    rebuilt_share: float
+    dropped_share: float
+
+    @property
+    def begins(self) -> dict[Phase, int]:
+        """Tokens of a sequence with which each phase begins."""
+        found = {Phase.HOST: self.p1, Phase.AGAIN: self.p2}
+        return {Phase.DEVICE: 1} | {phase: p + 1 for phase, p in found.items() if p is not None}
+
+    def phase(self, tokens: int) -> Phase:
+        """The phase at so many tokens of a sequence."""
+        return [phase for phase, first in self.begins.items() if first <= max(1, tokens)][-1]
+
+    def __str__(self) -> str:
+        """As a sentence: `I up to 4,671 tokens; then II, at the end 85.7% on the host`."""
+        if self.p1 is None:
+            return "I to the end, all on the device"
+        rebuilt = f", {self.rebuilt_share:.0%} of these as inputs" if self.rebuilt_share else ""
+        said = f"I up to {self.p1:,} tokens; then II, at the end {self.host_share:.1%} on the host{rebuilt}"
+        if self.p2 is None:
+            return said
+        return (
+            f"{said}; from {self.p2 + 1:,} on III, at the end {self.dropped_share:.1%} read again"
+        )
+
+
+def course(layout: Layout, *, tokens: int | None, prompt: int = 0) -> Course:
+    """The phases of a run, by the rule of its layout.
+
+    Args:
+        layout: Of the run.
+        tokens: Of a sequence at the end; None where that is not known: then the phases that a long one has.
+        prompt: Of these, tokens of the prompt.
+    """
+    p1: int | None = layout.most_on_device
+    p2: int | None = None
+    if layout.host_blocks is not None:
+        p2 = layout.most_on_device + layout.host_blocks * layout.page
+    if tokens is None:
+        host = dropped = 0
+    else:
+        host = layout.on_host(tokens, prompt=prompt)
+        dropped = layout.dropped(tokens, prompt=prompt)
+        p1 = p1 if host else None
+        p2 = p2 if dropped else None
+    inputs = 0.0 if layout.hidden is None else layout.hidden.tokens / layout.page
+    return Course(
+        p1=p1,
+        p2=p2,
+        host_share=host / (tokens or 1),
+        rebuilt_share=inputs,
+        dropped_share=dropped / (tokens or 1),
+    )
 
 
 def phase_of(where: Placement) -> Phase:

@@ -34,6 +34,7 @@ class Profile:
         gemm_flops: Of matrix products, per second.
         attention_flops: Of attention to many queries, per second.
         pcie: Bytes per second of copies from pinned memory.
+        host_bytes_per_s: At which all cores of a typical host read its memory.
         context: Bytes that the driver takes for a process.
         basis: "data_sheet", or "calibrated" where rates were measured on such a card.
     """
@@ -47,6 +48,7 @@ class Profile:
     pcie: float
     context: int
     basis: str
+    host_bytes_per_s: float = 40e9  # two channels of DDR4-3200, of 51 GB/s by the standard
 
     def __post_init__(self) -> None:
         """Refuses entries that no machine has.
@@ -54,7 +56,8 @@ class Profile:
         Raises:
             InputError: An entry is negative or not a number, or a rate or a size is zero.
         """
-        for entry in ("memory", "host", "bytes_per_s", "gemm_flops", "attention_flops", "pcie"):
+        rates = "bytes_per_s", "gemm_flops", "attention_flops", "pcie", "host_bytes_per_s"
+        for entry in ("memory", "host", *rates):
             self._require(entry, getattr(self, entry) > 0)
         self._require("context", self.context >= 0)
 
@@ -83,6 +86,8 @@ def _card(
         # 0.7 GiB on the H100, whose many multiprocessors take more.
         context=(3 * GIB // 4) if kind == "hopper" else GIB // 2,
         basis="calibrated" if name == "h100" else "data_sheet",
+        # 109 GB/s were read by 16 cores beside an H100; desktops have two channels.
+        host_bytes_per_s=109e9 if host_gib >= 256 else 40e9,
     )
 
 

@@ -14,7 +14,8 @@ from offload.config import OffloadConfig
 from offload.demand import DRIVER_GROWTH
 from offload.errors import InputError
 from offload.hardware import DeviceMemory
-from offload.profile import LEAD, Part, profile
+from offload.parts import Part
+from offload.profile import LEAD, profile
 from offload.runtime import Runtime
 from offload.trace import Recorder, Sample
 

@@ -45,6 +45,28 @@ def test_greedy_tokens_on_a_long_prompt_equal_the_stock_caches(loaded: Loaded) -
     assert report.tokens_on_device < 256 + 64 + 64
 
 
+def test_three_phases_give_the_stock_caches_tokens_at_the_tokens_that_are_planned(
+    loaded: Loaded,
+) -> None:
+    """All on the device, then host pages, then the oldest tokens dropped and read again, all while decoding."""
+    model: Any = loaded.model
+    inputs = loaded.tokenizer(question(loaded, 500), return_tensors="pt")
+    prompt = inputs["input_ids"].shape[1]
+    assert prompt < 192
+    call: dict[str, Any] = {"max_new_tokens": 272 - prompt, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+    want: Tensor = model.generate(**inputs, **call)
+    with offload.attach(model, **SETTINGS) as runtime:
+        page = 64 * sum(runtime.shape.token_bytes)
+    tiers: dict[str, Any] = {"mode": "exact", "sinks": 64, "window": 64, "cpu_memory": page}
+    with offload.attach(model, recompute="prefix", **tiers) as runtime:
+        got = runtime.generate(**inputs, **call)
+        report = runtime.report()
+    assert torch.equal(got, want)
+    # A sink, a block of the window, a tail: the third block that is whole pushes one to the host, the fourth one off it.
+    assert [(c.phase, c.planned, c.tokens) for c in report.phases] == [("II", 192, 192), ("III", 256, 256)]  # fmt: skip
+    assert (report.tokens_on_host, report.tokens_on_device) == (64, 271 - 2 * 64)
+
+
 def test_a_padded_batch_and_beams_equal_the_stock_caches(loaded: Loaded) -> None:
     model: Any = loaded.model
     loaded.tokenizer.padding_side = "left"

@@ -131,7 +131,7 @@ def test_a_trace_has_named_tracks_whose_slices_are_nested(
     data = perfetto(events, samples, [(0.4, 1), (0.6, 2), (0.7, 6)], prefill_until=0.4)
     rows = json.loads(gzip.decompress(data))["traceEvents"]
     names = {row["args"]["name"] for row in rows if row["ph"] == "M"}
-    assert {"the run", "stream 7", "stream 9", "phases", "tokens"} <= names
+    assert {"the run", "stream 7", "stream 9", "phases", "placement", "tokens"} <= names
     counters = [row["args"] for row in rows if row["ph"] == "C"]
     assert counters == [{"in use": 9, "reserved": 7, "allocated": 5}, {"in use": 11}]
     slices = [row for row in rows if row["ph"] == "X"]
@@ -141,7 +141,7 @@ def test_a_trace_has_named_tracks_whose_slices_are_nested(
     tracks = defaultdict(list)
     for row in slices:
         tracks[row["pid"], row["tid"]].append((row["ts"], row["ts"] + row["dur"]))
-    assert len(tracks) == 4
+    assert len(tracks) == 5
     for of_track in tracks.values():
         for began, ended in of_track:
             for other, until in of_track:

@@ -212,7 +212,7 @@ def run(
         report=ours.report.to_dict(),
     )
     if show:
-        print(f"\n{ours.report}\n")
+        print(f"\n{ours.report.summary}\n")
         print(render(outcome))
     return outcome
 

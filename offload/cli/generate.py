@@ -107,7 +107,7 @@ def generate(
     if said:
         print(f"not verified: {said}", file=sys.stderr)
     if stats and not as_json:
-        print(f"\n{report}", file=sys.stderr)
+        print(f"\n{report.summary}", file=sys.stderr)
     if comparison is not None and not as_json:
         print(_closeness(comparison), file=sys.stderr)
     if as_json:

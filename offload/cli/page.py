@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from offload.units import duration, gib
 
 if TYPE_CHECKING:
-    from offload.profile import Part, Profile
+    from offload.parts import Part
+    from offload.profile import Profile
 
 _WIDTH, _HEIGHT = 760, 220
 _LEFT, _BOTTOM = 64, 24
@@ -51,7 +52,7 @@ def page(title: str, found: Profile, *, planned_ms: float | None) -> str:
     report = found.report
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<pre>{escape(str(report))}</pre>",
+        f"<pre>{escape(report.summary)}</pre>",
         "<h2>Bytes by purpose</h2>",
         _bytes_table([*found.device], "device", found.unaccounted),
         _bytes_table([*found.host], "host", None),
@@ -183,7 +184,7 @@ def _memory(found: Profile) -> str:
     top = 1.05 * max([level or 0.0, *(y for _, points in lines for _, y in points)])
     drawn = _chart(
         lines, label="memory over time", x_unit="s", y_text=("0", gib(int(top))), top=top,
-        marks=[(found.prefill_until, "decode")], level=level,
+        marks=[(found.prefill_until, "decode"), *((at, f"phase {phase}") for at, phase in found.changes)], level=level,
     )  # fmt: skip
     dashed = "" if level is None else f"; dashed: planned, {gib(planned)}"
     return f"<figure>{drawn}<figcaption>{said}{dashed}</figcaption></figure>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,8 +21,8 @@ NOT_FITTING = 3
 _LINE = 64  # characters of a bar
 _LETTERS = {
     "weights": "W", "sinks and window": "n", "tail": "n", "replica": "R", "cached rows": "c", "staging": "s",
-    "eviction": "s", "workspace": "a", "decode step": "a", "other KV": "k", "overhead": "o", "pages": "P",
-    "index": "I",
+    "eviction": "s", "workspace": "a", "reading again": "a", "rebuilding": "a", "decode step": "a", "other KV": "k", "overhead": "o",
+    "pages": "P", "index": "I",
 }  # fmt: skip
 
 
@@ -166,15 +167,16 @@ def _as_object(machine: Machine, result: Plan) -> dict[str, Any]:
             {"change": s.change, "result": s.result} for s in result.suggestions
         ]
         return found
-    layout, times = result.layout, result.times
+    layout, times, phases = result.layout, result.times, result.phases
     assert layout is not None
     assert times is not None
+    assert phases is not None
     return found | {
         "device_bytes": dict(layout.device), "host_bytes": dict(layout.host),
         "rung": None if layout.rung is None else layout.rung.name, "lifted_layers": layout.lifted_layers,
-        "chunk": layout.chunk, "device_tokens": result.context - layout.host_tokens,
-        "host_tokens": layout.host_tokens, "prefill_s": times.prefill, "token_s": times.token, "band": result.band,
-        "limit": times.limit, "parts_s": times.parts, "toml": result.toml,
+        "chunk": layout.chunk, "device_tokens": result.context - layout.host_tokens - layout.dropped_tokens,
+        "host_tokens": layout.host_tokens, "dropped_tokens": layout.dropped_tokens, "phases": asdict(phases), "prefill_s": times.prefill, "token_s": times.token, "band": result.band,
+        "decisions": [asdict(choice) for choice in result.decisions], "limit": times.limit, "parts_s": times.parts, "toml": result.toml,
         "fidelity": None if result.fidelity is None else {
             "kl": result.fidelity.kl, "same_top": result.fidelity.same_top, "source": "measured",
         },
@@ -254,7 +256,8 @@ def _print_one(
         }
         for name, size in layout.host.items():
             print(f"  {_LETTERS[name]} {name:18}{gib(size):>10}  {about[name]}")
-        print(f"\nfirst token  {duration(times.prefill)}, read in chunks of {layout.chunk:,}")
+        print(f"\nphases       {result.phases}")
+        print(f"first token  {duration(times.prefill)}, read in chunks of {layout.chunk:,}")
         print(f"then         {_speed(result)}, most of it {times.limit}")
         beyond = shape.max_positions is not None and result.largest > shape.max_positions
         more = ", more than the model was made for" if beyond else ""
@@ -276,7 +279,8 @@ def _about(name: str, result: Plan) -> str:
         lifted = f", {layout.lifted_layers} layers better" if layout.lifted_layers else ""
         return f"  {layout.rung.name}{lifted}"
     if name == "sinks and window":
-        return f"  {result.context - layout.host_tokens:,} tokens and more, in full precision"
+        tokens = result.context - layout.host_tokens - layout.dropped_tokens
+        return f"  {tokens:,} tokens and more, in full precision"
     if name == "overhead":
         return "  driver, allocator"
     return ""

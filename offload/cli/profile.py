@@ -27,8 +27,9 @@ from offload.errors import OffloadError
 
 if TYPE_CHECKING:
     from offload.config import OffloadConfig
+    from offload.parts import Part
     from offload.plan import Plan
-    from offload.profile import Part, Profile
+    from offload.profile import Profile
 
 _SHOWN = 8  # kernels
 
@@ -128,7 +129,13 @@ def _write_page(file: Path, source: str, found: Profile, planned: Plan | None) -
 def _write_trace(file: Path, found: Profile) -> None:
     from offload.trace import perfetto
 
-    data = perfetto(found.events, found.samples, found.bursts, prefill_until=found.prefill_until)
+    data = perfetto(
+        found.events,
+        found.samples,
+        found.bursts,
+        prefill_until=found.prefill_until,
+        changes=found.changes,
+    )
     file.write_bytes(data)
     progress(f"wrote {file}; ui.perfetto.dev opens it")
 
@@ -136,7 +143,7 @@ def _write_trace(file: Path, found: Profile) -> None:
 def _print(found: Profile, planned: Plan | None) -> None:
     from offload.units import duration
 
-    print(found.report)
+    print(found.report.summary)
     _print_bytes("device", found.device, found.unaccounted)
     _print_bytes("host", found.host, None)
     if found.peak is None:

@@ -115,6 +115,11 @@ class PageTable:
         if columns < self.columns:
             self._replace(self._ids[:, :columns])
 
+    def drop(self, columns: int) -> None:
+        """Forgets the first columns; those behind them move up, and their pages are free again."""
+        if columns > 0:
+            self._replace(self._ids[:, columns:])
+
     def select(self, rows: NDArray[np.int64]) -> None:
         """Makes sequence i the former sequence rows[i]; rows may repeat, and their number is the new batch."""
         if rows.size == self.batch and (rows == np.arange(self.batch)).all():

@@ -15,8 +15,9 @@ only when the window is full its oldest block is copied to a host page, and the 
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -52,6 +53,7 @@ class StoreLimits:
         host_tokens: Tokens per sequence for which host memory is committed at once; more is committed
             when it is needed.
         batch: The most sequences that buffers are laid out for.
+        host_blocks: Blocks that the host holds at most, where the oldest then are dropped and read again; None: no limit.
     """
 
     page: int
@@ -59,11 +61,25 @@ class StoreLimits:
     window_blocks: int
     host_tokens: int
     batch: int
+    host_blocks: int | None = None
 
     @property
     def device_blocks(self) -> int:
         """Blocks on the device, the tail not counted."""
         return self.sink_blocks + self.window_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A new phase: the first block left the device, or the first one was dropped.
+
+    Attributes:
+        tokens: Of every sequence then, those among them with which the block left; in a prefill those of its chunk.
+        at: `time.perf_counter()` then.
+    """
+
+    tokens: int
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +110,9 @@ class LayerStore:
         damaged: Tokens were being taken in when an exception came: what the layer holds is not known.
         capturing: A graph is being captured: `attend` makes the step's launches and changes nothing else.
         written: The event behind the last copy to a host page.
+        left: When the first block left the device; None while all tokens are there.
+        dropped: Blocks behind the sinks that are nowhere, and are read again in every pass.
+        gone: When the first of them was dropped; None before.
         path: The device path of steps of one token, or None.
     """
 
@@ -109,6 +128,7 @@ class LayerStore:
         writer: HostWriter,
         path: DevicePath | None = None,
         hidden: HiddenForm | None = None,
+        reread: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         """Allocates the device part and commits the host part.
 
@@ -121,6 +141,8 @@ class LayerStore:
             writer: Takes blocks away.
             path: The device path of steps of one token; None where every token is streamed.
             hidden: How pages hold the inputs of tokens; None where they hold keys and values. Not beside a path.
+            reread: Gives keys [B, H_kv, N, D] and values [B, H_kv, N, D_v] of the first N tokens again, once a pass; None
+                where none are dropped. Not beside a path.
         """
         self.shape = shape
         self.limits = limits
@@ -129,7 +151,12 @@ class LayerStore:
         self.damaged = False
         self.capturing = False
         self.written: torch.cuda.Event | None = None
-        assert hidden is None or path is None, "kernels read rows from pages"
+        self.left: Change | None = None
+        self.dropped = 0
+        self.gone: Change | None = None
+        self._reread = reread
+        assert path is None or (hidden is None and reread is None), "kernels read rows from pages"
+        assert reread is not None or limits.host_blocks is None, "what is dropped has to come again"
         self._hidden = hidden
         self.page_bytes = (
             limits.page * shape.token_bytes
@@ -215,7 +242,7 @@ class LayerStore:
     @property
     def first_host_token(self) -> int:
         """Position of the first token on the host."""
-        return self._sinks * self.limits.page
+        return (self._sinks + self.dropped) * self.limits.page
 
     @property
     def region(self) -> HostRegion:
@@ -225,7 +252,7 @@ class LayerStore:
     @property
     def device_tokens(self) -> int:
         """Tokens of every sequence that are on the device."""
-        return self.length - self.host_tokens
+        return self.length - self.host_tokens - self.dropped * self.limits.page
 
     @property
     def device_bytes(self) -> int:
@@ -342,8 +369,8 @@ class LayerStore:
             length: How many: all, or those before the ones that came in since `make_way`.
         """
         whole, rest = divmod(length, self.limits.page)
-        assert whole >= self._sinks + self.columns, "sinks and host pages are held whole"
-        slots = tuple(self._slots)[: whole - self._sinks - self.columns]
+        assert whole >= self._past, "sinks and host pages are held whole"
+        slots = tuple(self._slots)[: whole - self._past]
         used = self._sinks + len(slots)
         dense = max(slots, default=self._sinks - 1) < used and (
             not rest or self._slot(whole) == used
@@ -424,6 +451,11 @@ class LayerStore:
             rows = self._window.flatten(1, 2)[:, :n_device]
             add(*self._split(rows), self._device_mask(visible, held))
         first_host = self.first_host_token
+        if self._reread is not None and self.dropped:
+            # The sinks are read again before them, and are on the device.
+            sunk = self._sinks * page
+            keys, values = (part[:, :, sunk:] for part in self._reread(first_host))
+            add(keys, values, mask(sunk, first_host))
         if self._resident is not None:
             rows = self._resident.flatten(1, 2).expand(self.batch, -1, -1, -1)
             add(*self._split(rows), mask(first_host, first_host + self.resident_columns * page))
@@ -541,6 +573,7 @@ class LayerStore:
             self.damaged = True
             self._tail_length = 0
             self._close_tail()
+            self._note_phase()
             self.damaged = False
             self._published = False
 
@@ -604,6 +637,11 @@ class LayerStore:
         return heads_first[..., : self.shape.key_dim], heads_first[..., self.shape.key_dim :]
 
     @property
+    def _past(self) -> int:
+        """Blocks before those of the window: sinks, those that are dropped, and those on the host."""
+        return self._sinks + self.dropped + self.columns
+
+    @property
     def _used(self) -> int:
         """Slots that hold whole blocks."""
         return self._sinks + len(self._slots)
@@ -625,7 +663,7 @@ class LayerStore:
 
     def _starts(self, held: Held) -> list[int]:
         """The position of the first token in each slot in use, the tail's last."""
-        first = self._sinks + self.columns  # the block after the last one on the host
+        first = self._past  # the block after the last one on the host
         block = {slot: slot for slot in range(self._sinks)}
         block |= {slot: first + age for age, slot in enumerate(held.slots)}
         block[held.used] = first + len(held.slots)
@@ -648,7 +686,19 @@ class LayerStore:
         self.damaged = True
         self._append(key, value, inputs)
         self.length += key.shape[2]
+        self._note_phase()
         self.damaged = False
+
+    def _note_phase(self) -> None:
+        """Notes when tokens have left the device, and when some were dropped."""
+        if not self.columns and not self.dropped:
+            self.left = None
+        elif self.left is None:
+            self.left = Change(self.length, time.perf_counter())
+        if not self.dropped:
+            self.gone = None
+        elif self.gone is None:
+            self.gone = Change(self.length, time.perf_counter())
 
     def _append(self, key: Tensor, value: Tensor, inputs: Tensor | None) -> None:
         n_new, page = key.shape[2], self.limits.page
@@ -740,7 +790,7 @@ class LayerStore:
         needed = (self._tail_length + tokens) // page - (self.limits.device_blocks - self._used)
         if needed <= 0:
             return
-        movable = max(0, min(keep // page - self._sinks - self.columns, len(self._slots)))
+        movable = max(0, min(keep // page - self._past, len(self._slots)))
         if needed > movable or self._sinks < self.limits.sink_blocks:
             raise CacheError(
                 "The window is too small to go back in it",
@@ -758,6 +808,7 @@ class LayerStore:
         blocks = torch.cat([self._window[:, slot : slot + n] for _, slot, n in _runs(old)], dim=1)
         self._window[:, self._sinks : self._sinks + len(old)] = blocks
         self._slots = deque(range(self._sinks, self._sinks + len(old) - 1))
+        self._note_phase()
         self._published = False
         self.damaged = False
 
@@ -789,7 +840,7 @@ class LayerStore:
         """Where a block of the device lies, the tail included."""
         if block < self._sinks:
             return block
-        age = block - self._sinks - self.columns
+        age = block - self._past
         assert age >= 0, "the block is on the host"
         return self._slots[age] if age < len(self._slots) else self._used
 
@@ -815,8 +866,16 @@ class LayerStore:
             self._slots.extend(slots)
 
     def _evict(self, slots: list[int], blocks: Tensor) -> None:
-        """Copies window slots, then further blocks, to new host pages."""
+        """Copies window slots, then further blocks, to new host pages; what the host may not hold is dropped."""
         count = len(slots) + blocks.shape[1]
+        most = self.limits.host_blocks
+        if most is not None and self.columns + count > most:
+            older = min(self.columns, self.columns + count - most)
+            self._table.drop(older)
+            too_many = max(0, count - most)  # never reach the host
+            slots, blocks = slots[too_many:], blocks[:, max(0, too_many - len(slots)) :]
+            self.dropped += older + too_many
+            count -= too_many
         first = self._table.columns
         self._table.append(count)
         per_piece = max(1, self._writer.buffer_bytes // (self.batch * self.page_bytes))
@@ -849,6 +908,9 @@ class LayerStore:
             self.written = self._writer.write(self.batch * n * self.page_bytes, pack, targets)
 
     def _make_room(self, columns: int) -> None:
+        most = self.limits.host_blocks
+        if most is not None:  # the oldest make room
+            columns = min(columns, max(0, most - self.columns))
         missing = self._table.missing(columns)
         if missing:
             # An eighth more than needed, as far as the budget goes: growing a little at every block would pin in
@@ -911,18 +973,34 @@ class LayerStore:
 
     # Changes of the sequences.
 
+    def croppable(self, length: int) -> int:
+        """The most tokens up to `length` that `crop` can keep: a block that was dropped stays whole or goes."""
+        block = length // self.limits.page
+        gone = self._sinks <= block < self._sinks + self.dropped
+        return block * self.limits.page if gone else length
+
     def crop(self, length: int) -> None:
         """Forgets the tokens from `length` on.
 
         Args:
             length: Tokens to keep, at most `self.length`.
+
+        Raises:
+            CacheError: The last of them are in a block that was dropped.
         """
         if length >= self.length:
             return
-        self._published = False
-        if (length // self.limits.page) - self._sinks < self.resident_columns:
-            self.drop_resident()
         page = self.limits.page
+        if self.croppable(length) < length:
+            raise CacheError(
+                "The cache cannot go back into tokens that were dropped",
+                asked=length,
+                there=f"tokens {self._sinks * page:,} to {self.first_host_token:,} are kept nowhere",
+                change="Make a new cache, or raise memory.cpu.",
+            )
+        self._published = False
+        if length // page - self._sinks - self.dropped < self.resident_columns:
+            self.drop_resident()
         tail_start = self.length - self._tail_length
         if length >= tail_start:
             self._tail_length = length - tail_start
@@ -935,24 +1013,25 @@ class LayerStore:
         while self._slots and self.length - self._tail_length > length:
             self._drop_newest_slot()
             self.length -= page
-        sinks_and_host = self._sinks + self.columns
-        if keep < sinks_and_host:
-            self._table.truncate(max(0, keep - self._sinks))
+        if keep < self._past:
+            self._table.truncate(max(0, keep - self._sinks - self.dropped))
+            self.dropped = min(self.dropped, max(0, keep - self._sinks))
             if self.path is not None:
                 self.path.forget_table(self.columns)
             self._sinks = min(self._sinks, keep)
         self._tail_length, self.length = length % page, length
         if partial is not None:
             self._tail.copy_(partial)
+        self._note_phase()
         self.damaged = False
 
     def _block(self, index: int) -> Tensor:
         """The whole block of tokens [index * P, ...) as [B, P, H_kv, W], from whichever tier; read it at once."""
         if index < self._sinks:
             return self._window[:, index]
-        if index < self._sinks + self.columns:
-            return self._read_column(index - self._sinks)
-        return self._window[:, self._slots[index - self._sinks - self.columns]]
+        if index < self._past:
+            return self._read_column(index - self._sinks - self.dropped)
+        return self._window[:, self._slots[index - self._past]]
 
     def _drop_newest_slot(self) -> None:
         slot = self._slots.pop()
@@ -1013,7 +1092,7 @@ class LayerStore:
         """Raises CacheError unless every token is in exactly one place."""
         self._table.check()
         blocks = self._used
-        held = (blocks + self.columns) * self.limits.page + self._tail_length
+        held = (blocks + self.dropped + self.columns) * self.limits.page + self._tail_length
         dense = sorted(self._slots) == list(range(self._sinks, blocks))
         if held != self.length or not dense or not 0 <= self._tail_length < self.limits.page:
             raise CacheError(

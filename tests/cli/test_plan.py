@@ -78,6 +78,7 @@ def test_what_does_not_fit_ends_with_3_and_says_what_would(
         ["--context", "1M", "--gpu-memory", "12GiB"],
         ["--context", "128K", "--cpu-memory", "8GiB"],
         ["--context", "512K"],
+        ["--context", "64K", "--mode", "exact", "--gpu-memory", "19GiB", "--cpu-memory", "5GiB"],
         ["--context", "256K", "--batch", "4"],
     ],
     ids=lambda given: " ".join(given),
@@ -131,6 +132,46 @@ def test_json_has_every_byte(model: str, capsys: pytest.CaptureFixture[str]) -> 
     assert found["device_bytes"]["weights"] == printed["model"]["weights_bytes"]
     assert sum(found["device_bytes"].values()) <= found["device_budget_bytes"]
     assert found["token_s"] > 0
+
+
+def test_the_phases_are_those_of_the_layout(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exact = ["plan", "--model", model, "--gpu", "rtx4090", "--mode", "exact", "--context"]
+    assert cli.main([*exact, "128K", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["plans"]
+    said = found["phases"]
+    # The tail holds a page less a token beyond what sinks and window do.
+    window = found["device_bytes"]["sinks and window"] // (128 * 1024)
+    assert said["p1"] == window + 63
+    assert said["p2"] is None
+    assert said["host_share"] == pytest.approx(found["host_tokens"] / found["context"], abs=1e-3)
+    assert (said["rebuilt_share"], said["dropped_share"]) == (0, 0)
+    assert cli.main([*exact, "128K"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"phases       I up to {said['p1']:,} tokens; then II, at the end 60.7% on the host"
+        in shown
+    )
+    assert cli.main([*exact, "8K"]) == 0
+    assert "phases       I to the end, all on the device" in capsys.readouterr().out
+
+
+def test_what_the_host_has_no_room_for_is_read_again(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["plan", "--model", model, "--gpu", "rtx4090", "--mode", "exact", "--context", "64K"]
+    given += ["--gpu-memory", "19GiB", "--cpu-memory", "5GiB", "--set", "scheduler.recompute=prefix"]  # fmt: skip
+    assert cli.main([*given, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["plans"]
+    tokens = (found["device_tokens"], found["host_tokens"], found["dropped_tokens"])
+    assert sum(tokens) == 65_536
+    assert min(tokens) > 0
+    said = found["phases"]
+    assert said["p2"] == said["p1"] + found["host_tokens"]
+    assert said["dropped_share"] == pytest.approx(found["dropped_tokens"] / 65_536, abs=1e-3)
+    assert found["device_bytes"]["reading again"] > 0
+    assert cli.main(given) == 0
+    shown = capsys.readouterr().out
+    assert f"from {said['p2'] + 1:,} on III, at the end 13.4% read again" in shown
 
 
 def test_cards_and_lengths_are_compared_in_one_table(

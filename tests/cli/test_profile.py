@@ -14,7 +14,8 @@ from tiny_lm import save_tiny_lm
 from offload import cli, hardware
 from offload.cli.page import page
 from offload.hardware import Card
-from offload.profile import Part, Profile
+from offload.parts import Part
+from offload.profile import Profile
 from offload.trace import Sample
 from offload.units import GIB
 
