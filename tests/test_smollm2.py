@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import offload
+from offload.compare import compare
 from offload.loading import Loaded, load
 
 pytestmark = pytest.mark.slow
@@ -80,3 +81,36 @@ def test_a_padded_batch_and_beams_equal_the_stock_caches(loaded: Loaded) -> None
             got = runtime.generate(**inputs, **call, do_sample=False)
             assert runtime.report().tokens_on_host > 200
         assert torch.equal(got, want)
+
+
+def test_the_host_path_agrees_with_the_device_path_and_finds_what_mean_keys_hide(
+    loaded: Loaded,
+) -> None:
+    """Of a planted fact the answer is the stock cache's; the device keeps only means over clusters."""
+    model: Any = loaded.model
+    inputs = loaded.tokenizer(question(loaded, 9600), return_tensors="pt")
+    call: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    want: Tensor = model.generate(**inputs, **call)
+    kl = {}
+    for index in ("replica", "flat"):
+        settings: dict[str, Any] = {"mode": "fast", "window": 256, "chunk": 512, "rung": "clusters", "retrieved": 256}  # fmt: skip
+        with offload.attach(model, **settings, index=index) as runtime:
+            cache = runtime.new_cache()
+            got = runtime.generate(**inputs, past_key_values=cache, **call)
+            kl[index] = compare(model, cache, want, 11)
+        if index == "flat":
+            assert torch.equal(got, want)
+    assert kl["flat"].kl_mean < 2e-3
+    assert kl["flat"].kl_mean < kl["replica"].kl_mean / 4
+    assert kl["flat"].same_top == kl["flat"].steps
+    # Where the replica itself is close, so are both ways to choose.
+    logits = {}
+    for index in ("replica", "flat"):
+        settings = {"mode": "fast", "window": 256, "chunk": 512, "rung": "4k4v", "index": index}
+        with offload.attach(model, **settings) as runtime:
+            out = runtime.generate(
+                **inputs, **call | {"max_new_tokens": 3}, output_logits=True, return_dict_in_generate=True
+            )  # fmt: skip
+            logits[index] = torch.stack(out.logits).log_softmax(-1)
+    apart = logits["replica"].exp() * (logits["replica"] - logits["flat"])
+    assert float(apart.sum(-1).max()) < 1e-3
