@@ -7,6 +7,10 @@
 | `ivf` | the lists of the nearest centroids, by FAISS |
 | `hnsw` | a walk over a graph of keys, by FAISS |
 | `graph` | a walk over links that earlier queries drew, in Numba |
+| `clusters` | the keys of the clusters whose centroids are liked |
+| `pages` | the keys of the pages that may hold what is liked |
+| `tail` | what all other keys add to attention, by summaries of them or by a sample |
+| `kmeans` | which keys lie near each other |
 | `scan` | the codes of `flat`, their scores and the best of them, in Numba |
 | `file` | how an index lies in a file |
 | `growing` | rows behind rows at O(1) |
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 
     from offload.index.base import Index
 
-BACKENDS = ("flat", "ivf", "hnsw", "graph")
+BACKENDS = ("flat", "ivf", "hnsw", "graph", "clusters", "pages")
 
 
 def backend(name: str) -> type[Index]:
@@ -55,6 +59,14 @@ def backend(name: str) -> type[Index]:
         from offload.index.graph import Graph
 
         return Graph
+    if name == "clusters":
+        from offload.index.clusters import Clusters
+
+        return Clusters
+    if name == "pages":
+        from offload.index.pages import Pages
+
+        return Pages
     change = f"Choose from {', '.join(BACKENDS)}."
     raise ConfigError("there is no index of this name", asked=name, there=BACKENDS, change=change)
 
