@@ -9,7 +9,9 @@
 | `graph` | a walk over links that earlier queries drew, in Numba |
 | `clusters` | the keys of the clusters whose centroids are liked |
 | `pages` | the keys of the pages that may hold what is liked |
-| `tail` | what all other keys add to attention, by summaries of them or by a sample |
+| `tail` | what all other tokens add to attention, by summaries of them |
+| `sample` | the same by a few of them, without summaries |
+| `part` | attention over some tokens, merged with that over others |
 | `kmeans` | which keys lie near each other |
 | `scan` | the codes of `flat`, their scores and the best of them, in Numba |
 | `file` | how an index lies in a file |

@@ -68,4 +68,5 @@ def _nearest(values: Floats, centroids: Floats) -> Labels:
     """The nearest centroid of each row; of equal ones the first."""
     nearness = values @ centroids.T
     nearness -= 0.5 * (centroids * centroids).sum(axis=1)
-    return nearness.argmax(axis=1).astype(np.int32)
+    found: Labels = nearness.argmax(axis=1).astype(np.int32)
+    return found
