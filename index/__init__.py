@@ -9,6 +9,7 @@
 | `graph` | a walk over links that earlier queries drew, in Numba |
 | `clusters` | the keys of the clusters whose centroids are liked |
 | `pages` | the keys of the pages that may hold what is liked |
+| `auto` | the fastest of these that finds enough, by trial |
 | `tail` | what all other tokens add to attention, by summaries of them |
 | `sample` | the same by a few of them, without summaries |
 | `part` | attention over some tokens, merged with that over others |

@@ -132,9 +132,10 @@ class Codes:
     """Keys by 2 bits a channel, and mean values of clusters of near values.
 
     Codes are clipped, and half the variance of their noise is taken off every scaled score: exponentials of noisy scores are
-    too large on average, by as much. On SmolLM2 and Qwen2.5-Coder-0.5B (see the module) the error relative to that without
-    a tail is .12 and .24 so, .16 and .32 without that, .53 and 1.12 where codes reach from the least to the largest
-    value, and .13 and .26 where their noise is taken off.
+    too large on average, by as much. Values of a cluster are near each other, not their keys: a token's weight is known.
+    Errors of the output with 3 % of the tokens exact, relative to those without a tail, 12 heads of SmolLM2 at 7,800 tokens
+    and of Qwen2.5-Coder-0.5B at 8,192: .15 and .23. Noise not taken off: .18 and .30. Codes from the least to the largest value
+    instead: .56 and .76, with their noise taken off .16 and .23. Clusters of near keys: .20 and .33. `Means`: .26 and .42.
 
     Of further tokens others are made: parts of disjoint tokens merge.
     """

@@ -210,7 +210,9 @@ def searched(
         "scanned": statistics.mean(scanned), "touched_bytes": statistics.mean(touched),
         "us_per_query": tenths[1], "us_per_query_spread": [tenths[0], tenths[2]],
     }  # fmt: skip
-    return shown | means(figures) if figures else shown
+    if figures:
+        shown.update(means(figures))
+    return shown
 
 
 def exactly(heads: list[Head], k: int) -> dict[str, float]:
