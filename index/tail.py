@@ -5,7 +5,7 @@ Dropping them costs more than selecting a few wrong ones. Their part is merged w
 
 - `Means`: a cluster weighs as its mean key says, times its size, and adds its mean value: Chen et al., RetroInfer (arXiv
   2505.02922), section 4.3. A fourteenth of the bytes of keys and values in bfloat16.
-- `Codes`: every token weighs as its key of 2 bits a channel says, and adds the mean of values like its own. A ninth.
+- `Codes`: every token weighs as its key of 2 bits a channel says, and adds the mean of values like its own. A tenth.
 
 Selected tokens are taken out of the summaries exactly: it is of the others that these tell. Where there is no room for
 summaries, `offload.index.sample` needs none.

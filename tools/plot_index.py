@@ -144,7 +144,7 @@ def figure(record: dict[str, Any]) -> str:
         ):
             exact = y.at(panel.rows["exact"][kind])
             out.append(line(x.start, exact, x.stop, exact, 'stroke="#444444" stroke-dasharray="1 3"'))  # fmt: skip
-            out.append(text(x.start + 5, exact + 12, words, anchor="start", more=' fill="#444444"'))
+            out.append(text(x.stop - 5, exact + 13, words, anchor="end", more=' fill="#444444"'))
         for name, _, colour in SERIES:
             rows = [row for _, row in sweep(panel, name)]
             for kind in (DROPPED, ESTIMATED):
