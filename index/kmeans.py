@@ -31,6 +31,9 @@ def clustered(rows: Vectors, clusters: int, *, iterations: int, seed: int) -> La
     """
     values = rows.astype(np.float32)
     values -= values.mean(axis=0)
+    largest = np.abs(values).max()
+    if largest > 1e15:
+        values /= largest  # squares of such numbers, summed, are no floats
     chosen = np.random.default_rng(seed).choice(len(values), clusters, replace=False)
     centroids = values[np.sort(chosen)]
     labels = _nearest(values, centroids)

@@ -60,6 +60,13 @@ def test_more_moves_of_centroids_bring_keys_nearer_to_them() -> None:
     assert spreads[0] > spreads[1] > spreads[2]
 
 
+def test_large_keys_are_clustered_as_small_ones() -> None:
+    rows = np.random.default_rng(0).standard_normal((512, 16)).astype(np.float32)
+    labels = clustered(rows, 32, iterations=5, seed=0)
+    large = clustered(rows * np.float32(2.0**90), 32, iterations=5, seed=0)
+    assert np.mean(labels == large) > 0.99
+
+
 def test_queries_find_near_keys_among_few() -> None:
     keys, queries = near()
     index = Clusters(segment=2000, overfetch=4)
