@@ -7,6 +7,13 @@
 | `ivf` | the lists of the nearest centroids, by FAISS |
 | `hnsw` | a walk over a graph of keys, by FAISS |
 | `graph` | a walk over links that earlier queries drew, in Numba |
+| `clusters` | the keys of the clusters whose centroids are liked |
+| `pages` | the keys of the pages that may hold what is liked |
+| `auto` | the fastest of these that finds enough, by trial |
+| `tail` | what all other tokens add to attention, by summaries of them |
+| `sample` | the same by a few of them, without summaries |
+| `part` | attention over some tokens, merged with that over others |
+| `kmeans` | which keys lie near each other |
 | `scan` | the codes of `flat`, their scores and the best of them, in Numba |
 | `file` | how an index lies in a file |
 | `growing` | rows behind rows at O(1) |
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
 
     from offload.index.base import Index
 
-BACKENDS = ("flat", "ivf", "hnsw", "graph")
+BACKENDS = ("flat", "ivf", "hnsw", "graph", "clusters", "pages")
 
 
 def backend(name: str) -> type[Index]:
@@ -57,6 +64,14 @@ def backend(name: str) -> type[Index]:
         from offload.index.graph import Graph
 
         return Graph
+    if name == "clusters":
+        from offload.index.clusters import Clusters
+
+        return Clusters
+    if name == "pages":
+        from offload.index.pages import Pages
+
+        return Pages
     change = f"Choose from {', '.join(BACKENDS)}."
     raise ConfigError("there is no index of this name", asked=name, there=BACKENDS, change=change)
 
@@ -87,10 +102,12 @@ def token_bytes(name: str, dimension: int) -> int:
     if name == "flat":
         # Four bits a channel, and the smallest value and step of each for 128 keys.
         return -(-(dimension + 3) // 2) + -(-dimension // 16)
-    rows = 4 * dimension  # copied as float32
-    return (
-        rows
-        + {"ivf": 24 + dimension // 4, "hnsw": 4 * 64 + 64, "graph": 4 * 32 + 8 + 4 * dimension}[
-            name
-        ]
-    )
+    rows = 4 * dimension  # copied, as float32 where they are not of 16 bits
+    beside = {
+        "ivf": 24 + dimension // 4,
+        "hnsw": 4 * 64 + 64,
+        "graph": 4 * 32 + 8 + 4 * dimension,
+        "clusters": 8 + dimension // 2,
+        "pages": 4 * dimension // 4,
+    }
+    return rows + beside[name]

@@ -28,22 +28,28 @@ BLOCK = pairs.BLOCK
 CHANNELS = 2  # channels of one step of the scan: codes are padded to a multiple
 _STEPS = 127
 _ROUNDS = np.float32(1.5 * 2**23)
+# Of uniform quantisers of a normal variable, in standard deviations: Max, Quantizing for minimum distortion (1960), table II.
+_NORMAL_STEPS = {2: np.float32(0.9957), 4: np.float32(0.3352)}
 _AT_ONCE = 64  # blocks that are coded at once, which bounds the copy in float32
 
 # A float16 whose bits are put where a float32 has its own is the same number, less by this: the biases of both exponents.
 _HALF_SCALE = np.float32(2.0**112)
 
 
-def encode(rows: Vectors, bits: int) -> tuple[NDArray[np.uint8], Floats, Floats]:
+def encode(
+    rows: Vectors, bits: int, *, clipped: bool = False
+) -> tuple[NDArray[np.uint8], Floats, Floats]:
     """Codes of whole blocks.
 
     Args:
         rows: [n * BLOCK, D], float16 or float32.
         bits: 4 or 2.
+        clipped: Steps are those of least mean square error for normal values, about the mean of the channel, and what
+            lies outside is cut. Worse for the largest keys, better for all others.
 
     Returns:
         codes: uint8 [n, channels / 2, 2 * BLOCK * bits / 8], where channels is D, padded to an even number.
-        lows: float32 [n, D], the smallest value of each channel.
+        lows: float32 [n, D], what code 0 stands for: the smallest value of each channel, unless they are clipped.
         steps: float32 [n, D], between codes; zero where all values are the same.
     """
     n, rest = divmod(rows.shape[0], BLOCK)
@@ -55,9 +61,13 @@ def encode(rows: Vectors, bits: int) -> tuple[NDArray[np.uint8], Floats, Floats]
     for a in range(0, n, _AT_ONCE):
         b = min(a + _AT_ONCE, n)
         values = rows[a * BLOCK : b * BLOCK].reshape(-1, BLOCK, dimension).astype(np.float32)
-        low = values.min(axis=1)
-        # Halves first: the distance of the largest floats is no float.
-        step = (values.max(axis=1) / top - low / top).astype(np.float32)
+        if clipped:
+            step = _NORMAL_STEPS[bits] * values.std(axis=1)
+            low = values.mean(axis=1) - np.float32(0.5 * top) * step
+        else:
+            low = values.min(axis=1)
+            # Halves first: the distance of the largest floats is no float.
+            step = (values.max(axis=1) / top - low / top).astype(np.float32)
         scale = np.where(step > 0, step, np.float32(1))
         code = np.rint((values - low[:, None]) / scale[:, None]).clip(0, top).astype(np.uint8)
         parts = code.reshape(b - a, 8 // bits, BLOCK * bits // 8, dimension)

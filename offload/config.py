@@ -294,13 +294,13 @@ class RetrievalConfig(_Table):
         json_schema_extra=_unit("tokens, or auto"),
     )
 
-    index: Literal["replica", "flat", "ivf", "hnsw", "graph"] = Field(
+    index: Literal["replica", "flat", "ivf", "hnsw", "graph", "clusters", "pages"] = Field(
         default="replica",
         description="What finds the tokens that are attended to exactly. replica: the device, by what it keeps of "
         "them. The others: an index over the keys in host memory; the host then attends to what it finds, "
         "so that a low replica need not know which tokens matter. flat scores all keys by four bits of each; "
         "the others have a copy of the keys and look at some.",
-        json_schema_extra=_unit('"replica", "flat", "ivf", "hnsw" or "graph"'),
+        json_schema_extra=_unit('"replica", "flat", "ivf", "hnsw", "graph", "clusters" or "pages"'),
     )
     threads: _AutoOrTokens = Field(
         default="auto",

@@ -16,6 +16,7 @@ from tiny_lm import save_tiny_lm
 from offload import cli, loading
 from offload.cli.settings import variable_of
 from offload.config import OffloadConfig
+from offload.index import BACKENDS
 from offload.kinds import REFUSED
 
 ROOT = Path(__file__).parent.parent
@@ -313,6 +314,26 @@ def test_the_reference_has_every_key_with_all_that_there_is_to_say() -> None:
             f"- variable: `{variable_of(setting.key)}`",
         ):
             assert line in entry.splitlines()
+
+
+def test_the_page_of_indexes_shows_what_was_measured() -> None:
+    file = ROOT / "benchmarks" / "index.json"
+    if not file.is_file():
+        pytest.skip("benchmarks/index.json is not in this checkout")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    plot = runpy.run_path(str(ROOT / "tools" / "plot_index.py"))
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert plot["page"](record, page) == page, "run: python tools/plot_index.py"
+    shown = (ROOT / "docs" / "index.svg").read_text(encoding="utf-8")
+    assert shown == plot["figure"](record), "run: python tools/plot_index.py"
+    rows = {row[0]: row for row in tables(page) if row[0].startswith("`")}
+    assert [name.strip("`") for name in rows] == list(BACKENDS)
+    # Every sweep is in the figure: a mark at each setting, dropped and estimated, and a line at each of the nine.
+    panels = plot["panels"](record)
+    sweeps = [plot["sweep"](panel, name) for panel in panels for name, _, _ in plot["SERIES"]]
+    assert all(len(sweep) >= 4 for sweep in sweeps)
+    marks = 2 * sum(map(len, sweeps)) + 2 * (len(plot["SERIES"]) + 2)
+    assert shown.count("<circle") == marks
 
 
 def test_every_module_has_its_line_in_the_architecture_and_every_line_its_file() -> None:

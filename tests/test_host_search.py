@@ -42,13 +42,16 @@ def steps_off(model: Any, ids: Any, **settings: Any) -> tuple[float, Any]:
 
 
 @ON
-@pytest.mark.parametrize("index", BACKENDS)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt_oss", "opt"])
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        *(("llama", index) for index in BACKENDS),
+        *((name, "flat") for name in ("qwen2", "gemma2", "gpt_oss", "opt")),
+    ],
+)
 def test_with_every_token_found_the_tokens_are_the_stock_caches(
     name: str, index: str, device: str
 ) -> None:
-    if name != "llama" and index != "flat":
-        pytest.skip("what differs between models is not the index")
     model = build(name, device)
     for padded in (False, True):
         ids, mask = left_padded(2, N, pads=(0, 130))

@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from offload.errors import ConfigError, InputError
 from offload.index import BACKENDS, backend, load
 from offload.index.base import Index, Vectors
+from offload.index.clusters import Clusters
 from offload.index.flat import Flat
 from offload.index.graph import Graph
 from offload.index.hnsw import HNSW
 from offload.index.ivf import IVF
+from offload.index.pages import Pages
 
 # A way to make each backend, and the recall of the best 50 that it has to reach on both kinds of vectors below.
 MAKERS: dict[str, tuple[Callable[[], Index], float]] = {
@@ -33,8 +35,13 @@ MAKERS: dict[str, tuple[Callable[[], Index], float]] = {
     "hnsw": (lambda: HNSW(links=24, build_breadth=100, breadth=300), 0.95),
     "graph": (lambda: Graph(breadth=300), 0.95),
     "graph, every key met": (lambda: Graph(links=24, breadth=200, votes=1), 0.95),
+    "clusters": (lambda: Clusters(segment=300, overfetch=24), 0.85),
+    "clusters, shared": (lambda: Clusters(segment=128, overfetch=27, shared=True), 0.85),
+    "clusters, all": (lambda: Clusters(segment=512, overfetch=COUNT), 0.999),
+    "pages": (lambda: Pages(overfetch=27), 0.85),
+    "pages, means": (lambda: Pages(digest="mean", overfetch=24, breadth=1), 0.85),
+    "pages, all": (lambda: Pages(overfetch=COUNT), 0.999),
 }
-EXACT = ["flat", "ivf, all lists"]  # by the settings above, as good as brute force
 COUNT = 1511
 
 
@@ -87,7 +94,7 @@ def test_keys_that_are_added_are_found_as_if_they_had_been_there(name: str) -> N
     check(found, scores, 50)
     assert recall(found, scores) >= MAKERS[name][1]
     assert (found.ids >= 700).any()
-    if name.startswith("flat"):
+    if name.startswith(("flat", "pages")):
         assert grown.search(queries, 50).ids.tolist() == whole.search(queries, 50).ids.tolist()
 
 
@@ -139,6 +146,8 @@ def test_an_index_keeps_its_own_copy(name: str) -> None:
 
 @pytest.mark.parametrize("groups", [1, 3, 7])
 def test_a_query_finds_the_same_in_any_company(name: str, groups: int) -> None:
+    if name == "clusters, shared":
+        pytest.skip("its queries choose clusters together")
     keys, queries = vectors("random")
     index = make(name)
     index.build(keys)
@@ -460,6 +469,13 @@ def test_fewer_keys_than_lists_are_refused() -> None:
         (lambda: Graph(breadth=0), "breadth"),
         (lambda: Graph(votes=0), "votes"),
         (lambda: Graph(votes=255), "votes"),
+        (lambda: Clusters(size=0), "size"),
+        (lambda: Clusters(segment=15), "segment"),
+        (lambda: Clusters(overfetch=0), "overfetch"),
+        (lambda: Clusters(iterations=0), "iterations"),
+        (lambda: Pages(digest="median"), "digest"),
+        (lambda: Pages(overfetch=0), "overfetch"),
+        (lambda: Pages(breadth=0), "breadth"),
     ],
 )
 def test_settings_are_checked(make: Callable[[], Index], key: str) -> None:
@@ -470,6 +486,6 @@ def test_settings_are_checked(make: Callable[[], Index], key: str) -> None:
 
 def test_a_backend_is_chosen_by_name() -> None:
     assert [backend(name).backend for name in BACKENDS] == list(BACKENDS)
-    with pytest.raises(ConfigError, match="flat, ivf, hnsw, graph") as caught:
+    with pytest.raises(ConfigError, match="flat, ivf, hnsw, graph, clusters, pages") as caught:
         backend("faiss")
     assert caught.value.asked == "faiss"

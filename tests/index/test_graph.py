@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 from brute import brute, check, recall
+from real import heads
 
 from offload.errors import InputError
 from offload.index import graph
 from offload.index.base import Ids, Vectors
 from offload.index.graph import Graph, nearest
-from offload.loading import load
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools" / "bench"))
-
-from _vectors import record  # noqa: E402
 
 
 def apart(count: int = 3000, size: int = 32, seed: int = 0) -> tuple[Vectors, Vectors, Vectors]:
@@ -72,20 +63,14 @@ def test_queries_unlike_keys_find_most_with_few_scores_where_such_queries_taught
 
 
 def test_keys_of_a_real_model_are_found_by_queries_that_it_has_not_seen() -> None:
-    loaded = load(None, dtype=torch.float32, device="cpu")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    ids = torch.tensor([loaded.tokenizer(text)["input_ids"][:1632]])
-    got = record(loaded.model, ids, 1600, everything=True)
     recalls, shares = [], []
-    for h in range(0, 24, 5):
-        keys = got["keys"][h, 64:1344].numpy()
-        late = got["prompt_queries"][h, 800:].flatten(0, 1).numpy()
+    for head in heads():
         index = Graph(breadth=100)
-        index.build(keys, late)
+        index.build(head.keys, head.late)
         sound(index)
-        for queries in got["queries"][h, ::8].float().numpy():
+        for queries in head.steps:
             found = index.search(queries, 30)
-            recalls.append(recall(found, brute(keys, queries)))
+            recalls.append(recall(found, brute(head.keys, queries)))
             shares.append(found.scanned)
     assert np.mean(recalls) >= 0.95
     assert np.mean(shares) < 0.35

@@ -8,15 +8,22 @@ percentile, of the machine as it was.
 - `recall`: share of the exactly best 100 that are found. `scanned`, `touched_bytes`: see `offload.index.base.Found`.
 - `mass`: share of the softmax over the whole context that is attended to with what was found, first and last tokens included;
   `output_error`: of attention over these alone, the rest dropped, relative. The row `exact` is what the exactly best give.
+  `error_with_means`, `error_with_codes`: the same with the rest estimated (`offload.index.tail`), whose bytes, as a share of
+  those of keys and values in bfloat16, are in the row `tails`.
+- `pair`: the same searches for 3 % of the keys. `ratio_...`: an error relative to that of the exactly best, as many, the rest
+  dropped. The rows `best pair` hold the least of a context, with its summaries; they make the bar. `sample`: the best with noise
+  (`offload.index.sample`), no summaries, by an index of keys with noise.
 - `as a key`: the same searches with keys of the tokens behind the context as queries, of the keys' own distribution. The
   rows `out of distribution` hold the smallest share of keys of each sweep whose recall is 0.95 for either kind.
 - `graph` learns from the queries of the later half of the context; `graph, of keys` has none; `graph, following` begins at what
   the last step found, where steps are as far apart as `--steps` leaves them, so farther than in decoding. The rows `at recall 0.95` hold what lies between the two settings next
   to that recall, `exact_share` the share of keys that are wanted at all.
+- `clusters, shared`: the queries of a group read the same clusters.
 - `fastscan`: FAISS product quantiser of 4 bits for two channels, four times over-fetched, rows scored again by us.
 
-`scan` and `add` are of time alone and take random or repeated vectors. The bar of `graph` at 32K is set only by a context of
-32,000 tokens or more; SmolLM2 reads 8,192 at most. With a model that reads them, and a card:
+Bars are of all rows, those kept from an earlier record too: of the longest context of each model, and of the worst model. That
+of `graph` at 32K is set only by a context of 32,000 tokens or more; SmolLM2 reads 8,192 at most. `scan` and `add` are of time
+alone and take random or repeated vectors. With a model that reads more, and a card:
 
     python tools/dump_vectors.py --model MODEL --context 32768 --steps 128 long.npz
     python tools/bench/index.py --vectors long.npz --lengths 8192 32768 --only hnsw graph --onto benchmarks/index.json
@@ -42,16 +49,29 @@ from dump_vectors import vectors
 
 from offload.index import scan
 from offload.index.base import Found, Index
+from offload.index.clusters import Clusters
 from offload.index.flat import Flat
 from offload.index.graph import Graph
 from offload.index.hnsw import HNSW
 from offload.index.ivf import IVF
+from offload.index.pages import Pages
+from offload.index.part import Part, attend, merge
+from offload.index.sample import noised, sampled
+from offload.index.tail import Codes, Means, Tail
 
 faiss: Any = _faiss  # its stubs leave out most of what is used here
 FIRST, LAST = 64, 256  # tokens of the context that are not indexed
 K = 100
 REACHED = 0.95
-PARTS = ["fastscan", "flat", "ivf", "hnsw", "graph", "scan", "add"]
+SHARE = 0.03  # of the keys that a pair attends to exactly
+TAIL_BYTES = 0.11  # of keys and values, that the summaries of a pair may take
+PARTS = ["fastscan", "flat", "ivf", "hnsw", "graph", "clusters", "pages", "sample", "scan", "add"]
+TAILS: dict[str, type[Means | Codes]] = {"means": Means, "codes": Codes}
+# What learned from queries, and what it is compared with.
+COMPARED = {
+    "graph": ("graph", "graph, one vote", "graph, following"),
+    "hnsw": ("hnsw", "hnsw, not centred"),
+}
 Array = NDArray[Any]
 
 
@@ -60,21 +80,23 @@ class Head(NamedTuple):
 
     Attributes:
         keys: float16 [N, D] that are indexed.
-        all_keys: float32 [context, D].
-        values: float32 [context, D].
-        first: Tokens of the context before the indexed ones.
         queries: float32 [steps, G, D].
+        indexed_values: float16 [N, D]: of the indexed keys.
         as_keys: float32 [steps, 1, D]: keys of the tokens that the queries are of.
         late: float16 [M, D]: queries of the later half of the context, which an index may learn from.
+        tails: Summaries of the indexed tokens, by name.
+        whole: Of each step: attention over the whole context.
+        others: Of each step: attention over the tokens that are not indexed.
     """
 
     keys: Array
-    all_keys: Array
-    values: Array
-    first: int
+    indexed_values: Array
     queries: Array
     as_keys: Array
     late: Array
+    tails: dict[str, Tail]
+    whole: list[Part]
+    others: list[Part]
 
 
 def heads(recorded: dict[str, Array], length: int, steps: int) -> list[Head]:
@@ -89,7 +111,15 @@ def heads(recorded: dict[str, Array], length: int, steps: int) -> list[Head]:
         indexed = np.ascontiguousarray(keys[FIRST : length - LAST])
         late = recorded["prompt_queries"][h, context - length // 2 :]
         late = late.reshape(-1, late.shape[-1])
-        found.append(Head(indexed, keys.astype(np.float32), values.astype(np.float32), FIRST, queries, as_keys, late))  # fmt: skip
+        of_indexed = np.ascontiguousarray(values[FIRST : length - LAST])
+        tails: dict[str, Tail] = {name: kind(indexed, of_indexed) for name, kind in TAILS.items()}
+        wide_keys, wide_values = keys.astype(np.float32), values.astype(np.float32)
+        rest = np.r_[:FIRST, length - LAST : length]
+        found.append(Head(
+            indexed, of_indexed, queries, as_keys, late, tails,
+            [over(wide_keys, wide_values, query) for query in queries],
+            [over(wide_keys[rest], wide_values[rest], query) for query in queries],
+        ))  # fmt: skip
     return found
 
 
@@ -118,55 +148,116 @@ class FastScan:
         return Found(ids, scores, 1.0, touched)
 
 
-def best(keys: Array, queries: Array) -> Array:
-    """Ids of the exactly best K of each query, [G, K]."""
-    ids: Array = np.argpartition(-(queries @ keys.astype(np.float32).T), K - 1, axis=1)[:, :K]
-    return ids
+def best(keys: Array, queries: Array, k: int = K) -> Found:
+    """The exactly best k of each query, best first; nothing is counted."""
+    scores = queries @ keys.astype(np.float32).T
+    ids = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+    ids = np.take_along_axis(ids, np.argsort(-np.take_along_axis(scores, ids, 1), axis=1), axis=1)
+    return Found(ids, np.take_along_axis(scores, ids, axis=1), 1.0, 0)
 
 
-def attended(head: Head, queries: Array, ids: Array) -> tuple[float, float]:
-    """Mass of the softmax, and relative error of the output, of attention over some of the indexed keys and all others."""
-    scores = queries @ head.all_keys.T / np.sqrt(queries.shape[1])
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True)
-    kept = np.ones_like(weights, dtype=bool)
-    kept[:, head.first : head.first + len(head.keys)] = False
-    np.put_along_axis(kept, ids + head.first, True, axis=1)
-    some = np.where(kept, weights, 0)
-    mass = some.sum(axis=1, keepdims=True)
-    full, ours = weights @ head.values, some / mass @ head.values
-    error = np.linalg.norm(ours - full, axis=1) / np.linalg.norm(full, axis=1)
-    return float(mass.mean()), float(error.mean())
+def over(keys: Array, values: Array, queries: Array) -> Part:
+    """Attention over all of some tokens: [n, D] each."""
+    every = np.broadcast_to(values, (len(queries), *values.shape))
+    return attend(queries @ keys.T, every, queries.shape[1] ** -0.5)
+
+
+def attended(head: Head, step: int, found: Found) -> dict[str, float]:
+    """Mass of the softmax, and relative errors of the output, of attention over what was found and what is not indexed."""
+    queries, want = head.queries[step], head.whole[step]
+    scale = queries.shape[1] ** -0.5
+    values = head.indexed_values[found.ids]
+    exact = [head.others[step], attend(found.scores, values, scale)]
+    dropped = merge(exact)
+    figures = {"mass": float(np.exp(dropped.lse - want.lse).mean()), "output_error": off(dropped, want)}  # fmt: skip
+    for name, tail in head.tails.items():
+        rest = tail.estimate(queries, found.ids, found.scores, values, scale)
+        figures[f"error_with_{name}"] = off(merge([*exact, rest]), want)
+    return figures
+
+
+def off(ours: Part, want: Part) -> float:
+    """Relative error, mean over the queries."""
+    errors = np.linalg.norm(ours.output - want.output, axis=1)
+    return float((errors / np.linalg.norm(want.output, axis=1)).mean())
+
+
+def means(figures: list[dict[str, float]]) -> dict[str, float]:
+    """Of each figure."""
+    return {name: statistics.mean(row[name] for row in figures) for name in figures[0]}
 
 
 def searched(
     heads: list[Head], indexes: list[Any], *, as_keys: bool = False
 ) -> dict[str, float | list[float]]:
     """Every step's search of every head."""
-    recall, scanned, touched, mass, error, times = [], [], [], [], [], []
+    recall, scanned, touched, figures, times = [], [], [], [], []
     for head, index in zip(heads, indexes, strict=True):
-        for queries in head.as_keys if as_keys else head.queries:
+        for step, queries in enumerate(head.as_keys if as_keys else head.queries):
             began = time.perf_counter()
             found = index.search(queries, K)
             times.append((time.perf_counter() - began) / len(queries))
-            want = best(head.keys, queries)
+            want = best(head.keys, queries).ids
             pairs = zip(found.ids.tolist(), want.tolist(), strict=True)
             recall += [len(set(a) & set(b)) / K for a, b in pairs]
             scanned.append(found.scanned)
             touched.append(found.touched_bytes)
             if not as_keys:
-                both = attended(head, queries, found.ids)
-                mass.append(both[0])
-                error.append(both[1])
+                figures.append(attended(head, step, found))
     tenths = [1e6 * float(t) for t in np.quantile(times, [0.1, 0.5, 0.9])]
     shown: dict[str, float | list[float]] = {
         "recall": statistics.mean(recall), "recall_5_percent": float(np.quantile(recall, 0.05)),
         "scanned": statistics.mean(scanned), "touched_bytes": statistics.mean(touched),
         "us_per_query": tenths[1], "us_per_query_spread": [tenths[0], tenths[2]],
     }  # fmt: skip
-    if mass:
-        shown |= {"mass": statistics.mean(mass), "output_error": statistics.mean(error)}
+    if figures:
+        shown.update(means(figures))
     return shown
+
+
+def exactly(heads: list[Head], k: int) -> dict[str, float]:
+    """What the exactly best k of every step give."""
+    return means(
+        [attended(head, step, best(head.keys, queries, k)) for head in heads for step, queries in enumerate(head.queries)]
+    )  # fmt: skip
+
+
+def paired(heads: list[Head], indexes: list[Any], dropped: float) -> dict[str, float]:
+    """Every step's search of every head for SHARE of the keys.
+
+    Args:
+        heads: What is searched.
+        indexes: One for each.
+        dropped: Error of the exactly best, as many, the rest dropped.
+    """
+    figures, k = [], int(SHARE * len(heads[0].keys))
+    for head, index in zip(heads, indexes, strict=True):
+        for step, queries in enumerate(head.queries):
+            found = index.search(queries, k)
+            work = {"scanned": found.scanned, "touched_bytes": float(found.touched_bytes)}
+            figures.append(work | attended(head, step, found))
+    shown = means(figures)
+    for name in ("output_error", *(f"error_with_{name}" for name in TAILS)):
+        shown[f"ratio_{name.removeprefix('error_with_')}"] = shown[name] / dropped
+    return shown
+
+
+def sample_row(heads: list[Head], make: Callable[[], Index], dropped: float) -> dict[str, float]:
+    """What `paired` measures, of samples: one token more is searched, which says how likely the others were."""
+    figures, k = [], int(SHARE * len(heads[0].keys))
+    for seed, head in enumerate(heads):
+        scale = head.keys.shape[1] ** -0.5
+        rows = noised(head.keys, scale, seed=seed)
+        index = make()
+        index.build(rows)
+        for step, queries in enumerate(head.queries):
+            asked = np.concatenate([queries, np.ones((len(queries), 1), np.float32)], axis=1)
+            found = index.search(asked, k + 1)
+            part = sampled(found.ids, found.scores, rows[:, -1], head.indexed_values[found.ids], scale)  # fmt: skip
+            error = off(merge([head.others[step], part]), head.whole[step])
+            figures.append({"scanned": found.scanned, "touched_bytes": float(found.touched_bytes), "output_error": error})  # fmt: skip
+    shown = means(figures)
+    return shown | {"ratio_output_error": shown["output_error"] / dropped}
 
 
 def settings(smoke: bool) -> Iterator[tuple[str, Callable[[], Index], str, list[int]]]:
@@ -184,6 +275,11 @@ def settings(smoke: bool) -> Iterator[tuple[str, Callable[[], Index], str, list[
     yield "graph, one vote", lambda: Graph(votes=1), "breadth", breadths
     yield "graph, following", lambda: Graph(follow=True), "breadth", breadths
     yield "graph, of keys", Graph, "breadth", breadths
+    fetches = [8] if smoke else [1, 2, 4, 8, 16, 32]
+    yield "clusters", Clusters, "overfetch", fetches
+    yield "clusters, shared", lambda: Clusters(shared=True), "overfetch", fetches
+    yield "pages, boxes", Pages, "overfetch", fetches
+    yield "pages, means", lambda: Pages(digest="mean"), "overfetch", fetches
 
 
 def at_recall(points: list[tuple[float, float]]) -> float | None:
@@ -213,9 +309,17 @@ def measure(
     of = {"tokens": length, "indexed": len(some[0].keys)}
     model = json.loads(str(recorded["about"]))["model"]
     at = f"{length}" if model == "smollm2" else f"{model} {length}"
-    exact = [attended(head, queries, best(head.keys, queries)) for head in some for queries in head.queries]  # fmt: skip
-    mass, error = np.mean(exact, axis=0)
-    record.row(f"exact, {at}", **of, mass=float(mass), output_error=float(error), recall=1.0)
+    kv_bytes = 4 * some[0].keys.size
+    shares = {name: some[0].tails[name].nbytes / kv_bytes for name in TAILS}
+    wanted = int(SHARE * len(some[0].keys))
+    record.row(f"tails, {at}", **of, share_of_kv_bytes=shares, error="in the rows of the indexes")
+    exact = [exactly(some, k) for k in (K, wanted)]
+    record.row(f"exact, {at}", **of, recall=1.0, **exact[0])
+    record.row(f"pair: exact, {at}", **of, k=wanted, **exact[1])
+    dropped = exact[1]["output_error"]
+    if "sample" in only:
+        for name, sampler in (("flat 4 bits", Flat), ("clusters", Clusters)):
+            record.row(f"pair: {name}, sample, {at}", **of, k=wanted, **sample_row(some, sampler, dropped))  # fmt: skip
     if "fastscan" in only:
         began = time.perf_counter()
         fast = [FastScan(head.keys) for head in some]
@@ -243,6 +347,7 @@ def measure(
                 setattr(index, setting, value)
             found = searched(some, indexes)
             record.row(f"{name}, {setting} {value}, {at}", **of, build_s=statistics.median(times), nbytes=held, **found)  # fmt: skip
+            record.row(f"pair: {name}, {setting} {value}, {at}", **of, k=wanted, **paired(some, indexes, dropped))  # fmt: skip
             both = {"decode": found}
             if not name.startswith("flat") and name != "graph, following":
                 both["as a key"] = searched(some, indexes, as_keys=True)
@@ -255,10 +360,6 @@ def measure(
                     points.append((recall, scanned))
                 if recall >= REACHED:
                     reached[kind].append(scanned)
-            if name == "flat 4 bits" and value == 4:
-                recall = found["recall"]
-                assert isinstance(recall, float)
-                record.bars["flat_recall100"] = min(recall, record.bars.get("flat_recall100", 1.0))
         if not name.startswith("flat") and name != "graph, following":
             least = {kind: min(shares) if shares else None for kind, shares in reached.items()}
             record.row(
@@ -268,18 +369,56 @@ def measure(
             )  # fmt: skip
         if points:
             at_reached[name] = at_recall(points)
-    learned = ("graph", "graph, one vote", "graph, following")
-    least_graph = min((share for name in learned if (share := at_reached.get(name))), default=None)
-    hnsw = min((share for name in ("hnsw", "hnsw, not centred") if (share := at_reached.get(name))), default=None)  # fmt: skip
     if at_reached:
         record.row(
             f"at recall {REACHED}, {at}", **of, exact_share=K / len(some[0].keys), scanned=at_reached,
             error="between the two settings next to that recall; None where none has it",
         )  # fmt: skip
-    if least_graph and hnsw:
-        record.bars["graph_over_hnsw_scanned"] = least_graph / hnsw
-    if least_graph and length >= 32_000:
-        record.bars["graph_scanned_at_recall95_32k"] = least_graph
+    pairs = pairs_of(record.rows, at, shares)
+    if pairs:
+        ratio, what, tail = min(pairs)
+        record.row(f"best pair, {at}", **of, ratio=ratio, index=what, tail=tail, error="see `pair`")
+
+
+def pairs_of(
+    rows: list[dict[str, Any]], at: str, shares: dict[str, float]
+) -> list[tuple[float, str, str]]:
+    """Ratio, index and summaries of each pair of a context whose summaries take at most TAIL_BYTES."""
+    found = []
+    for row in rows:
+        if row["what"].startswith("pair: ") and row["what"].endswith(f", {at}"):
+            found += [(row[f"ratio_{name}"], row["what"], name) for name in TAILS if f"ratio_{name}" in row and shares[name] <= TAIL_BYTES]  # fmt: skip
+    return found
+
+
+def bars(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Bars of all rows: of the longest context of each model, the worst model's."""
+    longest: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        what, _, at = row["what"].rpartition(", ")
+        key = (what, at.rpartition(" ")[0])  # the model, which contexts of SmolLM2 do not name
+        if "tokens" in row and row["tokens"] >= longest.get(key, row)["tokens"]:
+            longest[key] = row
+    of: dict[str, list[dict[str, Any]]] = {}
+    for (what, _), row in longest.items():
+        of.setdefault(what, []).append(row)
+    found = {}
+    if flat := of.get("flat 4 bits, overfetch 4"):
+        found["flat_recall100"] = min(row["recall"] for row in flat)
+    ratios, shares = [], []
+    for row in of.get(f"at recall {REACHED}", []):
+        least = {kind: min((share for name, share in row["scanned"].items() if share and name in names), default=None) for kind, names in COMPARED.items()}  # fmt: skip
+        if least["graph"] and least["hnsw"]:
+            ratios.append(least["graph"] / least["hnsw"])
+        if least["graph"] and row["tokens"] >= 32_000:
+            shares.append(least["graph"])
+    if ratios:
+        found["graph_over_hnsw_scanned"] = max(ratios)
+    if shares:
+        found["graph_scanned_at_recall95_32k"] = max(shares)
+    if best_pairs := of.get("best pair"):
+        found["pair_error_ratio"] = max(row["ratio"] for row in best_pairs)
+    return found
 
 
 def measure_scan(record: Record, count: int, size: int, groups: int) -> None:
@@ -312,28 +451,29 @@ def measure_scan(record: Record, count: int, size: int, groups: int) -> None:
 
 
 def measure_add(record: Record, recorded: dict[str, Array], counts: list[int]) -> None:
-    """A token added to one head's flat index."""
+    """A token added to one head's index, by the backends that learn nothing from queries."""
     keys = recorded["keys"][0]
-    for count in counts:
-        index = Flat()
-        index.build(np.resize(keys, (count, keys.shape[1])))
-        times = []
-        for i in range(1024):
-            began = time.perf_counter()
-            index.add(keys[i : i + 1])
-            times.append(1e6 * (time.perf_counter() - began))
-        record.row(
-            f"flat, add at {count}", mean_us=statistics.mean(times), median_us=statistics.median(times), max_us=max(times),
-            error="1,024 tokens one by one; recorded keys, repeated to this length",
-        )  # fmt: skip
+    kinds: list[tuple[str, Callable[[], Index]]] = [("flat", Flat), ("clusters", Clusters), ("pages", Pages)]  # fmt: skip
+    for name, make in kinds:
+        for count in counts:
+            index = make()
+            index.build(np.resize(keys, (count, keys.shape[1])))
+            times = []
+            for i in range(1024):
+                began = time.perf_counter()
+                index.add(keys[i : i + 1])
+                times.append(1e6 * (time.perf_counter() - began))
+            record.row(
+                f"{name}, add at {count}", mean_us=statistics.mean(times), median_us=statistics.median(times), max_us=max(times),
+                error="1,024 tokens one by one; recorded keys, repeated to this length",
+            )  # fmt: skip
 
 
 def keep(record: Record, earlier: dict[str, Any]) -> None:
-    """Puts the rows and bars of an earlier record before those of this run; its rows say of which commit they are."""
+    """Puts the rows of an earlier record before those of this run; they say of which commit they are."""
     fresh = {row["what"] for row in record.rows}
     of = {"commit": earlier["environment"]["commit"]}
     record.rows[:0] = [of | row for row in earlier["rows"] if row["what"] not in fresh]
-    record.bars = earlier["bars"] | record.bars
     record.settings["onto"] = earlier["settings"]
 
 
@@ -354,7 +494,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="*", type=int, default=[4096, 7800])
     parser.add_argument("--steps", type=int, default=32, help="decode queries of each head")
     parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="what is measured")
-    parser.add_argument("--onto", type=Path, help="a record whose other rows and bars are kept")
+    parser.add_argument("--onto", type=Path, help="a record whose other rows are kept")
     args = parse(parser)
     if args.smoke:
         args.lengths, args.steps = [1200], 4
@@ -376,6 +516,7 @@ def main() -> None:
         measure_add(record, recorded, [1024] if args.smoke else [8192, 524288])
     if args.onto:
         keep(record, json.loads(args.onto.read_text()))
+    record.bars = bars(record.rows)
     print(f"written to {record.write(args.out).name}")
 
 
