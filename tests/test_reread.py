@@ -87,6 +87,20 @@ def test_logits_are_those_of_the_stock_cache_to_1e_5() -> None:
     assert (logits - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+def test_what_a_pass_tells_is_not_that_of_the_tokens_read_beside_it() -> None:
+    model = build("llama")
+    ids = prompts(1, 300) % 190 + 2
+    more = {"output_hidden_states": True, "output_logits": True, "return_dict_in_generate": True}
+    want: Any = generate(model, ids, 6, **more)
+    with attach(model) as runtime:
+        got: Any = generate(runtime, ids, 6, **more)
+        assert runtime.report().phases[-1].tokens is not None
+    for ours, stock in zip(got.hidden_states[1:], want.hidden_states[1:], strict=True):
+        assert len(ours) == len(stock)
+        for state, other in zip(ours, stock, strict=True):
+            torch.testing.assert_close(state, other, rtol=1e-4, atol=1e-5)
+
+
 def test_a_cache_goes_on_in_a_second_turn_and_back_where_it_can() -> None:
     model = build("llama")
     ids = prompts(1, 330) % 190 + 2

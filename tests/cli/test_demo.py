@@ -24,8 +24,7 @@ class FakeReport:
     tokens_on_device: int
     tokens_on_host: int
 
-    def __str__(self) -> str:
-        return "the table of the report"
+    summary = "the table of the report"
 
     def to_dict(self) -> dict[str, Any]:
         return {"bytes": {"window": 100, "host_pinned": 300}}
