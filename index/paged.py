@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from offload.index.base import Floats, Ids
 from offload.index.pairs import BLOCK, TOGETHER
-from offload.index.scan import best, scan_block
+from offload.index.scan import best, scan_blocks
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # what the rows of a pool are
 
@@ -79,7 +79,7 @@ class Scratch(NamedTuple):
         row: float32 [D or D_v].
         weights: int32 [T, channels / 2], with T of `offload.index.pairs`.
         total: int32 [T, BLOCK].
-        products: float32 [channels + 2 T], zeros behind the channels.
+        products: float32 [channels], zeros behind D.
         counts: int32 [2,048].
     """
 
@@ -123,7 +123,7 @@ class Scratch(NamedTuple):
             row=np.empty(width, np.float32),
             weights=np.zeros((tile, pairs), np.int32),
             total=np.zeros((tile, BLOCK), np.int32),
-            products=np.zeros(2 * (pairs + tile), np.float32),
+            products=np.zeros(2 * pairs, np.float32),
             counts=np.empty(2048, np.int32),
         )
 
@@ -304,12 +304,7 @@ def _candidates(
         return 0
     groups, page = queries.shape[0], pool.shape[1]
     coded = codes.shape[0] * BLOCK
-    for block in range(first // BLOCK, codes.shape[0]):
-        start = block * BLOCK
-        scan_block(
-            codes[block], lows[block], steps[block], queries, bits,
-            weights, total, products, scores, start,
-        )  # fmt: skip
+    scan_blocks(codes, lows, steps, bits, first // BLOCK, queries, weights, total, products, scores)
     for token in range(max(first, coded), count):
         _widen(pool[table[token // page], token % page, head, :key_dim], kind, row)
         for g in range(groups):

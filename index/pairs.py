@@ -48,12 +48,15 @@ def _with_avx2(bits: int, tile: int) -> Any:
     each, mask = BLOCK // parts, (1 << bits) - 1
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kinds = signature.args[0], *signature.args[2:]
+        block = values[1]
         arrays = [
             make_array(kind)(context, builder, value)
-            for kind, value in zip(signature.args, values, strict=True)
+            for kind, value in zip(kinds, (values[0], *values[2:]), strict=True)
         ]
         codes, weights, total = (array.data for array in arrays)
-        pairs = cgutils.unpack_tuple(builder, arrays[0].shape)[0]
+        _, pairs, length = cgutils.unpack_tuple(builder, arrays[0].shape)
+        codes = builder.gep(codes, [builder.mul(block, builder.mul(pairs, length))])
         signature_of_step = ir.FunctionType(_SHORTS, [_BYTES, _BYTES])
         step = cgutils.get_or_insert_function(
             builder.module, signature_of_step, "llvm.x86.avx2.pmadd.ub.sw"
@@ -108,8 +111,8 @@ def _with_avx2(bits: int, tile: int) -> Any:
                         builder.store(builder.add(before, more), where, align=4)
         return context.get_dummy_value()
 
-    def typed(typing: Any, codes: Any, weights: Any, total: Any) -> Any:
-        return types.none(codes, weights, total), generate
+    def typed(typing: Any, codes: Any, block: Any, weights: Any, total: Any) -> Any:
+        return types.none(codes, types.int64, weights, total), generate
 
     return intrinsic(typed)
 
@@ -119,44 +122,48 @@ _add2_by_2, _add2_by_1 = _with_avx2(2, 2), _with_avx2(2, 1)
 
 
 @njit(nogil=True, cache=True)
-def add_plainly(codes: Any, weights: Any, total: Any, bits: int) -> None:
+def add_plainly(codes: Any, block: int, weights: Any, total: Any, queries: int, bits: int) -> None:
     """What `add_block` does, by loops; for processors without the instruction."""
     parts, mask = 8 // bits, (1 << bits) - 1
     each = BLOCK // parts
-    for query in range(total.shape[0]):
-        for pair in range(codes.shape[0]):
+    for query in range(queries):
+        for pair in range(codes.shape[1]):
             both = weights[query, pair] & 0xFFFF
             first, second = (both & 255 ^ 128) - 128, (both >> 8 ^ 128) - 128  # bytes with a sign
             for part in range(parts):
                 for j in range(each):
-                    a = (codes[pair, 2 * j] >> (part * bits)) & mask
-                    b = (codes[pair, 2 * j + 1] >> (part * bits)) & mask
+                    a = (codes[block, pair, 2 * j] >> (part * bits)) & mask
+                    b = (codes[block, pair, 2 * j + 1] >> (part * bits)) & mask
                     total[query, part * each + j] += first * a + second * b
 
 
 if HAS_AVX2:
 
     @njit(nogil=True, cache=True)
-    def add_block(codes: Any, weights: Any, total: Any, bits: int) -> None:
+    def add_block(
+        codes: Any, block: int, weights: Any, total: Any, queries: int, bits: int
+    ) -> None:
         """Adds up the products of one block of codes and some queries.
 
         Args:
-            codes: uint8 [pairs, 2 * BLOCK * bits / 8], contiguous: byte 2 j + p of a row holds the codes of channel 2 row + p,
-                of keys j, j + 2^k, ...
-            weights: int32 [T, pairs], contiguous: of T queries, 1 or `TOGETHER` of the bits. The bytes of each are the
-                weights of two channels, from -127 to 127, twice: one load then fills a register.
+            codes: uint8 [n, pairs, 2 * BLOCK * bits / 8], contiguous: byte 2 j + p of a row holds the codes of channel
+                2 row + p, of keys j, j + BLOCK bits / 8, ...
+            block: Which of the n.
+            weights: int32 [T, pairs], contiguous, with T of `TOGETHER`. The bytes of each are the weights of two channels, from
+                -127 to 127, twice: one load then fills a register.
             total: int32 [T, BLOCK], contiguous, added to.
+            queries: 1 or T: of how many weights are read and sums made.
             bits: 4 or 2.
         """
         if bits == 4:
-            if total.shape[0] == 4:
-                _add4_by_4(codes, weights, total)
+            if queries > 1:
+                _add4_by_4(codes, block, weights, total)
             else:
-                _add4_by_1(codes, weights, total)
-        elif total.shape[0] == 2:
-            _add2_by_2(codes, weights, total)
+                _add4_by_1(codes, block, weights, total)
+        elif queries > 1:
+            _add2_by_2(codes, block, weights, total)
         else:
-            _add2_by_1(codes, weights, total)
+            _add2_by_1(codes, block, weights, total)
 
 else:
     add_block = add_plainly

@@ -134,85 +134,78 @@ def rescore(rows: Vectors, ids: Ids, query: Floats, scores: Floats) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
-def weigh(low: Any, step: Any, query: Any, products: Any, weights: Any) -> Any:
-    """A query in the steps of a block: writes weights as `offload.index.pairs.add_block` reads them.
-
-    Args:
-        low: float32 [D], of the block.
-        step: float32 [D], of the block.
-        query: float32 [D].
-        products: float32 [2 pairs], zero behind D: worked with.
-        weights: int32 [pairs]: written; each holds two weights twice.
+def _weigh(
+    lows: Any, steps: Any, block: int, queries: Any, g: int, products: Any, weights: Any, t: int
+) -> Any:
+    """A query in the steps of a block: writes weights[t] as `offload.index.pairs.add_block` reads them.
 
     Returns:
         What a weight of one stands for, and what the scores of all keys have in common.
     """
     offset = np.float32(0)
-    largest = np.float32(0)
-    for c in range(query.shape[0]):
-        offset += query[c] * low[c]
-        product = query[c] * step[c]
-        products[c] = product
-        largest = max(largest, abs(product))
-    unit = largest / np.float32(_STEPS)
+    for c in range(queries.shape[1]):
+        offset += queries[g, c] * lows[block, c]
+        products[c] = queries[g, c] * steps[block, c]
+    bits = products.view(np.int32)
+    # Of floats without their sign the larger has the larger bits, and the maximum of whole numbers is one instruction.
+    largest = np.int32(0)
+    for c in range(queries.shape[1]):
+        largest = max(largest, bits[c] & np.int32(0x7FFFFFFF))
+    unit = np.int32(largest).view(np.float32) / np.float32(_STEPS)
     inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
     # A sum with this has the rounded number in its last bits, negative ones as their complement.
-    for c in range(query.shape[0]):
+    for c in range(queries.shape[1]):
         products[c] = products[c] * inverse + _ROUNDS
-    bits = products.view(np.int32)
-    for pair in range(weights.shape[0]):
+    for pair in range(weights.shape[1]):
         first, second = bits[2 * pair] & 255, bits[2 * pair + 1] & 255
-        weights[pair] = (first | (second << 8)) * 65537
+        weights[t, pair] = (first | (second << 8)) * 65537
     return unit, offset
 
 
 @njit(nogil=True, cache=True)
-def scan_block(
-    codes: Any, low: Any, step: Any, queries: Any, bits: int, weights: Any, total: Any, products: Any, scores: Any, start: int
+def scan_blocks(
+    codes: Any, lows: Any, steps: Any, bits: int, first: int, queries: Any, weights: Any, total: Any, products: Any, scores: Any
 ) -> None:  # fmt: skip
-    """Scores of one block.
+    """Scores of coded keys, with memory that is given: parts of arrays are counted, which takes longer than a block.
 
     Args:
-        codes: uint8 [pairs, 2 * BLOCK * bits / 8].
-        low: float32 [D].
-        step: float32 [D].
-        queries: float32 [G, D].
+        codes: Of `encode`.
+        lows: Of `encode`.
+        steps: Of `encode`.
         bits: 4 or 2.
-        weights: int32 [T, pairs] with T of `TOGETHER`: written.
-        total: int32 [T, BLOCK]: written.
-        products: float32 [2 pairs + 2 T], zeros at first: worked with.
-        scores: float32 [G, N]: written from `start` on.
-        start: The first key of the block.
+        first: Blocks before it are left out.
+        queries: float32 [G, D].
+        weights: int32 [T, pairs] with T of `offload.index.pairs.TOGETHER`: worked with.
+        total: int32 [T, BLOCK]: worked with.
+        products: float32 [2 pairs], zero behind D: worked with.
+        scores: float32 [G, N]: written.
     """
-    groups, tile, pairs = queries.shape[0], weights.shape[0], weights.shape[1]
-    for first in range(0, groups, tile):
-        n = min(tile, groups - first)
-        total[:n] = 0
-        for t in range(n):
-            unit, offset = weigh(low, step, queries[first + t], products[: 2 * pairs], weights[t])
-            products[2 * (pairs + t)] = unit
-            products[2 * (pairs + t) + 1] = offset
-        if n == 1:
-            add_block(codes, weights[:1], total[:1], bits)
-        else:
-            add_block(codes, weights, total, bits)
-        for t in range(n):
-            unit, offset = products[2 * (pairs + t)], products[2 * (pairs + t) + 1]
-            for j in range(BLOCK):
-                scores[first + t, start + j] = offset + unit * np.float32(total[t, j])
+    groups, tile = queries.shape[0], weights.shape[0]
+    units, offsets = np.empty(4, np.float32), np.empty(4, np.float32)
+    for block in range(first, codes.shape[0]):
+        for g in range(0, groups, tile):
+            n = min(tile, groups - g)
+            for t in range(n):
+                units[t], offsets[t] = _weigh(
+                    lows, steps, block, queries, g + t, products, weights, t
+                )
+                for j in range(BLOCK):
+                    total[t, j] = 0
+            add_block(codes, block, weights, total, n, bits)
+            for t in range(n):
+                unit, offset = units[t], offsets[t]
+                for j in range(BLOCK):
+                    scores[g + t, block * BLOCK + j] = offset + unit * np.float32(total[t, j])
 
 
 @njit(nogil=True, cache=True)
 def _scan(
     codes: Any, lows: Any, steps: Any, queries: Any, scores: Any, bits: int, tile: int
 ) -> None:
-    blocks, pairs, _ = codes.shape
-    weights = np.zeros((tile, pairs), np.int32)
-    total, products = np.zeros((tile, BLOCK), np.int32), np.zeros(2 * (pairs + tile), np.float32)
-    for block in range(blocks):
-        scan_block(
-            codes[block], lows[block], steps[block], queries, bits, weights, total, products, scores, block * BLOCK
-        )  # fmt: skip
+    pairs = codes.shape[1]
+    weights, total = np.zeros((tile, pairs), np.int32), np.zeros((tile, BLOCK), np.int32)
+    products = np.zeros(2 * pairs, np.float32)
+    scan_blocks(codes, lows, steps, bits, 0, queries, weights, total, products, scores)
 
 
 @njit(nogil=True, cache=True)

@@ -72,16 +72,16 @@ def test_the_processors_instruction_sums_as_plain_loops_do(
 ) -> None:
     random = np.random.default_rng(channels)
     queries = pairs.TOGETHER[bits] if together else 1
-    codes = random.integers(0, 256, (channels, scan.BLOCK * bits // 4)).astype(np.uint8)
+    codes = random.integers(0, 256, (3, channels, scan.BLOCK * bits // 4)).astype(np.uint8)
     once = random.integers(-127, 128, (queries, channels, 2)).astype(np.int8)
     weights = np.concatenate([once, once], axis=2).view(np.int32)[..., 0]
     before = random.integers(-9, 9, (queries, scan.BLOCK)).astype(np.int32)
     totals = [before.copy(), before.copy()]
-    pairs.add_block(codes, weights, totals[0], bits)
-    pairs.add_plainly(codes, weights, totals[1], bits)
+    pairs.add_block(codes, 1, weights, totals[0], queries, bits)
+    pairs.add_plainly(codes, 1, weights, totals[1], queries, bits)
     np.testing.assert_array_equal(totals[0], totals[1])
     shifts = np.arange(0, 8, bits)[:, None]
-    unpacked = (codes.reshape(channels, 1, -1, 2) >> shifts[..., None]) & ((1 << bits) - 1)
+    unpacked = (codes[1].reshape(channels, 1, -1, 2) >> shifts[..., None]) & ((1 << bits) - 1)
     want = np.einsum("tcp,cmjp->tmj", once.astype(int), unpacked.astype(int)).reshape(queries, -1)
     np.testing.assert_array_equal(totals[0] - before, want)
 
