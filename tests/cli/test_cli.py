@@ -161,6 +161,8 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
         "[retrieval]\n"
         'tokens = "auto"           # default\n'
         'row_cache = "auto"        # default\n'
+        'index = "replica"         # default\n'
+        'threads = "auto"          # default\n'
         "\n"
         "[replica]\n"
         'rung = "auto"             # default\n'
