@@ -17,6 +17,8 @@
 | `scan` | the codes of `flat`, their scores and the best of them, in Numba |
 | `file` | how an index lies in a file |
 | `growing` | rows behind rows at O(1) |
+| `finders` | what finds the best keys of one KV head while a model generates |
+| `grouped` | clusters of keys that lie in pages |
 | `paged` | rows where the cache keeps them: the best are found and attended to, in Numba |
 | `workers` | threads that share out the searches of many heads |
 | `on_faiss` | what the backends that FAISS holds have in common |
@@ -102,12 +104,14 @@ def token_bytes(name: str, dimension: int) -> int:
     if name == "flat":
         # Four bits a channel, and the smallest value and step of each for 128 keys.
         return -(-(dimension + 3) // 2) + -(-dimension // 16)
+    if name == "clusters":
+        # Its number, and a sixteenth of where its cluster begins and of the cluster's centroid by such codes.
+        return 5 + -(-(dimension + 3) // 32) + -(-dimension // 256)
     rows = 4 * dimension  # copied, as float32 where they are not of 16 bits
     beside = {
         "ivf": 24 + dimension // 4,
         "hnsw": 4 * 64 + 64,
         "graph": 4 * 32 + 8 + 4 * dimension,
-        "clusters": 8 + dimension // 2,
         "pages": 4 * dimension // 4,
     }
     return rows + beside[name]

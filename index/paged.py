@@ -60,6 +60,18 @@ class Coded(NamedTuple):
     steps: Floats
     bits: int
 
+    @classmethod
+    def of(cls, blocks: int, key_dim: int, bits: int) -> Coded:
+        """Room for the codes of so many blocks; nothing is written to it."""
+        codes = np.empty((blocks, -(-key_dim // 2), BLOCK * bits // 4), np.uint8)
+        lows, steps = (np.empty((blocks, key_dim), np.float32) for _ in range(2))
+        return cls(codes, lows, steps, bits)
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """Codes, lows and steps."""
+        return self.codes, self.lows, self.steps
+
     def of_first(self, blocks: int) -> Coded:
         """Those of the first blocks."""
         return Coded(self.codes[:blocks], self.lows[:blocks], self.steps[:blocks], self.bits)
@@ -207,7 +219,7 @@ def attend_some(
 def gathered(rows: Rows, first: int, stop: int) -> Floats:
     """Keys `first` to `stop` as float32 [n, D], for a backend that keeps its own."""
     out = np.empty((stop - first, rows.key_dim), np.float32)
-    _gather(*rows, first, out)
+    gather(*rows, first, out)
     return out
 
 
@@ -243,9 +255,8 @@ def _widened(row: Any, kind: Any, out: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _gather(
-    pool: Any, kind: int, table: Any, head: int, key_dim: int, first: int, out: Any
-) -> None:
+def gather(pool: Any, kind: int, table: Any, head: int, key_dim: int, first: int, out: Any) -> None:
+    """Copies keys from `first` on as float32 into `out` [n, D]."""
     page = pool.shape[1]
     for i in range(out.shape[0]):
         token = first + i
@@ -253,34 +264,50 @@ def _gather(
 
 
 @njit(nogil=True, cache=True)
+def encode_values(values: Any, codes: Any, lows: Any, steps: Any, bits: int, block: int) -> None:
+    """Writes the codes of one block.
+
+    Args:
+        values: float32 [BLOCK, D].
+        codes: As in `Coded`; written at `block`.
+        lows: Likewise.
+        steps: Likewise.
+        bits: 4 or 2.
+        block: Which one.
+    """
+    top = np.float32((1 << bits) - 1)
+    parts = 8 // bits
+    each = BLOCK // parts
+    key_dim = values.shape[1]
+    if key_dim % 2:
+        codes[block, key_dim // 2] = 0
+    for c in range(key_dim):
+        low = values[0, c]
+        high = low
+        for j in range(BLOCK):
+            low = min(low, values[j, c])
+            high = max(high, values[j, c])
+        step = high / top - low / top
+        scale = step if step > 0 else np.float32(1)
+        lows[block, c] = low
+        steps[block, c] = step
+        for j in range(each):
+            packed = 0
+            for part in range(parts):
+                code = np.rint((values[part * each + j, c] - low) / scale)
+                code = min(max(code, np.float32(0)), top)
+                packed |= int(code) << (part * bits)
+            codes[block, c // 2, 2 * j + c % 2] = packed
+
+
+@njit(nogil=True, cache=True)
 def _encode(
     pool: Any, kind: int, table: Any, head: int, key_dim: int,
     codes: Any, lows: Any, steps: Any, bits: int, first: int, stop: int, values: Any,
 ) -> None:  # fmt: skip
-    top = np.float32((1 << bits) - 1)
-    parts = 8 // bits
-    each = BLOCK // parts
     for block in range(first, stop):
-        _gather(pool, kind, table, head, key_dim, block * BLOCK, values)
-        if key_dim % 2:
-            codes[block, key_dim // 2] = 0
-        for c in range(key_dim):
-            low = values[0, c]
-            high = low
-            for j in range(BLOCK):
-                low = min(low, values[j, c])
-                high = max(high, values[j, c])
-            step = high / top - low / top
-            scale = step if step > 0 else np.float32(1)
-            lows[block, c] = low
-            steps[block, c] = step
-            for j in range(each):
-                packed = 0
-                for part in range(parts):
-                    code = np.rint((values[part * each + j, c] - low) / scale)
-                    code = min(max(code, np.float32(0)), top)
-                    packed |= int(code) << (part * bits)
-                codes[block, c // 2, 2 * j + c % 2] = packed
+        gather(pool, kind, table, head, key_dim, block * BLOCK, values)
+        encode_values(values, codes, lows, steps, bits, block)
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})

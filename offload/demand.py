@@ -36,7 +36,7 @@ from offload.scheduler.rungs import (
 # Share of an index that a search reads. Of all but flat what finds 95 of the best 100 of 8,000 keys, rounded up: it falls as
 # the context grows (benchmarks/index.json).
 SEARCHED = {
-    "replica": 0.0, "flat": 1.0, "ivf": 0.3, "hnsw": 0.2, "graph": 0.15, "clusters": 0.2, "pages": 0.4,
+    "replica": 0.0, "flat": 1.0, "ivf": 0.3, "hnsw": 0.2, "graph": 0.15, "clusters": 1.0, "pages": 0.4,
 }  # fmt: skip
 # What torch's allocator loses to rounding and fragmentation. An 8B model used all of it in a prefill of 131,072
 # tokens; with less, the allocator gives cached blocks back and asks for them again, again and again.

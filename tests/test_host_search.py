@@ -11,8 +11,7 @@ from cards import DEVICES
 from families import FAMILIES, PAD, left_padded, prompts
 
 import offload
-from offload.index import BACKENDS, paged
-from offload.tiers import search
+from offload.index import BACKENDS, finders, paged
 
 N = 700
 CALL: dict[str, Any] = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": None}
@@ -83,7 +82,7 @@ def test_what_is_found_does_not_depend_on_the_replica(device: str) -> None:
 def test_a_conversation_goes_on_and_is_cropped(device: str) -> None:
     model = build("llama", device)
     call = CALL | {"max_new_tokens": 40}
-    for index in ("flat", "hnsw"):
+    for index in ("flat", "clusters", "hnsw"):
         with offload.attach(model, **ALL, index=index) as runtime:
             cache = runtime.new_cache()
             ids = prompts(2, N).to(device)
@@ -109,7 +108,7 @@ def test_several_answers_to_one_prompt(device: str) -> None:
         "num_return_sequences": 3,
         "eos_token_id": None,
     }
-    for index in ("flat", "ivf"):
+    for index in ("flat", "clusters", "ivf"):
         torch.manual_seed(7)
         want = model.generate(ids, **call)
         with offload.attach(model, **ALL, index=index) as runtime:
@@ -152,7 +151,7 @@ def test_what_a_search_raises_reaches_who_called(
         attend_best(*args)
 
     attend_best = paged.attend_best
-    monkeypatch.setattr(search, "attend_best", fails)
+    monkeypatch.setattr(finders, "attend_best", fails)
     with offload.attach(model, **ALL, index="flat", threads=2) as runtime:
         with pytest.raises(RuntimeError, match="the rows are gone"):
             runtime.generate(ids, **CALL)

@@ -13,6 +13,7 @@ indexed beside the device's next layers, by a thread of its own; whatever needs 
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -24,27 +25,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offload.index import backend
-from offload.index.base import Floats, Ids, Index
-from offload.index.paged import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    Coded,
-    Rows,
-    Scratch,
-    attend_best,
-    attend_some,
-    encode_blocks,
-    gathered,
-)
+from offload.index.base import Floats, Ids
+from offload.index.finders import finder
+from offload.index.paged import BFLOAT16, FLOAT16, FLOAT32, Rows, Scratch
 from offload.index.pairs import BLOCK
 from offload.index.workers import Workers
 from offload.tiers.rows import RowShape
 
 KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
-OVERFETCH = 4  # keys that are scored exactly for each one that is attended to, by codes
-BITS = 4
 LEARNED = 1024  # queries of a KV head that an index learns from, where it does: of the last chunk with as many
 
 
@@ -53,7 +41,7 @@ class SearchSettings:
     """How the host searches.
 
     Attributes:
-        index: A backend of `offload.index`. `flat` reads rows in the pages; the others have a copy of the keys.
+        index: A backend of `offload.index`. `flat` and `clusters` read rows in the pages; the others have a copy of the keys.
         tokens: Per KV head that are attended to.
     """
 
@@ -134,6 +122,7 @@ class Searchers:
         """
         self.workers = Workers(threads)
         self.background = ThreadPoolExecutor(1, "offload-index")
+        self._lock = threading.Lock()
         self._scratch: dict[tuple[int, ...], list[Scratch | None]] = {}
 
     def scratch(self, worker: int, *sizes: int) -> Scratch:
@@ -143,11 +132,13 @@ class Searchers:
             worker: Which thread.
             *sizes: Arguments of `Scratch.of`.
         """
-        if sizes not in self._scratch:
-            for other in [other for other in self._scratch if (other[0], *other[2:]) == (sizes[0], *sizes[2:])]:  # fmt: skip
-                del self._scratch[other]  # of another number of tokens
-            self._scratch[sizes] = [None] * self.workers.threads
-        there = self._scratch[sizes]
+        with self._lock:
+            there = self._scratch.get(sizes)
+            if there is None:
+                for other in [*self._scratch]:
+                    if (other[0], *other[2:]) == (sizes[0], *sizes[2:]):
+                        del self._scratch[other]  # of another number of tokens
+                there = self._scratch[sizes] = [None] * self.workers.threads
         made = there[worker]
         if made is None:
             made = there[worker] = Scratch.of(*sizes)
@@ -198,28 +189,12 @@ class HostSearch:
         self._capacity = blocks * page
         self._pages: Ids = np.zeros((batch, 0), np.int64)
         self._first = [0] * batch  # tokens before it are padding
-        self._coded: list[list[Coded]] = []
-        self._indexes: list[list[Index]] = []
-        self._n_coded = 0
         self._building: Future[None] | None = None
         self._learned: Floats | None = None  # [B, H_kv, n, D], the newest queries of the prompt
-        if settings.index == "flat":
-            self._coded = [[self._room() for _ in range(shape.kv_heads)] for _ in range(batch)]
-        else:
-            self._indexes = [self._new_indexes() for _ in range(batch)]
-
-    def _room(self) -> Coded:
-        # Nothing is written here: what takes memory is what is coded.
-        blocks, dim = self._capacity // BLOCK, self.shape.key_dim
-        return Coded(
-            np.empty((blocks, -(-dim // 2), BLOCK * BITS // 4), np.uint8),
-            np.empty((blocks, dim), np.float32),
-            np.empty((blocks, dim), np.float32),
-            BITS,
-        )
-
-    def _new_indexes(self) -> list[Index]:
-        return [backend(self.settings.index)() for _ in range(self.shape.kv_heads)]
+        self._finders = [
+            [finder(settings.index, self._capacity, shape.key_dim) for _ in range(shape.kv_heads)]
+            for _ in range(batch)
+        ]
 
     @property
     def learns(self) -> bool:
@@ -240,10 +215,7 @@ class HostSearch:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory beside the pages, for the tokens that are there."""
-        if self._indexes:
-            return sum(index.nbytes for row in self._indexes for index in row)
-        some = self._n_coded
-        return sum(part[:some].nbytes for row in self._coded for coded in row for part in coded[:3])
+        return sum(finder.nbytes for heads in self._finders for finder in heads)
 
     def reset_stats(self) -> None:
         """Begins to count anew."""
@@ -256,10 +228,9 @@ class HostSearch:
         if tokens >= self.tokens:
             return
         self.tokens = tokens
-        self._n_coded = min(self._n_coded, tokens // BLOCK)
-        if self._indexes:  # no backend forgets a part: the next `extend` builds from what is left
-            self._indexes = [self._new_indexes() for _ in self._indexes]
-            self.tokens = 0
+        for heads in self._finders:
+            for one in heads:
+                one.truncate(tokens)
 
     def select_sequences(self, rows: Ids) -> None:
         """Makes sequence i the former sequence rows[i]."""
@@ -267,22 +238,13 @@ class HostSearch:
         if self._learned is not None:
             self._learned = self._learned[rows]
         self._first = [self._first[row] for row in rows]
-        if self._indexes:
-            self._indexes = [self._new_indexes() for _ in rows]
-            self.tokens = 0
-        else:
-            some = self._n_coded
-            before, self._coded = self._coded, []
-            taken: set[int] = set()
-            for row in rows.tolist():
-                heads = before[row]
-                if row in taken:
-                    heads = [self._room() for _ in heads]
-                    for new, old in zip(heads, before[row], strict=True):
-                        for target, source in zip(new[:3], old[:3], strict=True):
-                            target[:some] = source[:some]
-                taken.add(row)
-                self._coded.append(heads)
+        before, taken = self._finders, set[int]()
+        self._finders = []
+        for row in rows.tolist():
+            again = row in taken
+            self._finders.append([one.copy() if again else one for one in before[row]])
+            taken.add(row)
+        self.tokens = 0  # a copy may be without keys: the next `extend` asks every finder
 
     def learn(self, queries: Tensor) -> None:
         """Keeps some of a chunk's queries, where the index learns from them. Waits for the device.
@@ -335,45 +297,15 @@ class HostSearch:
         if count <= self.tokens:
             return
         heads, rows = self.shape.kv_heads, self._rows(pool)
-        if self._coded:
-            start, stop = self._n_coded, count // BLOCK
-            if stop > start:
-                # Many small tasks, so that threads end together: a piece is of one head.
-                each = max(
-                    1,
-                    -(
-                        -(stop - start)
-                        * pages.shape[0]
-                        * heads
-                        // (8 * self._shared.workers.threads)
-                    ),
-                )
-                cuts = range(start, stop, each)
+        dims = self.shape.key_dim, self.shape.value_dim
 
-                def encode(i: int, worker: int) -> None:
-                    at, a = divmod(i, len(cuts))
-                    row, head = divmod(at, heads)
-                    dims = self.shape.key_dim, self.shape.value_dim
-                    scratch = self._shared.scratch(worker, 1, BLOCK * dims[0], *dims, 1)
-                    b = min(cuts[a] + each, stop)
-                    encode_blocks(rows(row, head), self._coded[row][head], cuts[a], b, scratch)
+        def take_in(i: int, worker: int) -> None:
+            row, head = divmod(i, heads)
+            learned = None if self._learned is None else self._learned[row, head]
+            scratch = self._shared.scratch(worker, 1, BLOCK * dims[0], *dims, 1)
+            self._finders[row][head].extend(rows(row, head), count, scratch, learned)
 
-                self._shared.workers.run(encode, pages.shape[0] * heads * len(cuts))
-            self._n_coded = stop
-        else:
-
-            def add(i: int, _: int) -> None:
-                row, head = divmod(i, heads)
-                index = self._indexes[row][head]
-                keys = gathered(rows(row, head), self.tokens, count)
-                if self.shape.dtype != torch.float32:
-                    keys = keys.astype(np.float16)
-                if len(index) or self._learned is None:
-                    index.add(keys)
-                else:
-                    index.build(keys, self._learned[row, head])
-
-            self._shared.workers.run(add, pages.shape[0] * heads)
+        self._shared.workers.run(take_in, pages.shape[0] * heads)
         self.tokens = count
 
     def attend(self, query: Tensor, pool: Tensor, found: Found, *, scale: float, softcap: float | None) -> None:  # fmt: skip
@@ -396,25 +328,18 @@ class HostSearch:
         lse = found.lse.view(batch, heads, groups).numpy()
         ids = found.tokens.numpy()
         rows, dims = self._rows(pool), (self.shape.key_dim, self.shape.value_dim)
-        cap, over = softcap or 0.0, max(OVERFETCH, groups)
+        cap = softcap or 0.0
 
         def task(i: int, worker: int) -> None:
             row, head = divmod(i, heads)
-            scratch = self._shared.scratch(worker, groups, self._capacity, *dims, over * k)
-            here = rows(row, head), queries[row, head]
-            target = ids[row, head], out[row, head], lse[row, head]
-            first = min(self._first[row], self.tokens)
-            if self._coded:
-                coded = self._coded[row][head].of_first(self._n_coded)
-                attend_best(
-                    here[0], coded, first, self.tokens, here[1], cap, over, scratch, *target
-                )
-            else:
-                some = self._indexes[row][head].search(here[1], min(k, self.tokens)).ids
-                some = np.unique(some)
-                attend_some(here[0], some[some >= first], here[1], cap, scratch, *target)
-            chosen = ids[row, head]
-            chosen[chosen < 0] = max(0, int(chosen[0])) if k else 0
+            finds, chosen = self._finders[row][head], ids[row, head]
+            room = finds.candidates(groups, k)
+            scratch = self._shared.scratch(worker, groups, self._capacity, *dims, room)
+            finds.attend(
+                rows(row, head), min(self._first[row], self.tokens), self.tokens, queries[row, head], cap, scratch,
+                chosen, out[row, head], lse[row, head],
+            )  # fmt: skip
+            chosen[chosen < 0] = max(0, int(chosen[0]))
 
         self._shared.workers.run(task, batch * heads)
         self.searches += 1

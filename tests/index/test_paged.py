@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from offload.index import BACKENDS, backend, scan, token_bytes
+from offload.index import BACKENDS, scan, token_bytes
+from offload.index.finders import Finder, finder
+from offload.index.grouped import SEGMENT, SIZE, TOGETHER, Groups, group_blocks
 from offload.index.paged import (
     BFLOAT16,
     FLOAT16,
@@ -154,15 +156,71 @@ def test_votes_go_by_what_a_token_weighs_beside_the_best_of_its_query() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dimension", [64, 80, 128])
 def test_no_index_takes_more_than_is_planned(name: str, dimension: int) -> None:
-    keys = np.random.default_rng(0).standard_normal((3000, dimension)).astype(np.float16)
-    index = backend(name)()
-    index.build(keys)
-    held = index.nbytes
-    if (
-        name == "flat"
-    ):  # its rows are those of the pages, there is room for scores once for each thread
-        held = index.code_bytes  # type: ignore[attr-defined]
-    assert held <= 3000 * token_bytes(name, dimension)
+    rows, plain = paged(64, dimension, 16, BFLOAT16)
+    scratch = Scratch.of(1, scan.BLOCK * dimension, dimension, 16, 1)
+    found = finder(name, len(plain), dimension)
+    found.extend(rows, len(plain), scratch, None)
+    assert 0 < found.nbytes <= len(plain) * token_bytes(name, dimension)
+
+
+# Of keys without any structure clusters know little.
+@pytest.mark.parametrize(("name", "least"), [("flat", 60), ("clusters", 20), ("hnsw", 40)])
+def test_a_finder_that_grew_was_cut_and_copied_finds_what_a_new_one_does(
+    name: str, least: int
+) -> None:
+    rows, plain = paged(70, 32, 16, FLOAT32)
+    scratch = Scratch.of(3, len(plain), 32, 16, 5000)
+    queries = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+
+    def found(one: Finder, first: int) -> Array:
+        ids = np.empty(64, np.int32)
+        out, lse = np.empty((3, 16), np.float32), np.empty(3, np.float32)
+        one.attend(rows, first, len(plain), queries, 0.0, scratch, ids, out, lse)
+        assert ((ids >= first) & (ids < len(plain))).all()
+        assert len(np.unique(ids)) == 64
+        want, logs = attention(plain, 32, ids, queries, 0.0)
+        np.testing.assert_allclose(out, want, atol=2e-5)
+        np.testing.assert_allclose(lse, logs, atol=2e-5)
+        return np.sort(ids)
+
+    new = finder(name, len(plain), 32)
+    new.extend(rows, len(plain), scratch, None)
+    other = finder(name, len(plain), 32)
+    for count in (700, 4300):
+        other.extend(rows, count, scratch, None)
+    other.truncate(2000)
+    other = other.copy()
+    other.extend(rows, len(plain), scratch, None)
+    for first in (0, 150):
+        np.testing.assert_array_equal(found(new, first), found(other, first))
+    logits = plain[:, :32] @ queries.T
+    votes = (logits - logits.max(0)).max(1)
+    assert len(np.intersect1d(found(new, 0), np.argsort(-votes)[:64])) >= least
+
+
+def test_every_token_is_in_one_cluster_near_its_centroid() -> None:
+    """Of keys that lie in 40 heaps, a token's centroid is that of its heap."""
+    random = np.random.default_rng(0)
+    heaps = random.standard_normal((40, 32)).astype(np.float32) * 8
+    of = random.integers(0, 40, 2 * TOGETHER)
+    keys = heaps[of] + random.standard_normal((len(of), 32)).astype(np.float32)
+    pool = np.concatenate([keys, keys], 1).reshape(-1, PAGE, 1, 64)
+    rows = Rows(pool, FLOAT32, np.arange(len(pool)), 0, 32)
+    groups = Groups.of(len(keys), 32)
+    group_blocks(rows, groups, 0, 2)
+    np.testing.assert_array_equal(np.sort(groups.order), np.arange(len(keys)))
+    assert groups.starts[0] == 0
+    assert groups.starts[-1] == len(keys)
+    sizes = np.diff(groups.starts)
+    assert (sizes >= 0).all()
+    segment = np.repeat(np.arange(len(sizes)), sizes) // (SEGMENT // SIZE)
+    np.testing.assert_array_equal(
+        groups.order // SEGMENT, segment
+    )  # a cluster keeps to its segment
+    centroids = scan.decode(*groups.centroids)
+    off = keys[groups.order] - np.repeat(centroids, sizes, axis=0)
+    # Heaps have a variance of 1 a channel, what lies between them 64. Now and then two heaps share a cluster.
+    assert float((off * off).mean()) < 8.0
 
 
 def test_tasks_run_once_each_and_by_different_workers_at_the_same_time() -> None:

@@ -1,0 +1,247 @@
+"""What finds the best keys of one KV head, where the cache keeps the rows? One finder for each sequence and head.
+
+`PagedFlat` and `PagedClusters` read rows in the pages; `Copied` stands for every other backend, which has a copy of the keys.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offload.index import backend
+from offload.index.base import Floats
+from offload.index.grouped import TOGETHER, Groups, attend_grouped, group_blocks, room
+from offload.index.paged import (
+    FLOAT32,
+    Coded,
+    Rows,
+    Scratch,
+    attend_best,
+    attend_some,
+    encode_blocks,
+    gathered,
+)
+from offload.index.pairs import BLOCK
+
+_BITS = 4
+_OVERFETCH = {
+    "flat": 4,
+    "clusters": 8,
+}  # keys that are scored exactly for each one that is attended to
+
+
+class Finder(Protocol):
+    """Finds keys of one head of one sequence, and attends to them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory beside the pages, for the tokens that are there."""
+        ...
+
+    def candidates(self, groups: int, k: int) -> int:
+        """Keys that a search scores exactly, at most: what a scratch has to have room for.
+
+        Args:
+            groups: Query heads.
+            k: Keys that are attended to.
+        """
+        ...
+
+    def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
+        """Takes in the keys up to `count` that are new.
+
+        Args:
+            rows: Of all of them.
+            count: Keys.
+            scratch: To work with.
+            learned: float32 [n, D], queries to learn from.
+        """
+        ...
+
+    def truncate(self, tokens: int) -> None:
+        """Forgets the keys from `tokens` on."""
+        ...
+
+    def copy(self) -> Finder:
+        """Another one that has the same keys and grows by itself."""
+        ...
+
+    def attend(
+        self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
+        ids: NDArray[np.int32], out: Floats, lse: Floats,
+    ) -> None:  # fmt: skip
+        """Finds keys and attends to them; arguments as of `offload.index.paged.attend_best`. `ids` are in no order."""
+        ...
+
+
+def finder(name: str, capacity: int, key_dim: int) -> Finder:
+    """A finder without keys.
+
+    Args:
+        name: One of `offload.index.BACKENDS`.
+        capacity: Keys that there may be.
+        key_dim: D.
+    """
+    if name == "flat":
+        return PagedFlat(capacity, key_dim)
+    if name == "clusters":
+        return PagedClusters(capacity, key_dim)
+    return Copied(name)
+
+
+class PagedFlat:
+    """All keys by four bits a channel, the best again by their rows."""
+
+    def __init__(self, capacity: int, key_dim: int) -> None:
+        self._room = capacity, key_dim
+        self._coded = Coded.of(capacity // BLOCK, key_dim, _BITS)
+        self._blocks = 0
+
+    @property
+    def nbytes(self) -> int:
+        """See `Finder`."""
+        return sum(part[: self._blocks].nbytes for part in self._coded.arrays)
+
+    def candidates(self, groups: int, k: int) -> int:
+        """See `Finder`."""
+        return _OVERFETCH["flat"] * k
+
+    def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
+        """See `Finder`."""
+        blocks = count // BLOCK
+        encode_blocks(rows, self._coded, self._blocks, blocks, scratch)
+        self._blocks = blocks
+
+    def truncate(self, tokens: int) -> None:
+        """See `Finder`."""
+        self._blocks = min(self._blocks, tokens // BLOCK)
+
+    def copy(self) -> PagedFlat:
+        """See `Finder`."""
+        other = PagedFlat(*self._room)
+        other._blocks = self._blocks
+        for target, source in zip(other._coded.arrays, self._coded.arrays, strict=True):
+            target[: self._blocks] = source[: self._blocks]
+        return other
+
+    def attend(
+        self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
+        ids: NDArray[np.int32], out: Floats, lse: Floats,
+    ) -> None:  # fmt: skip
+        """See `Finder`."""
+        coded = self._coded.of_first(self._blocks)
+        attend_best(
+            rows, coded, first, count, queries, softcap, _OVERFETCH["flat"], scratch, ids, out, lse
+        )
+
+
+class PagedClusters:
+    """The keys of the clusters whose centroids are liked best."""
+
+    def __init__(self, capacity: int, key_dim: int) -> None:
+        self._room = capacity, key_dim
+        self._groups = Groups.of(capacity, key_dim)
+        self._blocks = 0
+
+    @property
+    def nbytes(self) -> int:
+        """See `Finder`."""
+        groups = self._groups.of_first(self._blocks)
+        return (
+            groups.order.nbytes
+            + groups.starts.nbytes
+            + sum(p.nbytes for p in groups.centroids.arrays)
+        )
+
+    def candidates(self, groups: int, k: int) -> int:
+        """See `Finder`."""
+        return room(_OVERFETCH["clusters"], k)
+
+    def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
+        """See `Finder`."""
+        blocks = count // TOGETHER
+        group_blocks(rows, self._groups, self._blocks, blocks)
+        self._blocks = blocks
+
+    def truncate(self, tokens: int) -> None:
+        """See `Finder`."""
+        self._blocks = min(self._blocks, tokens // TOGETHER)
+
+    def copy(self) -> PagedClusters:
+        """See `Finder`."""
+        other = PagedClusters(*self._room)
+        other._blocks = self._blocks
+        mine, theirs = (each._groups.of_first(self._blocks) for each in (self, other))
+        for target, source in zip(theirs.centroids.arrays, mine.centroids.arrays, strict=True):
+            target[:] = source
+        theirs.order[:], theirs.starts[:] = mine.order, mine.starts
+        return other
+
+    def attend(
+        self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
+        ids: NDArray[np.int32], out: Floats, lse: Floats,
+    ) -> None:  # fmt: skip
+        """See `Finder`."""
+        groups = self._groups.of_first(self._blocks)
+        attend_grouped(
+            rows,
+            groups,
+            first,
+            count,
+            queries,
+            softcap,
+            _OVERFETCH["clusters"],
+            scratch,
+            ids,
+            out,
+            lse,
+        )
+
+
+class Copied:
+    """A backend that has a copy of the keys. What it finds for each query is put together."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._index = backend(name)()
+
+    @property
+    def nbytes(self) -> int:
+        """See `Finder`."""
+        return self._index.nbytes
+
+    def candidates(self, groups: int, k: int) -> int:
+        """See `Finder`."""
+        return groups * k
+
+    def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
+        """See `Finder`."""
+        there = len(self._index)
+        if count <= there:
+            return
+        keys = gathered(rows, there, count)
+        if rows.kind != FLOAT32:
+            keys = keys.astype(np.float16)
+        if there or learned is None:
+            self._index.add(keys)
+        else:
+            self._index.build(keys, learned)
+
+    def truncate(self, tokens: int) -> None:
+        """See `Finder`. No backend forgets a part: the next `extend` builds from what is left."""
+        if tokens < len(self._index):
+            self._index = backend(self._name)()
+
+    def copy(self) -> Copied:
+        """See `Finder`: without keys, which the next `extend` brings."""
+        return Copied(self._name)
+
+    def attend(
+        self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
+        ids: NDArray[np.int32], out: Floats, lse: Floats,
+    ) -> None:  # fmt: skip
+        """See `Finder`."""
+        some = np.unique(self._index.search(queries, min(ids.shape[0], count)).ids)
+        attend_some(rows, some[some >= first], queries, softcap, scratch, ids, out, lse)
