@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from offload.index import backend
 from offload.index.base import Floats
-from offload.index.grouped import TOGETHER, Groups, attend_grouped, group_blocks, room
+from offload.index.grouped import SIZE, TOGETHER, Groups, attend_grouped, group_blocks, room
 from offload.index.paged import (
     FLOAT32,
     Coded,
@@ -47,6 +47,10 @@ class Finder(Protocol):
             groups: Query heads.
             k: Keys that are attended to.
         """
+        ...
+
+    def scored(self, capacity: int, groups: int, k: int) -> int:
+        """Scores that a search keeps at the same time, at most, of so many keys: likewise."""
         ...
 
     def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
@@ -108,6 +112,10 @@ class PagedFlat:
         """See `Finder`."""
         return _OVERFETCH["flat"] * k
 
+    def scored(self, capacity: int, groups: int, k: int) -> int:
+        """See `Finder`."""
+        return capacity
+
     def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
         """See `Finder`."""
         blocks = count // BLOCK
@@ -158,6 +166,10 @@ class PagedClusters:
     def candidates(self, groups: int, k: int) -> int:
         """See `Finder`."""
         return room(_OVERFETCH["clusters"], k)
+
+    def scored(self, capacity: int, groups: int, k: int) -> int:
+        """See `Finder`: centroids, or candidates where these are more."""
+        return max(capacity // SIZE, self.candidates(groups, k))
 
     def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
         """See `Finder`."""
@@ -216,6 +228,10 @@ class Copied:
         """See `Finder`."""
         return groups * k
 
+    def scored(self, capacity: int, groups: int, k: int) -> int:
+        """See `Finder`."""
+        return groups * k
+
     def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
         """See `Finder`."""
         there = len(self._index)
@@ -224,10 +240,14 @@ class Copied:
         keys = gathered(rows, there, count)
         if rows.kind != FLOAT32:
             keys = keys.astype(np.float16)
-        if there or learned is None:
-            self._index.add(keys)
-        else:
-            self._index.build(keys, learned)
+        try:
+            if there or learned is None:
+                self._index.add(keys)
+            else:
+                self._index.build(keys, learned)
+        except BaseException:  # what it holds then is not known
+            self._index = backend(self._name)()
+            raise
 
     def truncate(self, tokens: int) -> None:
         """See `Finder`. No backend forgets a part: the next `extend` builds from what is left."""
@@ -243,5 +263,6 @@ class Copied:
         ids: NDArray[np.int32], out: Floats, lse: Floats,
     ) -> None:  # fmt: skip
         """See `Finder`."""
-        some = np.unique(self._index.search(queries, min(ids.shape[0], count)).ids)
+        # Padding is indexed too, and must not take the places of others.
+        some = np.unique(self._index.search(queries, min(ids.shape[0] + first, count)).ids)
         attend_some(rows, some[some >= first], queries, softcap, scratch, ids, out, lse)

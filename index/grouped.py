@@ -228,14 +228,16 @@ def _members(
         found += 1
     if clusters == 0 or first >= clustered:
         return found
-    scan_blocks(codes, lows, steps, bits, 0, queries, weights, total, products, scores)
+    # Segments that are all padding are left out.
+    begin = first // SEGMENT * (SEGMENT // SIZE)
+    scan_blocks(codes, lows, steps, bits, begin // BLOCK, queries, weights, total, products, scores)
     for c in range(clusters):
         votes[c] = -np.inf
     for g in range(groups):
         most = np.float32(-np.inf)
-        for c in range(clusters):
+        for c in range(begin, clusters):
             most = max(most, scores[g, c])
-        for c in range(clusters):
+        for c in range(begin, clusters):
             votes[c] = max(votes[c], scores[g, c] - most)
     n = min(wanted, clusters)
     best(votes[:clusters], chosen[:n], counts)

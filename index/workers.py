@@ -24,6 +24,12 @@ class _Batch:
         self._n = n
         self._next: Iterator[int] = itertools.count()  # its `next` is one step of the interpreter
         self.error: BaseException | None = None
+        self.ended: list[threading.Event] = []  # one for each helper
+
+    def take_error(self) -> BaseException | None:
+        """The error, which is then not held here: a traceback that holds this batch would live until the garbage collector comes."""
+        error, self.error = self.error, None
+        return error
 
     def work(self, worker: int) -> None:
         """Runs tasks until there are none, or one has failed."""
@@ -50,8 +56,7 @@ class Workers:
             threads: At most so many work on a batch; None: as many as this process may use cores.
         """
         self.threads = max(1, threads or cores())
-        self._asked: list[SimpleQueue[_Batch | None]] = []
-        self._done: SimpleQueue[None] = SimpleQueue()
+        self._asked: list[SimpleQueue[tuple[_Batch, threading.Event] | None]] = []
         self._lock = threading.Lock()
         self._stop = weakref.finalize(self, _stop, self._asked)
 
@@ -70,13 +75,26 @@ class Workers:
             helpers = min(self.threads, n) - 1
             while len(self._asked) < helpers:
                 self._start()
-            for queue in self._asked[: max(0, helpers)]:
-                queue.put(batch)
-            batch.work(0)
-            for _ in range(helpers):
-                self._done.get()
-        if batch.error is not None:
-            raise batch.error
+            try:
+                for queue in self._asked[: max(0, helpers)]:
+                    ended = threading.Event()
+                    queue.put((batch, ended))
+                    batch.ended.append(ended)
+                batch.work(0)
+            except BaseException as error:  # noqa: BLE001 - an interrupt between two of them; raised below
+                batch.error = error
+            while not all(event.is_set() for event in batch.ended):
+                try:  # an interrupt ends the batch, but its helpers are waited for: what they read must stay
+                    for event in batch.ended:
+                        event.wait()
+                except BaseException as error:  # noqa: BLE001 - raised below
+                    batch.error = error
+        failed = batch.take_error()
+        if failed is not None:
+            try:
+                raise failed
+            finally:
+                del failed  # its traceback holds this frame
 
     def close(self) -> None:
         """Ends the threads. A later batch starts new ones."""
@@ -84,12 +102,12 @@ class Workers:
             _stop(self._asked)
 
     def _start(self) -> None:
-        queue: SimpleQueue[_Batch | None] = SimpleQueue()
-        self._asked.append(queue)
-        number = len(self._asked)
+        queue: SimpleQueue[tuple[_Batch, threading.Event] | None] = SimpleQueue()
+        number = len(self._asked) + 1
         threading.Thread(
-            target=_serve, args=(queue, self._done, number), name=f"offload-search-{number}", daemon=True
+            target=_serve, args=(queue, number), name=f"offload-search-{number}", daemon=True
         ).start()  # fmt: skip
+        self._asked.append(queue)  # only what has a thread is ever asked
 
 
 def cores() -> int:
@@ -99,14 +117,15 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _serve(asked: SimpleQueue[_Batch | None], done: SimpleQueue[None], worker: int) -> None:
-    while (batch := asked.get()) is not None:
+def _serve(asked: SimpleQueue[tuple[_Batch, threading.Event] | None], worker: int) -> None:
+    while (asked_for := asked.get()) is not None:
+        batch, ended = asked_for
         batch.work(worker)
-        del batch  # it holds what the task does
-        done.put(None)
+        del batch, asked_for  # they hold what the task does
+        ended.set()
 
 
-def _stop(asked: list[SimpleQueue[_Batch | None]]) -> None:
+def _stop(asked: list[SimpleQueue[tuple[_Batch, threading.Event] | None]]) -> None:
     for queue in asked:
         queue.put(None)
     asked.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -189,8 +190,8 @@ class CacheMaker:
             if reread is not None:
                 reread.stop()
             self.streams.synchronize()
-            for search in searches:
-                search.settle(quietly=True)
+            # The garbage collector may be what calls this, within a thread that indexes: nothing waits for one here.
+            indexing = [building for search in searches if (building := search.abandon()) is not None]  # fmt: skip
             searches.clear()
             for reader in readers:
                 # It and its stores hold each other: without this their memory waits for the garbage collector.
@@ -198,9 +199,19 @@ class CacheMaker:
             readers.clear()
             if self._inputs is not None and key:
                 self._inputs.forget(key[0])
-            for page_bytes, region in taken:
-                self._free_regions.setdefault(page_bytes, []).append(region)
+            regions = [*taken]
             taken.clear()
+            ended = itertools.count(1)
+
+            def hand_back(_: object = None) -> None:
+                if next(ended) >= len(indexing):
+                    for page_bytes, region in regions:
+                        self._free_regions.setdefault(page_bytes, []).append(region)
+
+            for building in indexing:
+                building.add_done_callback(hand_back)
+            if not indexing:
+                hand_back()
 
         cache = OffloadCache(
             stock_layers(text_config(self._model)),
@@ -240,8 +251,8 @@ class CacheMaker:
         for cache in list(self.caches):
             cache.close(reason)
         self.streams.synchronize()
+        self.searchers.close()  # it hands back what it still reads
         self._free_regions.clear()
-        self.searchers.close()
         if self._inputs is not None:
             self._inputs.close()
             self._inputs = None
@@ -309,6 +320,7 @@ class CacheMaker:
                 batch=batch,
                 blocks=blocks,
                 page=limits.page,
+                host=self._budgets.host,
             )
         path = DevicePath(
             self._shape.rows[index],

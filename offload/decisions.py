@@ -164,7 +164,7 @@ def _path(demand: Demand, layout: Layout, card: Card | None) -> Iterator[Choice]
     """A replica's steps beside those that stream every token."""
     rung = layout.rung
     assert rung is not None
-    read, streamed = float(layout.device["replica"]), float(layout.host_bytes)
+    read, streamed = float(layout.device["replica"]), float(layout.host["pages"])
     unit, source = STEP_BYTES, "computed"
     if card is not None:
         read, streamed = (card.step_ms(layout, mode=mode, batch=demand.batch) for mode in ("fast", "exact"))  # fmt: skip

@@ -98,7 +98,12 @@ class _Piece:
             self._resume.release()
         self._ready.acquire()
         if self._error is not None:
-            raise self._error
+            # Not held here: a traceback that holds this piece would keep its activations until the garbage collector comes.
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error
         shown, self._shown = self._shown, None
         assert shown is not None, "the model has fewer layers"
         return shown

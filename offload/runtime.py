@@ -271,8 +271,9 @@ class Runtime:
             )
         else:
             self._check_batch(cache, prompt)
-            reuse(cache, prompt)
         try:
+            if given is not None:
+                reuse(cache, prompt)
             return self._run(prompt, cache, on_progress, kwargs)
         except BaseException:
             if given is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
 
@@ -12,6 +13,7 @@ from families import FAMILIES, PAD, left_padded, prompts
 
 import offload
 from offload.index import BACKENDS, finders, paged
+from offload.tiers import search
 
 N = 700
 CALL: dict[str, Any] = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": None}
@@ -183,3 +185,131 @@ def test_an_index_that_does_not_fit_the_host_is_refused_with_what_it_takes(devic
         pytest.raises(offload.BudgetError, match=r"memory\.cpu"),
     ):
         runtime.generate(ids, **CALL)
+
+
+@ON
+@pytest.mark.parametrize("index", ["flat", "clusters", "hnsw"])
+def test_an_index_that_failed_once_is_right_afterwards(
+    index: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One head fails to take tokens in, others have them: nobody has any twice, and the next call goes on."""
+    model = build("llama", device)
+    ids = prompts(1, 900).to(device)
+    call = CALL | {"max_new_tokens": 20}
+    want = model.generate(ids, **call)
+    kind: Any = {
+        "flat": finders.PagedFlat,
+        "clusters": finders.PagedClusters,
+        "hnsw": finders.Copied,
+    }[index]
+    calls = iter(range(1000))
+
+    def fails(self: Any, *args: Any) -> None:
+        if next(calls) == 1:
+            raise MemoryError("once")
+        extend(self, *args)
+
+    extend: Any = kind.extend
+    with offload.attach(model, **ALL, index=index, threads=1) as runtime:
+        cache = runtime.new_cache()
+        runtime.generate(ids[:, :600], past_key_values=cache, **call)
+        monkeypatch.setattr(kind, "extend", fails)
+        with pytest.raises(MemoryError, match="once"):
+            runtime.generate(ids, past_key_values=cache, **call)
+        monkeypatch.undo()
+        assert cache.is_open
+        assert torch.equal(runtime.generate(ids, past_key_values=cache, **call), want)
+
+
+@ON
+def test_a_pass_that_could_be_trained_is_searched_too(device: str) -> None:
+    model = build("llama", device)
+    ids = prompts(1, N).to(device)
+    for index in ("flat", "graph"):
+        with offload.attach(model, **ALL, index=index) as runtime:
+            cache = runtime.new_cache(max_tokens=N + 8)
+            model(input_ids=ids, cache=cache)
+            out = model(input_ids=ids[:, :1], cache=cache, position_ids=torch.full((1, 1), N, device=device))  # fmt: skip
+            assert out.logits.isfinite().all()
+
+
+@ON
+def test_what_indexes_take_is_charged_and_given_back(device: str) -> None:
+    model = build("llama", device)
+    with offload.attach(model, **ALL, index="hnsw") as runtime:
+        before = runtime.budgets.host.held
+        caches = []
+        for seed in (1, 2):
+            caches.append(runtime.new_cache())
+            runtime.generate(prompts(1, N, seed=seed).to(device), past_key_values=caches[-1], **(CALL | {"max_new_tokens": 2}))  # fmt: skip
+        report = runtime.report()
+        pages = sum(store.region.committed for cache in caches for store in cache.layer_stores)
+        held = runtime.budgets.host.held
+        assert held - before >= pages + 2 * report.index_bytes
+        for cache in caches:
+            cache.close()
+        # Regions wait for the next cache, indexes do not.
+        assert runtime.budgets.host.held == before + pages
+
+
+def test_a_cache_that_is_collected_within_its_indexing_hangs_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama", "cpu")
+    ids = prompts(1, N)
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow(self: Any, *args: Any) -> None:
+        begun.set()
+        assert goes_on.wait(20)
+        gc.collect()  # as it may at any allocation
+        extend(self, *args)
+
+    extend: Any = finders.PagedFlat.extend
+    monkeypatch.setattr(finders.PagedFlat, "extend", slow)
+    runtime = offload.attach(model, **ALL, index="flat", threads=1)
+
+    def lose() -> None:
+        cache = runtime.new_cache(max_tokens=N + 8)
+        with torch.no_grad():
+            model(input_ids=ids[:, :600], cache=cache)
+        cycle: list[Any] = [cache]
+        cycle.append(cycle)
+
+    gc.disable()
+    try:
+        lose()
+        assert begun.wait(20)
+        goes_on.set()
+        ends = threading.Thread(target=runtime.detach, daemon=True)
+        ends.start()
+        ends.join(timeout=20)
+        assert not ends.is_alive()
+    finally:
+        gc.enable()
+    monkeypatch.undo()
+
+
+def test_padding_takes_no_places_of_what_is_found() -> None:
+    model = build("llama", "cpu")
+    ids, mask = left_padded(2, N, pads=(0, 250))
+    for index in ("flat", "clusters", "ivf", "pages"):
+        with offload.attach(model, **(ALL | {"retrieved": 64}), index=index) as runtime:
+            cache = runtime.new_cache()
+            runtime.generate(ids, attention_mask=mask, past_key_values=cache, **(CALL | {"max_new_tokens": 3}))  # fmt: skip
+            hands = cache.layer_stores[-1].path
+            assert hands is not None
+            assert hands.search is not None
+            first = hands.hidden_tokens()
+            assert 100 < first[1] < hands.search.tokens - 64
+            query = torch.randn(
+                2, 4, hands.shape.key_dim, generator=torch.Generator().manual_seed(0)
+            )
+            found = search.Found.of(2, 4, hands.shape, 64, device=torch.device("cpu"), pinned=False)
+            hands.search.attend(
+                query, cache.layer_stores[-1]._pool(), found, scale=0.2, softcap=None
+            )
+            for row in (0, 1):
+                for chosen in found.tokens[row]:
+                    assert len(set(chosen.tolist())) == 64, index
+                    assert int(chosen.min()) >= first[row]

@@ -174,3 +174,24 @@ def test_what_is_not_the_same_again_is_refused() -> None:
     turning = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     with pytest.raises(UnsupportedModelError, match="dynamic"):
         offload.attach(build("llama", rope_parameters=turning), mode="exact", recompute="prefix")
+
+
+def test_a_pass_that_failed_between_two_layers_leaves_a_cache_that_is_right() -> None:
+    """Layers before it have dropped more blocks than those behind; their logits are those of a clean run all the same."""
+    model = build("llama")
+    ids = prompts(1, 330) % 190 + 2
+    with torch.no_grad(), attach(model) as runtime:
+        want = model(input_ids=ids).logits[:, 250:298]
+        cache = runtime.new_cache(max_tokens=400)
+        model(input_ids=ids[:, :200], past_key_values=cache)
+        model(input_ids=ids[:, 200:250], past_key_values=cache)
+        hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=ids[:, 250:298], past_key_values=cache)
+        hook.remove()
+        cache.settle()
+        assert cache.is_open
+        dropped = [store.dropped for store in cache.layer_stores]
+        assert len(set(dropped)) == 2
+        got = model(input_ids=ids[:, 250:298], past_key_values=cache).logits
+        torch.testing.assert_close(got, want, atol=5e-5, rtol=0)

@@ -101,6 +101,7 @@ class _Fetched:
 class _Memory:
     """What a step of one kind of layer writes and the next layer's step writes again."""
 
+    @torch.inference_mode(False)
     def __init__(
         self, batch: int, heads: int, shape: RowShape, blocks: int, splits: int, tokens: int, device: torch.device
     ) -> None:  # fmt: skip
@@ -689,7 +690,7 @@ class DevicePath:
         """Lets the host begin as soon as it asks."""
         batch, heads = query.shape[:2]
         hands = memory.hand_off(batch, heads, self.shape, self.settings.tokens, self._device)
-        hands.query.copy_(query.float(), non_blocking=True)
+        hands.query.copy_(query.detach().float(), non_blocking=True)
         assert hands.sent is not None
         by_host(hands.sent.record)
 
@@ -797,7 +798,7 @@ class DevicePath:
             if search is not None and self.settings.tokens:
                 batch, heads = query.shape[:2]
                 hands = HandOff(batch, heads, self.shape, self.settings.tokens, torch.device("cpu"))
-                search(query.float().cpu(), hands.found)
+                search(query.detach().float().cpu(), hands.found)
                 out, lse, tokens = (part.to(query.device) for part in hands.found[1:])
                 parts.append(Part(out.unsqueeze(2), lse.unsqueeze(2)))
             else:

@@ -25,14 +25,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offload.index import token_bytes
 from offload.index.base import Floats, Ids
 from offload.index.finders import finder
 from offload.index.paged import BFLOAT16, FLOAT16, FLOAT32, Rows, Scratch
 from offload.index.pairs import BLOCK
 from offload.index.workers import Workers
+from offload.tiers.pinned import HostBudget
 from offload.tiers.rows import RowShape
 
 KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
+BACKGROUND = "offload-index"
 LEARNED = 1024  # queries of a KV head that an index learns from, where it does: of the last chunk with as many
 
 
@@ -121,7 +124,7 @@ class Searchers:
             threads: That search at the same time; None: one for each core.
         """
         self.workers = Workers(threads)
-        self.background = ThreadPoolExecutor(1, "offload-index")
+        self.background = ThreadPoolExecutor(1, BACKGROUND)
         self._lock = threading.Lock()
         self._scratch: dict[tuple[int, ...], list[Scratch | None]] = {}
 
@@ -146,8 +149,11 @@ class Searchers:
 
     def close(self) -> None:
         """Ends the threads, once what they have begun is over."""
-        self.background.shutdown()
+        # Not by itself, where the garbage collector calls this within it.
+        own = threading.current_thread().name.startswith(BACKGROUND)
+        self.background.shutdown(wait=not own)
         self.workers.close()
+        self._scratch.clear()
 
     @property
     def nbytes(self) -> int:
@@ -167,7 +173,8 @@ class HostSearch:
     """
 
     def __init__(
-        self, shape: RowShape, settings: SearchSettings, shared: Searchers, *, batch: int, blocks: int, page: int
+        self, shape: RowShape, settings: SearchSettings, shared: Searchers, *, batch: int, blocks: int, page: int,
+        host: HostBudget,
     ) -> None:  # fmt: skip
         """An index without tokens.
 
@@ -178,6 +185,7 @@ class HostSearch:
             batch: Sequences.
             blocks: Pages of each sequence that there may be.
             page: Tokens of a page.
+            host: What the index is charged to.
         """
         self.shape = shape
         self.settings = settings
@@ -190,6 +198,9 @@ class HostSearch:
         self._pages: Ids = np.zeros((batch, 0), np.int64)
         self._first = [0] * batch  # tokens before it are padding
         self._building: Future[None] | None = None
+        self._abandoned = False
+        self._host = host
+        self._charged = 0
         self._learned: Floats | None = None  # [B, H_kv, n, D], the newest queries of the prompt
         self._finders = [
             [finder(settings.index, self._capacity, shape.key_dim) for _ in range(shape.kv_heads)]
@@ -223,7 +234,7 @@ class HostSearch:
 
     def truncate(self, columns: int) -> None:
         """Forgets pages from column `columns` on: others may come in their place."""
-        self.settle()
+        self.settle(quietly=True)  # what was not indexed is when a step is next published
         tokens = columns * self._page
         if tokens >= self.tokens:
             return
@@ -233,17 +244,12 @@ class HostSearch:
                 one.truncate(tokens)
 
     def select_sequences(self, rows: Ids) -> None:
-        """Makes sequence i the former sequence rows[i]."""
-        self.settle()
+        """Makes sequence i the former sequence rows[i]. Sequences share what they have until one of them grows."""
+        self.settle(quietly=True)
         if self._learned is not None:
             self._learned = self._learned[rows]
         self._first = [self._first[row] for row in rows]
-        before, taken = self._finders, set[int]()
-        self._finders = []
-        for row in rows.tolist():
-            again = row in taken
-            self._finders.append([one.copy() if again else one for one in before[row]])
-            taken.add(row)
+        self._finders = [self._finders[row] for row in rows.tolist()]
         self.tokens = 0  # a copy may be without keys: the next `extend` asks every finder
 
     def learn(self, queries: Tensor) -> None:
@@ -257,7 +263,12 @@ class HostSearch:
         wanted = -(-LEARNED // groups)
         if not self.learns or (self._learned is not None and count < wanted):
             return
-        some = queries[:, :, -wanted:].float().cpu().reshape(batch, self.shape.kv_heads, -1, dim)
+        some = (
+            queries.detach()[:, :, -wanted:]
+            .float()
+            .cpu()
+            .reshape(batch, self.shape.kv_heads, -1, dim)
+        )
         self._learned = some.numpy()
 
     def extend_later(self, pool: Tensor, pages: Ids, first: list[int], written: torch.cuda.Event | None) -> None:  # fmt: skip
@@ -272,6 +283,7 @@ class HostSearch:
         if self.learns:
             return
         self.settle()
+        self._charge(pages)
 
         def later() -> None:
             if written is not None:
@@ -289,17 +301,48 @@ class HostSearch:
             first: Of each sequence, the first token that is no padding.
         """
         self.settle()
+        self._charge(pages)
         self._extend(pool, pages, first)
+
+    def _charge(self, pages: Ids) -> None:
+        """Takes what an index of these pages needs from the host's budget.
+
+        Raises:
+            BudgetError: There is not as much.
+        """
+        tokens = min(pages.shape[1] * self._page, self._capacity) * pages.shape[0]
+        each = self.shape.kv_heads * token_bytes(self.settings.index, self.shape.key_dim)
+        more = tokens * each - self._charged
+        if more > 0:
+            self._host.require(more)
+            self._host.held += more
+            self._charged += more
+
+    def abandon(self) -> Future[None] | None:
+        """Ends the index, without waiting. Returns what is still being done with the pages, or None.
+
+        The garbage collector may call this anywhere, within the thread that indexes too.
+        """
+        self._abandoned = True
+        self._host.held -= self._charged
+        self._charged = 0
+        building = self._building
+        return None if building is None or building.done() else building
 
     def _extend(self, pool: Tensor, pages: Ids, first: list[int]) -> None:
         self._pages, self._first = pages, first
         count = min(pages.shape[1] * self._page, self._capacity)
         if count <= self.tokens:
             return
+        for i, of_row in enumerate(self._finders):
+            if any(of_row is other for other in self._finders[:i]):
+                self._finders[i] = [one.copy() for one in of_row]
         heads, rows = self.shape.kv_heads, self._rows(pool)
         dims = self.shape.key_dim, self.shape.value_dim
 
         def take_in(i: int, worker: int) -> None:
+            if self._abandoned:
+                return
             row, head = divmod(i, heads)
             learned = None if self._learned is None else self._learned[row, head]
             scratch = self._shared.scratch(worker, 1, BLOCK * dims[0], *dims, 1)
@@ -323,7 +366,7 @@ class HostSearch:
         heads, k = self.shape.kv_heads, self.settings.tokens
         batch, n_queries = query.shape[:2]
         groups = n_queries // heads
-        queries: Floats = (query * scale).view(batch, heads, groups, -1).numpy()
+        queries: Floats = (query.detach() * scale).view(batch, heads, groups, -1).numpy()
         out = found.out.view(batch, heads, groups, -1).numpy()
         lse = found.lse.view(batch, heads, groups).numpy()
         ids = found.tokens.numpy()
@@ -334,7 +377,8 @@ class HostSearch:
             row, head = divmod(i, heads)
             finds, chosen = self._finders[row][head], ids[row, head]
             room = finds.candidates(groups, k)
-            scratch = self._shared.scratch(worker, groups, self._capacity, *dims, room)
+            scored = finds.scored(self._capacity, groups, k)
+            scratch = self._shared.scratch(worker, groups, scored, *dims, room)
             finds.attend(
                 rows(row, head), min(self._first[row], self.tokens), self.tokens, queries[row, head], cap, scratch,
                 chosen, out[row, head], lse[row, head],

@@ -454,7 +454,7 @@ class LayerStore:
         if self._reread is not None and self.dropped:
             # The sinks are read again before them, and are on the device.
             sunk = self._sinks * page
-            keys, values = (part[:, :, sunk:] for part in self._reread(first_host))
+            keys, values = (part[:, :, sunk:first_host] for part in self._reread(first_host))
             add(keys, values, mask(sunk, first_host))
         if self._resident is not None:
             rows = self._resident.flatten(1, 2).expand(self.batch, -1, -1, -1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -270,4 +273,42 @@ def test_the_first_error_of_a_task_is_raised_and_the_threads_go_on() -> None:
     done: list[int] = []
     workers.run(lambda i, worker: done.append(i), 10)
     assert sorted(done) == list(range(10))
+    workers.close()
+
+
+def test_an_interrupt_ends_a_batch_and_its_helpers_are_waited_for() -> None:
+    workers = Workers(3)
+    workers.run(lambda i, worker: None, 8)
+    meeting = threading.Barrier(3, timeout=20)
+    ended: list[int] = []
+
+    def slow(i: int, worker: int) -> None:
+        meeting.wait()
+        if worker:
+            time.sleep(0.4)
+        ended.append(worker)
+
+    threading.Timer(0.15, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        workers.run(slow, 3)
+    assert len(ended) == 3
+    ended.clear()
+    workers.run(slow, 3)
+    assert len(ended) == 3
+    workers.close()
+
+
+def test_a_thread_that_cannot_start_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Workers(2)
+
+    def fails(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    with pytest.raises(RuntimeError, match="new thread"):
+        workers.run(lambda i, worker: None, 4)
+    monkeypatch.undo()
+    done: list[int] = []
+    workers.run(lambda i, worker: done.append(i), 4)
+    assert sorted(done) == [0, 1, 2, 3]
     workers.close()

@@ -1,0 +1,265 @@
+"""How long does a token take where an index in host memory finds what it attends to, and what does building it cost?
+
+The 8B shape with random weights, which attends with keys and queries recorded from a real model (`_vectors.py` says how); the
+device keeps means over clusters only. Beside a time stands how far the logits are from dense attention, where its KV fits a
+card, else from every token streamed.
+
+- `131072`: `Runtime.generate` after our own prefill, under a cap that no better rung fits; for each index, and with none
+  (`replica`: the device selects by mean keys). What prefill takes longer is the index's build;
+- `524288`: the cache is filled with recorded keys, repeated, and random values instead of a prefill; then single steps,
+  captured;
+- `bandwidth`: the rate at which all cores search codes, against the rate at which they read memory;
+- `add`: one token more, of one head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _record import GIB, PeakMemory, Record, arguments, parse, synchronize
+from _vectors import places, played
+from decode import free, load_vectors, run_ours
+from generate import ALONE, CAP_BYTES, build_model, compare, dense_attention, run_dense
+from numba import njit
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+import offload
+from offload.cache import CACHE
+from offload.decode import captured_steps
+from offload.index.finders import finder
+from offload.index.paged import BFLOAT16, Rows, Scratch
+from offload.index.workers import Workers
+
+CHECKED = 8
+
+
+@njit(nogil=True, cache=True)
+def _read(words: Any) -> Any:
+    total = np.int64(0)
+    for i in range(words.shape[0]):
+        total += words[i]
+    return total
+
+
+def measure_bandwidth(record: Record, tokens: int, heads: int, threads: int | None) -> None:
+    """Rate of `flat` and `clusters` over many heads, and of reading memory, all cores."""
+    size, groups, k, page = 128, 4, 256, 64
+    workers = Workers(threads)
+    words = np.ones(2**27 if tokens > 10_000 else 2**20, np.int64)
+    parts = np.array_split(words, 4 * workers.threads)
+
+    def best(run: Any, repeats: int = 5) -> float:
+        run()
+        found = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - began)
+        return min(found)
+
+    def read(i: int, worker: int) -> None:
+        _read(parts[i])
+
+    stream = words.nbytes / best(lambda: workers.run(read, len(parts)))
+    random = np.random.default_rng(0)
+    pool = (random.standard_normal((tokens // page, page, 1, 2 * size)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)  # fmt: skip
+    rows = Rows(pool, BFLOAT16, np.arange(tokens // page), 0, size)
+    queries = random.standard_normal((groups, size)).astype(np.float32) / 11
+    for name in ("flat", "clusters"):
+        one = finder(name, tokens, size)
+        scratches = [
+            Scratch.of(groups, tokens, size, size, one.candidates(groups, k)) for _ in range(workers.threads)
+        ]  # fmt: skip
+        began = time.perf_counter()
+        one.extend(rows, tokens, Scratch.of(1, 128 * size, size, size, 1), None)
+        build_s = time.perf_counter() - began
+        finders = [one, *(one.copy() for _ in range(heads - 1))]
+        out = np.empty((heads, groups, size), np.float32)
+        lse, ids = np.empty((heads, groups), np.float32), np.empty((heads, k), np.int32)
+
+        def search(i: int, worker: int, finders: Any = finders, scratches: Any = scratches, out: Any = out, lse: Any = lse, ids: Any = ids) -> None:  # fmt: skip
+            finders[i].attend(rows, 0, tokens, queries, 0.0, scratches[worker], ids[i], out[i], lse[i])  # fmt: skip
+
+        seconds = best(lambda search=search: workers.run(search, heads))
+        nbytes = sum(each.nbytes for each in finders)
+        adds = []
+        grown = finder(name, tokens + 2 * page, size)
+        grown.extend(rows, tokens - page, Scratch.of(1, 128 * size, size, size, 1), None)
+        small = Scratch.of(1, 128 * size, size, size, 1)
+        for n in range(tokens - page, tokens + 1):
+            began = time.perf_counter()
+            grown.extend(rows, n, small, None)
+            adds.append(time.perf_counter() - began)
+        record.row(
+            f"{name}, {heads} heads of {tokens}", seconds=seconds, bytes=nbytes, bytes_per_s=nbytes / seconds, stream_bytes_per_s=stream,
+            threads=workers.threads, build_s_of_a_head=build_s, add_us_mean=1e6 * statistics.mean(adds), add_us_max=1e6 * max(adds),
+            error="tests/index/test_paged.py compares with brute force",
+        )  # fmt: skip
+        if name == "flat":
+            record.bars["flat_bandwidth_share"] = nbytes / seconds / stream
+    workers.close()
+
+
+def measure_131072(
+    record: Record, model: Any, ids: Tensor, args: argparse.Namespace, settings: dict[str, Any]
+) -> None:
+    """Each index after a prefill of ours, and dense attention to compare."""
+    prefill: dict[str, float] = {}
+    n, got = ids.shape[1], {}
+    for index in ("replica", *args.index):
+        got[index] = run_ours(model, ids, args.new, settings | {"index": index}, logits=True)
+        free()
+        prefill[index] = got[index]["prefill_s"]
+    reference = run_dense(model, ids, args.chunk, got["replica"]["answer"], CHECKED)
+    free()
+    record.row(f"dense prefill {n}", prefill_s=reference["prefill_s"], logit_error=0.0)
+    for index, found in got.items():
+        # Where the tokens are others than those that dense attention was asked about, only the first logits compare.
+        same = bool(
+            torch.equal(found["answer"][:, :CHECKED], got["replica"]["answer"][:, :CHECKED])
+        )
+        shown = CHECKED if same else 1
+        errors = compare(found["logits"][:shown], reference["logits"][:shown])
+        record.row(
+            f"{index} {n}", **found["row"], **errors,
+            build_share_of_prefill=(prefill[index] - prefill["replica"]) / reference["prefill_s"],
+        )  # fmt: skip
+    best = min(args.index, key=lambda index: got[index]["row"]["ms_per_token"])
+    record.bars[f"host_ms_{n}"] = got[best]["row"]["ms_per_token"]
+    for index, bar in (("flat", "flat_build_share"), ("graph", "build_share_of_prefill")):
+        if index in got:
+            record.bars[bar] = (prefill[index] - prefill["replica"]) / reference["prefill_s"]
+
+
+@torch.no_grad()
+def measure_filled(
+    record: Record, model: Any, vectors: dict[str, Any], tokens: int, args: argparse.Namespace, settings: dict[str, Any]
+) -> None:  # fmt: skip
+    """Steps behind a cache that was filled, not prefilled."""
+    device, config = model.device, model.config
+    kv_heads = config.num_key_value_heads
+    size = model.model.layers[0].self_attn.head_dim
+    keys = vectors["keys"]
+    at = places(tokens, vectors["context"], keys.shape[1])
+    repeats = size // keys.shape[-1]
+    for index in args.index:
+        with PeakMemory() as peak, offload.attach(model, mode="fast", **settings, index=index) as runtime:  # fmt: skip
+            cache = runtime.new_cache(tokens + args.new + 64)
+            cache.start(1)
+            began = time.perf_counter()
+            for layer, store in enumerate(cache.layer_stores):
+                heads = slice(layer % 3 * kv_heads, (layer % 3 + 1) * kv_heads)
+                generator = torch.Generator(device).manual_seed(layer)
+                for first in range(0, tokens, 4096):
+                    some = keys[heads][:, at[first : min(first + 4096, tokens)]]
+                    some = some.to(device, model.dtype).repeat(1, 1, repeats).transpose(0, 1)
+                    values = torch.randn(some.shape, generator=generator, device=device).to(model.dtype)  # fmt: skip
+                    store.put(first, torch.cat([some, values], dim=-1).unsqueeze(0))
+            synchronize()
+            filled_s = time.perf_counter() - began
+            token = torch.ones((1, 1), dtype=torch.long, device=device)
+
+            def step(n: int, cache: Any = cache, token: Tensor = token) -> Tensor:
+                position = torch.full((1, 1), tokens + n, device=device)
+                out = model(input_ids=token, position_ids=position, **{CACHE: cache}, use_cache=True)  # fmt: skip
+                return out.logits[0, -1].float()  # type: ignore[no-any-return]
+
+            began = time.perf_counter()
+            at_first = step(0)
+            built_s = time.perf_counter() - began  # builds the index
+            with captured_steps(model, cache, compiles=bool(settings.get("compile"))) as captured:
+                for n in range(1, 8):
+                    step(n)
+                synchronize()
+                times = []
+                for n in range(8, 8 + args.new):
+                    began = time.perf_counter()
+                    token.copy_(step(n).argmax().view(1, 1))
+                    synchronize()
+                    times.append(time.perf_counter() - began)
+                replays = captured.replays
+            searches = [store.path.search for store in cache.layer_stores if store.path is not None]
+            searched = sum(search.seconds / max(1, search.searches) for search in searches if search is not None)  # fmt: skip
+            indexed = sum(search.nbytes for search in searches if search is not None)
+            tail = statistics.mean(float(store.path.stats[0]) / max(1, store.path.steps) for store in cache.layer_stores if store.path)  # fmt: skip
+            # The first step once more, every token streamed.
+            cache.crop(tokens - cache.get_seq_length())
+            token.fill_(1)
+            with cache.streaming(True):
+                exact = step(0)
+            kl = float(
+                (exact.softmax(-1) * (exact.log_softmax(-1) - at_first.log_softmax(-1))).sum()
+            )
+            ms = 1000 * statistics.median(times)
+            record.row(
+                f"{index} {tokens}", ms_per_token=ms, spread_ms=[1000 * min(times), 1000 * max(times)], searched_ms=1000 * searched,
+                new_tokens=args.new, replayed_steps=replays, filled_s=filled_s, built_s=built_s, index_bytes=indexed, tail_mass=tail,
+                kl_of_first_step=kl, peak_bytes=peak.nbytes, host_bytes=sum(store.region.committed for store in cache.layer_stores),
+                error="kl_of_first_step, against every token streamed",
+            )  # fmt: skip
+            bar = f"host_ms_{tokens}"
+            record.bars[bar] = min(ms, record.bars.get(bar, ms))
+            cache.close()
+        free()
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--new", type=int, default=160, help="tokens that are decoded")
+    parser.add_argument("--chunk", type=int, default=1024, help="prefill chunk")
+    parser.add_argument("--vectors", default="smollm2@7168", help="a real model and the tokens that it reads")  # fmt: skip
+    parser.add_argument("--index", nargs="*", default=["flat", "clusters"])
+    parser.add_argument("--cap-gib", type=float, default=17.5, help="device memory at 131,072 tokens")  # fmt: skip
+    parser.add_argument("--retrieved", type=int, default=256, help="tokens per KV head")
+    parser.add_argument("--threads", type=int, help="that search; default: one for each core")
+    parser.add_argument("--only", nargs="*", default=["bandwidth", "131072", "524288"])
+    args = parse(parser)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lengths = {"131072": 131072, "524288": 524288}
+    if args.smoke:
+        args.new, args.chunk, args.retrieved = 12, 256, 64
+        lengths = {"131072": 3072, "524288": 4096}
+    record = Record("host", settings={**vars(args), "vectors": Path(args.vectors).name, "out": None, "cap_bytes": CAP_BYTES})  # fmt: skip
+    if "bandwidth" in args.only:
+        for heads in (8, 32):
+            n = lengths["131072"]
+            measure_bandwidth(record, n, 2 if args.smoke else heads, args.threads)
+        record.write(args.out)
+        gc.collect()
+    if not {"131072", "524288"} & set(args.only):
+        return
+    AttentionInterface.register(ALONE, dense_attention)
+    AttentionMaskInterface.register(ALONE, lambda **kwargs: None)
+    vectors = load_vectors(args.vectors, args.new + CHECKED, device)
+    model = build_model(args.smoke, device)
+    torch.manual_seed(1)
+    text = torch.randint(1, model.config.vocab_size, (1, lengths["131072"]), device=device)
+    base: dict[str, Any] = {"chunk": args.chunk, "compile": True, "rung": "clusters", "retrieved": args.retrieved}  # fmt: skip
+    if args.threads:
+        base["threads"] = args.threads
+    if args.smoke:
+        base["window"] = 256
+    if "131072" in args.only:
+        n = lengths["131072"]
+        cap = {"gpu_memory": int(args.cap_gib * GIB)} if device.type == "cuda" else {}
+        with played(model, vectors, n):
+            measure_131072(record, model, text[:, :n], args, base | cap)
+        record.write(args.out)
+    if "524288" in args.only:
+        cap = {"gpu_memory": CAP_BYTES} if device.type == "cuda" else {}
+        with played(model, vectors, lengths["524288"]):
+            measure_filled(record, model, vectors, lengths["524288"], args, base | cap)
+    print(f"written to {record.write(args.out).name}")
+
+
+if __name__ == "__main__":
+    main()
