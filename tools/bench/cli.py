@@ -31,7 +31,7 @@ from generate import CAP_BYTES, build_model
 from offload.checkpoint import FileShape, describe
 from offload.cli.tune import measurer, predictor
 from offload.config import OffloadConfig
-from offload.errors import BudgetError, OffloadError
+from offload.errors import BudgetError, OffloadError, UnsupportedModelError
 from offload.plan import Machine, plan
 from offload.profile import profile
 from offload.runtime import attach
@@ -89,6 +89,7 @@ def measure_families(record: Record, kinds: list[str] | None) -> None:
     machine = Machine(profile=roomy, device=2**44, host=2**44)
     settings = OffloadConfig.build(None, mode="exact")
     planned, refused, crashed, same, differ, decoders = [], {}, {}, [], {}, 0
+    not_run, not_built = [], []  # of the refused: by the runtime too; by transformers, which cannot make its default model
     for kind in kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             config = CONFIG_MAPPING[kind]()
@@ -113,6 +114,10 @@ def measure_families(record: Record, kinds: list[str] | None) -> None:
                 )
             except OffloadError as error:
                 refused[kind] = str(error)
+                if isinstance(error, UnsupportedModelError):
+                    not_run.append(kind)
+                elif _weights(kind) is None:
+                    not_built.append(kind)
                 continue
             except Exception as error:  # noqa: BLE001 - what must not be
                 crashed[kind] = repr(error)
@@ -126,9 +131,11 @@ def measure_families(record: Record, kinds: list[str] | None) -> None:
             same.append(kind) if counted == there else differ.update({kind: [counted, there]})
     record.row(
         "families", decoders=decoders, planned=planned, refused=refused, crashed=crashed, weights_same=same,
-        weights_differ=differ,
+        weights_differ=differ, refused_by_the_runtime=not_run, not_built_by_transformers=not_built,
     )  # fmt: skip
     record.bars["plan_families_planned"] = len(planned) / max(1, decoders)
+    # What the bar could be at most with the models that run.
+    record.bars["plan_families_reachable"] = 1 - (len(not_run) + len(not_built)) / max(1, decoders)
     record.bars["plan_families_crashed"] = len(crashed)
     record.bars["plan_families_weights_same"] = len(same)
 
