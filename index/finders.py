@@ -22,6 +22,7 @@ from offload.index.paged import (
     attend_some,
     encode_blocks,
     gathered,
+    scan_part,
 )
 from offload.index.pairs import BLOCK
 
@@ -72,9 +73,28 @@ class Finder(Protocol):
         """Another one that has the same keys and grows by itself."""
         ...
 
+    def prepare(
+        self, part: int, parts: int, queries: Floats, own: Scratch, scratch: Scratch
+    ) -> None:
+        """One of several parts of a search that may run at the same time; `attend` does what is left. Only where it `splits`.
+
+        Args:
+            part: Which one.
+            parts: Of how many.
+            queries: As in `attend`.
+            own: To work with, of this thread.
+            scratch: With which `attend` is then called.
+        """
+        ...
+
+    @property
+    def splits(self) -> bool:
+        """Whether most of a search can be done in parts."""
+        ...
+
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
-        ids: NDArray[np.int32], out: Floats, lse: Floats,
+        ids: NDArray[np.int32], out: Floats, lse: Floats, *, prepared: bool = False,
     ) -> None:  # fmt: skip
         """Finds keys and attends to them; arguments as of `offload.index.paged.attend_best`. `ids` are in no order."""
         ...
@@ -134,15 +154,27 @@ class PagedFlat:
             target[: self._blocks] = source[: self._blocks]
         return other
 
+    @property
+    def splits(self) -> bool:
+        """See `Finder`."""
+        return True
+
+    def prepare(
+        self, part: int, parts: int, queries: Floats, own: Scratch, scratch: Scratch
+    ) -> None:
+        """See `Finder`."""
+        first, stop = self._blocks * part // parts, self._blocks * (part + 1) // parts
+        scan_part(self._coded, first, stop, queries, own, scratch.scores)
+
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
-        ids: NDArray[np.int32], out: Floats, lse: Floats,
+        ids: NDArray[np.int32], out: Floats, lse: Floats, *, prepared: bool = False,
     ) -> None:  # fmt: skip
         """See `Finder`."""
         coded = self._coded.of_first(self._blocks)
         attend_best(
-            rows, coded, first, count, queries, softcap, _OVERFETCH["flat"], scratch, ids, out, lse
-        )
+            rows, coded, first, count, queries, softcap, _OVERFETCH["flat"], scratch, ids, out, lse, scanned=prepared
+        )  # fmt: skip
 
 
 class PagedClusters:
@@ -191,9 +223,20 @@ class PagedClusters:
         theirs.order[:], theirs.starts[:] = mine.order, mine.starts
         return other
 
+    @property
+    def splits(self) -> bool:
+        """See `Finder`."""
+        return False
+
+    def prepare(
+        self, part: int, parts: int, queries: Floats, own: Scratch, scratch: Scratch
+    ) -> None:
+        """See `Finder`."""
+        raise NotImplementedError("nothing of its search is done in parts")
+
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
-        ids: NDArray[np.int32], out: Floats, lse: Floats,
+        ids: NDArray[np.int32], out: Floats, lse: Floats, *, prepared: bool = False,
     ) -> None:  # fmt: skip
         """See `Finder`."""
         groups = self._groups.of_first(self._blocks)
@@ -258,9 +301,20 @@ class Copied:
         """See `Finder`: without keys, which the next `extend` brings."""
         return Copied(self._name)
 
+    @property
+    def splits(self) -> bool:
+        """See `Finder`."""
+        return False
+
+    def prepare(
+        self, part: int, parts: int, queries: Floats, own: Scratch, scratch: Scratch
+    ) -> None:
+        """See `Finder`."""
+        raise NotImplementedError("nothing of its search is done in parts")
+
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
-        ids: NDArray[np.int32], out: Floats, lse: Floats,
+        ids: NDArray[np.int32], out: Floats, lse: Floats, *, prepared: bool = False,
     ) -> None:  # fmt: skip
         """See `Finder`."""
         # Padding is indexed too, and must not take the places of others.

@@ -230,7 +230,19 @@ def _members(
         return found
     # Segments that are all padding are left out.
     begin = first // SEGMENT * (SEGMENT // SIZE)
-    scan_blocks(codes, lows, steps, bits, begin // BLOCK, queries, weights, total, products, scores)
+    scan_blocks(
+        codes,
+        lows,
+        steps,
+        bits,
+        begin // BLOCK,
+        codes.shape[0],
+        queries,
+        weights,
+        total,
+        products,
+        scores,
+    )
     for c in range(clusters):
         votes[c] = -np.inf
     for g in range(groups):

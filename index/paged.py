@@ -162,6 +162,8 @@ def attend_best(
     ids: NDArray[np.int32],
     out: Floats,
     lse: Floats,
+    *,
+    scanned: bool = False,
 ) -> None:
     """Attends to the best keys by their codes, exactly.
 
@@ -179,13 +181,30 @@ def attend_best(
         ids: int32 [k], written: who was attended to, ascending; -1 behind, where there are fewer keys.
         out: float32 [G, D_v], written: zeros where there is no key.
         lse: float32 [G], written: natural log-sum-exp of the logits; -inf where there is no key.
+        scanned: The scratch has the scores of all coded keys, by `scan_part`.
     """
     n = _candidates(
-        *rows, *coded, first, count, queries, min(overfetch * ids.shape[0], max(0, count - first)),
+        *rows, *coded, first, count, queries, min(overfetch * ids.shape[0], max(0, count - first)), scanned,
         scratch.scores, scratch.tops, scratch.peaks, scratch.votes, scratch.ids, scratch.order, scratch.row,
         scratch.weights, scratch.total, scratch.products, scratch.counts,
     )  # fmt: skip
     attend_some(rows, scratch.ids[:n], queries, softcap, scratch, ids, out, lse)
+
+
+def scan_part(
+    coded: Coded, first: int, stop: int, queries: Floats, own: Scratch, scores: Floats
+) -> None:
+    """Scores some blocks, so that several threads share the keys of one head.
+
+    Args:
+        coded: Of the keys.
+        first: The first block.
+        stop: The one behind the last.
+        queries: As in `attend_best`.
+        own: Of this thread.
+        scores: Those of the scratch with which `attend_best` is then called; written.
+    """
+    scan_blocks(*coded, first, stop, queries, own.weights, own.total, own.products, scores)
 
 
 def attend_some(
@@ -322,7 +341,7 @@ def _dot(a: Any, b: Any) -> Any:
 def _candidates(
     pool: Any, kind: int, table: Any, head: int, key_dim: int,
     codes: Any, lows: Any, steps: Any, bits: int,
-    first: int, count: int, queries: Any, wanted: int,
+    first: int, count: int, queries: Any, wanted: int, scanned: bool,
     scores: Any, tops: Any, peaks: Any, votes: Any, ids: Any, order: Any, row: Any,
     weights: Any, total: Any, products: Any, counts: Any,
 ) -> int:  # fmt: skip
@@ -331,7 +350,20 @@ def _candidates(
         return 0
     groups, page = queries.shape[0], pool.shape[1]
     coded = codes.shape[0] * BLOCK
-    scan_blocks(codes, lows, steps, bits, first // BLOCK, queries, weights, total, products, scores)
+    if not scanned:
+        scan_blocks(
+            codes,
+            lows,
+            steps,
+            bits,
+            first // BLOCK,
+            codes.shape[0],
+            queries,
+            weights,
+            total,
+            products,
+            scores,
+        )
     for token in range(max(first, coded), count):
         _widen(pool[table[token // page], token % page, head, :key_dim], kind, row)
         for g in range(groups):

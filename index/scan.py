@@ -164,7 +164,7 @@ def _weigh(
 
 @njit(nogil=True, cache=True)
 def scan_blocks(
-    codes: Any, lows: Any, steps: Any, bits: int, first: int, queries: Any, weights: Any, total: Any, products: Any, scores: Any
+    codes: Any, lows: Any, steps: Any, bits: int, first: int, stop: int, queries: Any, weights: Any, total: Any, products: Any, scores: Any
 ) -> None:  # fmt: skip
     """Scores of coded keys, with memory that is given: parts of arrays are counted, which takes longer than a block.
 
@@ -174,6 +174,7 @@ def scan_blocks(
         steps: Of `encode`.
         bits: 4 or 2.
         first: Blocks before it are left out.
+        stop: As those from it on.
         queries: float32 [G, D].
         weights: int32 [T, pairs] with T of `offload.index.pairs.TOGETHER`: worked with.
         total: int32 [T, BLOCK]: worked with.
@@ -182,7 +183,7 @@ def scan_blocks(
     """
     groups, tile = queries.shape[0], weights.shape[0]
     units, offsets = np.empty(4, np.float32), np.empty(4, np.float32)
-    for block in range(first, codes.shape[0]):
+    for block in range(first, stop):
         for g in range(0, groups, tile):
             n = min(tile, groups - g)
             for t in range(n):
@@ -205,7 +206,9 @@ def _scan(
     pairs = codes.shape[1]
     weights, total = np.zeros((tile, pairs), np.int32), np.zeros((tile, BLOCK), np.int32)
     products = np.zeros(2 * pairs, np.float32)
-    scan_blocks(codes, lows, steps, bits, 0, queries, weights, total, products, scores)
+    scan_blocks(
+        codes, lows, steps, bits, 0, codes.shape[0], queries, weights, total, products, scores
+    )
 
 
 @njit(nogil=True, cache=True)

@@ -67,6 +67,22 @@ def test_with_every_token_found_the_tokens_are_the_stock_caches(
 
 
 @ON
+def test_threads_that_share_a_head_find_what_one_does(device: str) -> None:
+    model = build("llama", device)
+    ids = prompts(1, N).to(device)
+    call = CALL | {"max_new_tokens": 30}
+    few = ALL | {"retrieved": 64, "rung": "clusters"}
+    answers = []
+    for threads in (1, 2, 7, 16):
+        with offload.attach(model, **few, index="flat", threads=threads) as runtime:
+            answers.append(runtime.generate(ids, **call))
+            assert (
+                runtime.shape.rows[0].kv_heads == 2
+            )  # so that 7 threads are three for each head, and one waits
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+@ON
 def test_what_is_found_does_not_depend_on_the_replica(device: str) -> None:
     """Mean keys hide most of what a step attends to; codes of four bits on the host do not."""
     model = build("llama", device)
@@ -147,10 +163,10 @@ def test_what_a_search_raises_reaches_who_called(
     ids = prompts(1, N).to(device)
     searched = iter(range(1000))
 
-    def fails(*args: Any) -> None:
+    def fails(*args: Any, **more: Any) -> None:
         if next(searched) == 40:
             raise RuntimeError("the rows are gone")
-        attend_best(*args)
+        attend_best(*args, **more)
 
     attend_best = paged.attend_best
     monkeypatch.setattr(finders, "attend_best", fails)

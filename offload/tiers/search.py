@@ -132,7 +132,7 @@ class Searchers:
         """What a thread works with, made when it first asks.
 
         Args:
-            worker: Which thread.
+            worker: Which thread, or a number below that of threads: several may ask for the same.
             *sizes: Arguments of `Scratch.of`.
         """
         with self._lock:
@@ -142,9 +142,9 @@ class Searchers:
                     if (other[0], *other[2:]) == (sizes[0], *sizes[2:]):
                         del self._scratch[other]  # of another number of tokens
                 there = self._scratch[sizes] = [None] * self.workers.threads
-        made = there[worker]
-        if made is None:
-            made = there[worker] = Scratch.of(*sizes)
+            made = there[worker]
+            if made is None:
+                made = there[worker] = Scratch.of(*sizes)
         return made
 
     def close(self) -> None:
@@ -373,19 +373,31 @@ class HostSearch:
         rows, dims = self._rows(pool), (self.shape.key_dim, self.shape.value_dim)
         cap = softcap or 0.0
 
-        def task(i: int, worker: int) -> None:
+        of_all = batch * heads
+        one = self._finders[0][0]
+        sizes = (groups, one.scored(self._capacity, groups, k), *dims, one.candidates(groups, k))
+        # Heads that are fewer than half of the threads are shared out among them, each with the scratch of its number.
+        parts = self._shared.workers.threads // of_all if one.splits else 1
+
+        def prepare(i: int, worker: int) -> None:
+            at, part = divmod(i, parts)
+            row, head = divmod(at, heads)
+            own, scratch = (self._shared.scratch(n, *sizes) for n in (worker, at))
+            self._finders[row][head].prepare(part, parts, queries[row, head], own, scratch)
+
+        def attend(i: int, worker: int) -> None:
             row, head = divmod(i, heads)
-            finds, chosen = self._finders[row][head], ids[row, head]
-            room = finds.candidates(groups, k)
-            scored = finds.scored(self._capacity, groups, k)
-            scratch = self._shared.scratch(worker, groups, scored, *dims, room)
-            finds.attend(
-                rows(row, head), min(self._first[row], self.tokens), self.tokens, queries[row, head], cap, scratch,
-                chosen, out[row, head], lse[row, head],
+            chosen = ids[row, head]
+            self._finders[row][head].attend(
+                rows(row, head), min(self._first[row], self.tokens), self.tokens, queries[row, head], cap,
+                self._shared.scratch(i if parts > 1 else worker, *sizes), chosen, out[row, head], lse[row, head],
+                prepared=parts > 1,
             )  # fmt: skip
             chosen[chosen < 0] = max(0, int(chosen[0]))
 
-        self._shared.workers.run(task, batch * heads)
+        if parts > 1:
+            self._shared.workers.run(prepare, of_all * parts)
+        self._shared.workers.run(attend, of_all)
         self.searches += 1
         self.seconds += time.perf_counter() - began
 

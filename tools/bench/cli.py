@@ -89,7 +89,10 @@ def measure_families(record: Record, kinds: list[str] | None) -> None:
     machine = Machine(profile=roomy, device=2**44, host=2**44)
     settings = OffloadConfig.build(None, mode="exact")
     planned, refused, crashed, same, differ, decoders = [], {}, {}, [], {}, 0
-    not_run, not_built = [], []  # of the refused: by the runtime too; by transformers, which cannot make its default model
+    not_run, not_built = (
+        [],
+        [],
+    )  # of the refused: by the runtime too; by transformers, which cannot make its default model
     for kind in kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             config = CONFIG_MAPPING[kind]()
