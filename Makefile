@@ -9,7 +9,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu check bench-smoke clean
+.PHONY: help demo test test-gpu test-bounds check bench-smoke clean
 
 DEFAULT_TORCH := 2.13.0
 TORCH ?= $(DEFAULT_TORCH)
@@ -49,6 +49,11 @@ test: $(SETUP) ## Tests that need no GPU
 
 test-gpu: $(SETUP) ## Tests that need a GPU
 	$(RUN) -m pytest -m gpu $(ARGS)
+
+# Compiled code that is cached was compiled without the checks: these get a cache of their own.
+test-bounds: $(SETUP) ## Tests of the indexes with every index of an array checked; slow
+	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR="$$cache" $(THREADS) $(RUN) -m pytest -n $(WORKERS) tests/index $(ARGS)
 
 check: $(SETUP) ## Lint, types, then `make test`: what a change has to pass
 	$(PYTHON) -m ruff check .
