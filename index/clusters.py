@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from offload.errors import ConfigError
 from offload.index import file, scan
 from offload.index.base import Floats, Found, Ids, Vectors, checked_keys, checked_search
-from offload.index.growing import Growing
+from offload.index.growing import Growing, OverRows
 from offload.index.kmeans import clustered, means
 
 _PARTS = ("rows", "order", "centroids", "starts", "sizes")
 
 
-class Clusters:
+class Clusters(OverRows):
     """k-means in segments; the keys of a query's best clusters are scored exactly.
 
     Rows of a cluster lie side by side. `build` puts all keys into clusters, unless they are fewer than a segment. Those of
@@ -78,14 +78,6 @@ class Clusters:
         self._centroids: Growing  # float32 [C, D]
         self._starts: Growing  # int32 [C]: first row of each
         self._sizes: Growing  # int32 [C]
-
-    def __len__(self) -> int:
-        return self._rows.count if self._rows else 0
-
-    @property
-    def dimension(self) -> int | None:
-        """D. None as long as there is no key."""
-        return int(self._rows.rows.shape[1]) if self._rows else None
 
     @property
     def nbytes(self) -> int:

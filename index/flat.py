@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from offload.errors import ConfigError
 from offload.index import file, scan
 from offload.index.base import Found, Vectors, checked_keys, checked_search
-from offload.index.growing import Growing
+from offload.index.growing import Growing, OverRows
 
 
-class Flat:
+class Flat(OverRows):
     """A scan of all keys by codes, then the exact scores of `overfetch` times as many as are asked for.
 
     Keys of the last block that is not full have no codes and are scored by their rows.
@@ -46,14 +46,6 @@ class Flat:
         self._parts: list[Growing] = []  # codes, lows, steps
         self._scores = np.empty(0, dtype=np.float32)
         self._counts = np.empty(2048, dtype=np.int32)
-
-    def __len__(self) -> int:
-        return self._rows.count if self._rows else 0
-
-    @property
-    def dimension(self) -> int | None:
-        """D. None as long as there is no key."""
-        return int(self._rows.rows.shape[1]) if self._rows else None
 
     @property
     def nbytes(self) -> int:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from offload.errors import ConfigError, InputError
 from offload.index import file, scan
 from offload.index.base import Floats, Found, Ids, Vectors, checked_keys, checked_search
-from offload.index.growing import Growing
+from offload.index.growing import Growing, OverRows
 
 _HUBS = 32  # keys where a search begins; of 4, 8, 16 and 32 the most find most of Qwen2.5-Coder at equal work
 _LISTS = 32  # lists of one key that are merged: keys that all queries like are in thousands
@@ -37,7 +37,7 @@ _SCORED = 255  # where another key has the count of its votes
 _HALF_SCALE = np.float32(2.0**112)  # see `offload.index.scan`
 
 
-class Graph:
+class Graph(OverRows):
     """Links between keys, made from what queries like; a best-first walk over them.
 
     Rows are stored as they come. Keys of `add` are linked to those that are liked by the teachers that like them
@@ -104,14 +104,6 @@ class Graph:
         self._round = 0
         self._last: Ids = np.empty((0, 0), np.int64)
         self._view = (np.empty(0, np.float32), np.empty(0, np.int64))
-
-    def __len__(self) -> int:
-        return self._rows.count if self._rows else 0
-
-    @property
-    def dimension(self) -> int | None:
-        """D. None as long as there is no key."""
-        return int(self._rows.rows.shape[1]) if self._rows else None
 
     @property
     def nbytes(self) -> int:

@@ -56,3 +56,17 @@ class Growing:
             self._all = grown
         self._all[self.count : count] = rows
         self.count = count
+
+
+class OverRows:
+    """What an index that keeps its rows says of them: `Index`'s length and dimension."""
+
+    _rows: Growing | None
+
+    def __len__(self) -> int:
+        return self._rows.count if self._rows else 0
+
+    @property
+    def dimension(self) -> int | None:
+        """D. None as long as there is no key."""
+        return int(self._rows.rows.shape[1]) if self._rows else None

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from offload.errors import ConfigError
 from offload.index import file, scan
 from offload.index.base import Floats, Found, Ids, Vectors, checked_keys, checked_search
-from offload.index.growing import Growing
+from offload.index.growing import Growing, OverRows
 
 PAGE, BLOCK = 16, 64
 DIGESTS = ("box", "mean")
 
 
-class Pages:
+class Pages(OverRows):
     """Digests of pages of 16 keys and of blocks of four pages; the keys of the best pages are scored exactly.
 
     Keys of the last block that is not full have no digests and are all scored.
@@ -53,14 +53,6 @@ class Pages:
         self._rows: Growing | None = None
         self._blocks: Growing  # float32 [n, 2 or 1, D]: least and greatest, or mean
         self._pages: Growing  # float32 [n, 4, 2 or 1, D]
-
-    def __len__(self) -> int:
-        return self._rows.count if self._rows else 0
-
-    @property
-    def dimension(self) -> int | None:
-        """D. None as long as there is no key."""
-        return int(self._rows.rows.shape[1]) if self._rows else None
 
     @property
     def nbytes(self) -> int:
