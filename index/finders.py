@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,14 +33,15 @@ _OVERFETCH = {
 }  # keys that are scored exactly for each one that is attended to
 
 
-class Finder(Protocol):
+class Finder(ABC):
     """Finds keys of one head of one sequence, and attends to them."""
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of host memory beside the pages, for the tokens that are there."""
-        ...
 
+    @abstractmethod
     def candidates(self, groups: int, k: int) -> int:
         """Keys that a search scores exactly, at most: what a scratch has to have room for.
 
@@ -48,12 +49,12 @@ class Finder(Protocol):
             groups: Query heads.
             k: Keys that are attended to.
         """
-        ...
 
+    @abstractmethod
     def scored(self, capacity: int, groups: int, k: int) -> int:
         """Scores that a search keeps at the same time, at most, of so many keys: likewise."""
-        ...
 
+    @abstractmethod
     def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
         """Takes in the keys up to `count` that are new.
 
@@ -63,15 +64,14 @@ class Finder(Protocol):
             scratch: To work with.
             learned: float32 [n, D], queries to learn from.
         """
-        ...
 
+    @abstractmethod
     def truncate(self, tokens: int) -> None:
         """Forgets the keys from `tokens` on."""
-        ...
 
+    @abstractmethod
     def copy(self) -> Finder:
         """Another one that has the same keys and grows by itself."""
-        ...
 
     def prepare(
         self, part: int, parts: int, queries: Floats, own: Scratch, scratch: Scratch
@@ -85,19 +85,19 @@ class Finder(Protocol):
             own: To work with, of this thread.
             scratch: With which `attend` is then called.
         """
-        ...
+        raise NotImplementedError("nothing of its search is done in parts")
 
     @property
     def splits(self) -> bool:
         """Whether most of a search can be done in parts."""
-        ...
+        return False
 
+    @abstractmethod
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
         ids: NDArray[np.int32], out: Floats, lse: Floats, *, prepared: bool = False,
     ) -> None:  # fmt: skip
         """Finds keys and attends to them; arguments as of `offload.index.paged.attend_best`. `ids` are in no order."""
-        ...
 
 
 def finder(name: str, capacity: int, key_dim: int) -> Finder:
@@ -115,7 +115,7 @@ def finder(name: str, capacity: int, key_dim: int) -> Finder:
     return Copied(name)
 
 
-class PagedFlat:
+class PagedFlat(Finder):
     """All keys by four bits a channel, the best again by their rows."""
 
     def __init__(self, capacity: int, key_dim: int) -> None:
@@ -177,7 +177,7 @@ class PagedFlat:
         )  # fmt: skip
 
 
-class PagedClusters:
+class PagedClusters(Finder):
     """The keys of the clusters whose centroids are liked best."""
 
     def __init__(self, capacity: int, key_dim: int) -> None:
@@ -223,17 +223,6 @@ class PagedClusters:
         theirs.order[:], theirs.starts[:] = mine.order, mine.starts
         return other
 
-    @property
-    def splits(self) -> bool:
-        """See `Finder`."""
-        return False
-
-    def prepare(
-        self, part: int, parts: int, queries: Floats, own: Scratch, scratch: Scratch
-    ) -> None:
-        """See `Finder`."""
-        raise NotImplementedError("nothing of its search is done in parts")
-
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
         ids: NDArray[np.int32], out: Floats, lse: Floats, *, prepared: bool = False,
@@ -255,7 +244,7 @@ class PagedClusters:
         )
 
 
-class Copied:
+class Copied(Finder):
     """A backend that has a copy of the keys. What it finds for each query is put together."""
 
     def __init__(self, name: str) -> None:
@@ -300,17 +289,6 @@ class Copied:
     def copy(self) -> Copied:
         """See `Finder`: without keys, which the next `extend` brings."""
         return Copied(self._name)
-
-    @property
-    def splits(self) -> bool:
-        """See `Finder`."""
-        return False
-
-    def prepare(
-        self, part: int, parts: int, queries: Floats, own: Scratch, scratch: Scratch
-    ) -> None:
-        """See `Finder`."""
-        raise NotImplementedError("nothing of its search is done in parts")
 
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
