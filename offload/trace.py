@@ -225,7 +225,7 @@ class Steps:
         self._on_card = device.type == "cuda"
         self._first, self._last = first, first + count
         activities = [ProfilerActivity.CUDA if self._on_card else ProfilerActivity.CPU]
-        self._profiler = torch.profiler.profile(activities=activities)
+        self._profiler = torch.profiler.profile(activities=activities, acc_events=True)
         self._device = device
         self._began = -1
         self.tokens = 0
