@@ -6,13 +6,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offload.index import backend
 from offload.index.base import Floats
-from offload.index.grouped import SIZE, TOGETHER, Groups, attend_grouped, group_blocks, room
+from offload.index.crew import CLUSTERS, FLAT
+from offload.index.grouped import (
+    SIZE,
+    TOGETHER,
+    Groups,
+    attend_grouped,
+    clusters_of,
+    group_blocks,
+    room,
+)
 from offload.index.paged import (
     FLOAT32,
     Coded,
@@ -22,7 +32,6 @@ from offload.index.paged import (
     attend_some,
     encode_blocks,
     gathered,
-    scan_part,
 )
 from offload.index.pairs import BLOCK
 
@@ -73,29 +82,23 @@ class Finder(ABC):
     def copy(self) -> Finder:
         """Another one that has the same keys and grows by itself."""
 
-    def prepare(
-        self, part: int, parts: int, queries: Floats, own: Scratch, scratch: Scratch
-    ) -> None:
-        """One of several parts of a search that may run at the same time; `attend` does what is left. Only where it `splits`.
+    @property
+    def compiled(self) -> bool:
+        """Whether its searches are tasks of `offload.index.crew`; else `attend` is called."""
+        return False
+
+    def describe(self, task: NDArray[Any]) -> None:
+        """Writes what a task of `offload.index.crew` has to know of it. Only where it is `compiled`.
 
         Args:
-            part: Which one.
-            parts: Of how many.
-            queries: As in `attend`.
-            own: To work with, of this thread.
-            scratch: With which `attend` is then called.
+            task: `TASK`, with all that is asked.
         """
-        raise NotImplementedError("nothing of its search is done in parts")
-
-    @property
-    def splits(self) -> bool:
-        """Whether most of a search can be done in parts."""
-        return False
+        raise NotImplementedError("its searches are no tasks")
 
     @abstractmethod
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
-        ids: NDArray[np.int32], out: Floats, lse: Floats, *, prepared: bool = False,
+        ids: NDArray[np.int32], out: Floats, lse: Floats,
     ) -> None:  # fmt: skip
         """Finds keys and attends to them; arguments as of `offload.index.paged.attend_best`. `ids` are in no order."""
 
@@ -155,25 +158,26 @@ class PagedFlat(Finder):
         return other
 
     @property
-    def splits(self) -> bool:
+    def compiled(self) -> bool:
         """See `Finder`."""
         return True
 
-    def prepare(
-        self, part: int, parts: int, queries: Floats, own: Scratch, scratch: Scratch
-    ) -> None:
+    def describe(self, task: NDArray[Any]) -> None:
         """See `Finder`."""
-        first, stop = self._blocks * part // parts, self._blocks * (part + 1) // parts
-        scan_part(self._coded, first, stop, queries, own, scratch.scores)
+        task["what"] = FLAT
+        task["wanted"] = min(
+            _OVERFETCH["flat"] * int(task["k"]), max(0, int(task["count"] - task["first"]))
+        )
+        _describe(task, self._coded, self._blocks)
 
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
-        ids: NDArray[np.int32], out: Floats, lse: Floats, *, prepared: bool = False,
+        ids: NDArray[np.int32], out: Floats, lse: Floats,
     ) -> None:  # fmt: skip
         """See `Finder`."""
         coded = self._coded.of_first(self._blocks)
         attend_best(
-            rows, coded, first, count, queries, softcap, _OVERFETCH["flat"], scratch, ids, out, lse, scanned=prepared
+            rows, coded, first, count, queries, softcap, _OVERFETCH["flat"], scratch, ids, out, lse
         )  # fmt: skip
 
 
@@ -223,9 +227,22 @@ class PagedClusters(Finder):
         theirs.order[:], theirs.starts[:] = mine.order, mine.starts
         return other
 
+    @property
+    def compiled(self) -> bool:
+        """See `Finder`."""
+        return True
+
+    def describe(self, task: NDArray[Any]) -> None:
+        """See `Finder`."""
+        groups = self._groups
+        task["what"] = CLUSTERS
+        task["wanted"] = clusters_of(_OVERFETCH["clusters"], int(task["k"]))
+        task["order_at"], task["starts_at"] = groups.order.ctypes.data, groups.starts.ctypes.data
+        _describe(task, groups.centroids, self._blocks)
+
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
-        ids: NDArray[np.int32], out: Floats, lse: Floats, *, prepared: bool = False,
+        ids: NDArray[np.int32], out: Floats, lse: Floats,
     ) -> None:  # fmt: skip
         """See `Finder`."""
         groups = self._groups.of_first(self._blocks)
@@ -242,6 +259,12 @@ class PagedClusters(Finder):
             out,
             lse,
         )
+
+
+def _describe(task: NDArray[Any], coded: Coded, blocks: int) -> None:
+    for name, array in zip(("codes_at", "lows_at", "steps_at"), coded.arrays, strict=True):
+        task[name] = array.ctypes.data
+    task["coded"] = blocks
 
 
 class Copied(Finder):
@@ -292,7 +315,7 @@ class Copied(Finder):
 
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
-        ids: NDArray[np.int32], out: Floats, lse: Floats, *, prepared: bool = False,
+        ids: NDArray[np.int32], out: Floats, lse: Floats,
     ) -> None:  # fmt: skip
         """See `Finder`."""
         # Padding is indexed too, and must not take the places of others.

@@ -107,13 +107,18 @@ def attend_grouped(
         out: Written.
         lse: Written.
     """
-    wanted = -(-overfetch * ids.shape[0] // SIZE)
-    n = _members(
+    wanted = clusters_of(overfetch, ids.shape[0])
+    n = members(
         *groups.centroids, groups.order, groups.starts, first, count, queries, wanted, scratch.exact.shape[1],
         scratch.scores, scratch.votes, scratch.ids, scratch.order,
         scratch.weights, scratch.total, scratch.products, scratch.counts,
     )  # fmt: skip
     attend_some(rows, scratch.ids[:n], queries, softcap, scratch, ids, out, lse)
+
+
+def clusters_of(overfetch: int, tokens: int) -> int:
+    """Clusters that are read for so many keys, so many times over."""
+    return -(-overfetch * tokens // SIZE)
 
 
 def room(overfetch: int, tokens: int) -> int:
@@ -214,7 +219,7 @@ def _group(
 
 
 @njit(nogil=True, cache=True)
-def _members(
+def members(
     codes: Any, lows: Any, steps: Any, bits: int, order: Any, starts: Any,
     first: int, count: int, queries: Any, wanted: int, room: int,
     scores: Any, votes: Any, ids: Any, chosen: Any,

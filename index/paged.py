@@ -89,6 +89,7 @@ class Scratch(NamedTuple):
         order: int64 [N].
         exact: float32 [G, candidates].
         row: float32 [D or D_v].
+        query: float32 [G, D].
         weights: int32 [T, channels / 2], with T of `offload.index.pairs`.
         total: int32 [T, BLOCK].
         products: float32 [channels], zeros behind D.
@@ -103,6 +104,7 @@ class Scratch(NamedTuple):
     order: Ids
     exact: Floats
     row: Floats
+    query: Floats
     weights: NDArray[np.int32]
     total: NDArray[np.int32]
     products: Floats
@@ -133,6 +135,7 @@ class Scratch(NamedTuple):
             order=np.empty(tokens, np.int64),
             exact=np.empty((groups, max(1, candidates)), np.float32),
             row=np.empty(width, np.float32),
+            query=np.empty((groups, key_dim), np.float32),
             weights=np.zeros((tile, pairs), np.int32),
             total=np.zeros((tile, BLOCK), np.int32),
             products=np.zeros(2 * pairs, np.float32),
@@ -162,8 +165,6 @@ def attend_best(
     ids: NDArray[np.int32],
     out: Floats,
     lse: Floats,
-    *,
-    scanned: bool = False,
 ) -> None:
     """Attends to the best keys by their codes, exactly.
 
@@ -181,30 +182,13 @@ def attend_best(
         ids: int32 [k], written: who was attended to, ascending; -1 behind, where there are fewer keys.
         out: float32 [G, D_v], written: zeros where there is no key.
         lse: float32 [G], written: natural log-sum-exp of the logits; -inf where there is no key.
-        scanned: The scratch has the scores of all coded keys, by `scan_part`.
     """
-    n = _candidates(
-        *rows, *coded, first, count, queries, min(overfetch * ids.shape[0], max(0, count - first)), scanned,
+    n = candidates(
+        *rows, *coded, first, count, queries, min(overfetch * ids.shape[0], max(0, count - first)), False,
         scratch.scores, scratch.tops, scratch.peaks, scratch.votes, scratch.ids, scratch.order, scratch.row,
         scratch.weights, scratch.total, scratch.products, scratch.counts,
     )  # fmt: skip
     attend_some(rows, scratch.ids[:n], queries, softcap, scratch, ids, out, lse)
-
-
-def scan_part(
-    coded: Coded, first: int, stop: int, queries: Floats, own: Scratch, scores: Floats
-) -> None:
-    """Scores some blocks, so that several threads share the keys of one head.
-
-    Args:
-        coded: Of the keys.
-        first: The first block.
-        stop: The one behind the last.
-        queries: As in `attend_best`.
-        own: Of this thread.
-        scores: Those of the scratch with which `attend_best` is then called; written.
-    """
-    scan_blocks(*coded, first, stop, queries, own.weights, own.total, own.products, scores)
 
 
 def attend_some(
@@ -229,7 +213,7 @@ def attend_some(
         out: Likewise.
         lse: Likewise.
     """
-    _attend(
+    attend_chosen(
         *rows, some, queries, softcap, ids, out, lse,
         scratch.exact, scratch.votes, scratch.order, scratch.row, scratch.counts,
     )  # fmt: skip
@@ -338,7 +322,7 @@ def _dot(a: Any, b: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _candidates(
+def candidates(
     pool: Any, kind: int, table: Any, head: int, key_dim: int,
     codes: Any, lows: Any, steps: Any, bits: int,
     first: int, count: int, queries: Any, wanted: int, scanned: bool,
@@ -411,7 +395,7 @@ def _candidates(
 
 
 @njit(nogil=True, cache=True)
-def _attend(
+def attend_chosen(
     pool: Any, kind: int, table: Any, head: int, key_dim: int,
     some: Any, queries: Any, softcap: float, chosen: Any, out: Any, lse: Any,
     exact: Any, votes: Any, order: Any, row: Any, counts: Any,

@@ -166,11 +166,11 @@ def test_what_a_search_raises_reaches_who_called(
     def fails(*args: Any, **more: Any) -> None:
         if next(searched) == 40:
             raise RuntimeError("the rows are gone")
-        attend_best(*args, **more)
+        attend_some(*args, **more)
 
-    attend_best = paged.attend_best
-    monkeypatch.setattr(finders, "attend_best", fails)
-    with offload.attach(model, **ALL, index="flat", threads=2) as runtime:
+    attend_some = paged.attend_some
+    monkeypatch.setattr(finders, "attend_some", fails)
+    with offload.attach(model, **ALL, index="pages", threads=2) as runtime:
         with pytest.raises(RuntimeError, match="the rows are gone"):
             runtime.generate(ids, **CALL)
         monkeypatch.undo()

@@ -18,7 +18,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from offload.index import token_bytes
 from offload.index.base import Floats, Ids
+from offload.index.crew import FLAT, SCAN, TASK, Crew, spaces_of
 from offload.index.finders import finder
 from offload.index.paged import BFLOAT16, FLOAT16, FLOAT32, Rows, Scratch
 from offload.index.pairs import BLOCK
@@ -124,6 +125,7 @@ class Searchers:
             threads: That search at the same time; None: one for each core.
         """
         self.workers = Workers(threads)
+        self.crew = Crew(threads)
         self.background = ThreadPoolExecutor(1, BACKGROUND)
         self._lock = threading.Lock()
         self._scratch: dict[tuple[int, ...], list[Scratch | None]] = {}
@@ -153,6 +155,7 @@ class Searchers:
         own = threading.current_thread().name.startswith(BACKGROUND)
         self.background.shutdown(wait=not own)
         self.workers.close()
+        self.crew.close()
         self._scratch.clear()
 
     @property
@@ -201,6 +204,7 @@ class HostSearch:
         self._abandoned = False
         self._host = host
         self._charged = 0
+        self._asked: _Asked | None = None
         self._learned: Floats | None = None  # [B, H_kv, n, D], the newest queries of the prompt
         self._finders = [
             [finder(settings.index, self._capacity, shape.key_dim) for _ in range(shape.kv_heads)]
@@ -235,6 +239,7 @@ class HostSearch:
     def truncate(self, columns: int) -> None:
         """Forgets pages from column `columns` on: others may come in their place."""
         self.settle(quietly=True)  # what was not indexed is when a step is next published
+        self._asked = None
         tokens = columns * self._page
         if tokens >= self.tokens:
             return
@@ -246,6 +251,7 @@ class HostSearch:
     def select_sequences(self, rows: Ids) -> None:
         """Makes sequence i the former sequence rows[i]. Sequences share what they have until one of them grows."""
         self.settle(quietly=True)
+        self._asked = None
         if self._learned is not None:
             self._learned = self._learned[rows]
         self._first = [self._first[row] for row in rows]
@@ -330,7 +336,7 @@ class HostSearch:
         return None if building is None or building.done() else building
 
     def _extend(self, pool: Tensor, pages: Ids, first: list[int]) -> None:
-        self._pages, self._first = pages, first
+        self._pages, self._first, self._asked = pages, first, None
         count = min(pages.shape[1] * self._page, self._capacity)
         if count <= self.tokens:
             return
@@ -363,43 +369,80 @@ class HostSearch:
         """
         self.settle()
         began = time.perf_counter()
-        heads, k = self.shape.kv_heads, self.settings.tokens
+        if self._finders[0][0].compiled:
+            key = (query.data_ptr(), pool.data_ptr(), found.all.data_ptr(), scale, softcap)
+            if self._asked is None or self._asked.key != key:
+                self._asked = self._ask(query, pool, found, key)
+            for tasks in self._asked.batches:
+                self._shared.crew.run(tasks, self._asked.spaces)
+        else:
+            self._attend_each(query, pool, found, scale, softcap or 0.0)
+        self.searches += 1
+        self.seconds += time.perf_counter() - began
+
+    def _sizes(self, groups: int) -> tuple[int, ...]:
+        """Of a scratch for a search, as `Scratch.of` takes them."""
+        one, k = self._finders[0][0], self.settings.tokens
+        dims = self.shape.key_dim, self.shape.value_dim
+        return groups, one.scored(self._capacity, groups, k), *dims, one.candidates(groups, k)
+
+    def _ask(self, query: Tensor, pool: Tensor, found: Found, key: tuple[Any, ...]) -> _Asked:
+        """The tasks of a search: the same for every token until the index grows."""
+        batch, n_queries, dim = query.shape
+        heads, k, shared = self.shape.kv_heads, self.settings.tokens, self._shared
+        groups, threads = n_queries // heads, shared.crew.threads
+        rows = self._rows(pool)
+        scratches = [shared.scratch(n, *self._sizes(groups)) for n in range(threads)]
+        tasks = np.zeros(batch * heads, TASK)
+        for i, task in enumerate(tasks):
+            row, head = divmod(i, heads)
+            of_head = rows(row, head)
+            task["pool_at"], task["kind"] = of_head.pool.ctypes.data, of_head.kind
+            task["pages"], task["page"], task["heads"], task["width"] = of_head.pool.shape
+            task["table_at"], task["columns"] = of_head.table.ctypes.data, len(of_head.table)
+            task["head"], task["key_dim"], task["groups"] = head, dim, groups
+            task["first"], task["count"] = min(self._first[row], self.tokens), self.tokens
+            task["query_at"] = query.data_ptr() + 4 * i * groups * dim
+            task["ids_at"], task["k"] = found.tokens.data_ptr() + 4 * i * k, k
+            task["out_at"] = found.out.data_ptr() + 4 * i * groups * self.shape.value_dim
+            task["lse_at"] = found.lse.data_ptr() + 4 * i * groups
+            task["scale"], task["softcap"], task["slot"] = key[3], key[4] or 0.0, -1
+            self._finders[row][head].describe(task)
+        batches = [tasks]
+        # Of heads that are fewer than half of the threads, each has its keys scored by several, in the scratch of its number.
+        parts = threads // len(tasks)
+        if parts > 1 and tasks["what"][0] == FLAT:
+            tasks["slot"], tasks["scanned"] = np.arange(len(tasks)), 1
+            scans = np.repeat(tasks, parts)
+            part, blocks = np.arange(len(scans)) % parts, scans["coded"]
+            scans["what"] = SCAN
+            scans["begin"], scans["stop"] = blocks * part // parts, blocks * (part + 1) // parts
+            batches = [scans, tasks]
+        return _Asked(key, batches, spaces_of(scratches), (rows, scratches))
+
+    def _attend_each(
+        self, query: Tensor, pool: Tensor, found: Found, scale: float, softcap: float
+    ) -> None:
+        """What `attend` does, for finders that are not compiled."""
+        heads = self.shape.kv_heads
         batch, n_queries = query.shape[:2]
         groups = n_queries // heads
         queries: Floats = (query.detach() * scale).view(batch, heads, groups, -1).numpy()
         out = found.out.view(batch, heads, groups, -1).numpy()
         lse = found.lse.view(batch, heads, groups).numpy()
         ids = found.tokens.numpy()
-        rows, dims = self._rows(pool), (self.shape.key_dim, self.shape.value_dim)
-        cap = softcap or 0.0
-
-        of_all = batch * heads
-        one = self._finders[0][0]
-        sizes = (groups, one.scored(self._capacity, groups, k), *dims, one.candidates(groups, k))
-        # Heads that are fewer than half of the threads are shared out among them, each with the scratch of its number.
-        parts = self._shared.workers.threads // of_all if one.splits else 1
-
-        def prepare(i: int, worker: int) -> None:
-            at, part = divmod(i, parts)
-            row, head = divmod(at, heads)
-            own, scratch = (self._shared.scratch(n, *sizes) for n in (worker, at))
-            self._finders[row][head].prepare(part, parts, queries[row, head], own, scratch)
+        rows, sizes = self._rows(pool), self._sizes(groups)
 
         def attend(i: int, worker: int) -> None:
             row, head = divmod(i, heads)
             chosen = ids[row, head]
             self._finders[row][head].attend(
-                rows(row, head), min(self._first[row], self.tokens), self.tokens, queries[row, head], cap,
-                self._shared.scratch(i if parts > 1 else worker, *sizes), chosen, out[row, head], lse[row, head],
-                prepared=parts > 1,
+                rows(row, head), min(self._first[row], self.tokens), self.tokens, queries[row, head], softcap,
+                self._shared.scratch(worker, *sizes), chosen, out[row, head], lse[row, head],
             )  # fmt: skip
             chosen[chosen < 0] = max(0, int(chosen[0]))
 
-        if parts > 1:
-            self._shared.workers.run(prepare, of_all * parts)
-        self._shared.workers.run(attend, of_all)
-        self.searches += 1
-        self.seconds += time.perf_counter() - began
+        self._shared.workers.run(attend, batch * heads)
 
     def _rows(self, pool: Tensor) -> _Rows:
         kind = KINDS[self.shape.dtype]
@@ -407,6 +450,22 @@ class HostSearch:
         if kind != FLOAT32:
             array = array.view(np.uint16)
         return _Rows(array, kind, self._pages, self.shape.key_dim)
+
+
+class _Asked(NamedTuple):
+    """A search, as tasks of the crew.
+
+    Attributes:
+        key: Of what it was made; another one is another search.
+        batches: `TASK` [n], one after the other.
+        spaces: Of the scratches.
+        kept: What the addresses belong to.
+    """
+
+    key: tuple[Any, ...]
+    batches: list[NDArray[Any]]
+    spaces: NDArray[Any]
+    kept: tuple[Any, ...]
 
 
 class _Rows:

@@ -1,0 +1,390 @@
+"""How do many heads search without the interpreter? Threads that wait in compiled code for a table of tasks.
+
+A search takes a fraction of a millisecond, and as long takes what Python does for one: its arguments, a lock that one thread
+holds at a time, threads woken one by one. Here the tasks are rows of numbers, addresses among them, written once and
+searched again for every token; a thread that is free takes the next one by an atomic step. Behind a batch the threads look
+for another one for a moment, then sleep until a byte comes through a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, from_dtype, njit, types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+from numba.np.arrayobj import make_array
+from numpy.typing import NDArray
+
+from offload.index.grouped import TOGETHER, members
+from offload.index.paged import FLOAT32, Scratch, attend_chosen, candidates
+from offload.index.pairs import BLOCK
+from offload.index.scan import scan_blocks
+from offload.index.workers import cores
+
+SCAN, FLAT, CLUSTERS = range(3)
+
+_Q, _F = np.int64, np.float32
+TASK = np.dtype(
+    [
+        ("what", _Q), ("pool_at", _Q), ("pages", _Q), ("page", _Q), ("heads", _Q), ("width", _Q), ("kind", _Q),
+        ("table_at", _Q), ("columns", _Q), ("head", _Q), ("key_dim", _Q), ("first", _Q), ("count", _Q),
+        ("codes_at", _Q), ("lows_at", _Q), ("steps_at", _Q), ("coded", _Q), ("order_at", _Q), ("starts_at", _Q),
+        ("query_at", _Q), ("groups", _Q), ("scale", _F), ("softcap", _F), ("wanted", _Q), ("begin", _Q), ("stop", _Q),
+        ("ids_at", _Q), ("k", _Q), ("out_at", _Q), ("lse_at", _Q), ("slot", _Q), ("scanned", _Q),
+    ]
+)  # fmt: skip
+"""One task. What ends in `_at` is an address.
+
+what: `SCAN` scores blocks `begin` to `stop` of codes; `FLAT` and `CLUSTERS` attend. pool: [pages, page, heads, width] of
+`offload.index.paged.Rows`, whose `kind`, `table` [columns], `head`, `key_dim` follow. codes, lows, steps: `coded` blocks of
+`Coded`, four bits. order, starts: of `Groups`. query: float32 [groups, D], not yet times `scale`. wanted: keys that are scored
+exactly, or clusters. ids, out, lse: written; a place for which no key is left repeats the first. slot: whose scratch is used,
+-1 for the thread's own. scanned: a `SCAN` of that slot came before.
+"""
+
+_SIZES = ("groups", "tokens", "tops", "candidates", "width", "tile", "pairs")
+# A scratch: addresses, and the sizes of what is there.
+_SPACE = np.dtype([*((name + "_at", _Q) for name in Scratch._fields), *((name, _Q) for name in _SIZES)])  # fmt: skip
+
+# Places of a crew's numbers, far enough apart that no two lie in one line of a cache.
+_PLACES = 160
+(
+    _EPOCH, _TICKET, _FINISHED, _SLEEPERS, _STOP, _FAILED, _TASKS, _SPACES_AT, _COUNT, _LOOKS,
+) = range(0, _PLACES, 16)  # fmt: skip
+_SPINS = 20_000  # looks for work before a thread sleeps: about a millisecond
+
+
+def _pointer(kind: Any) -> Any:
+    """An intrinsic: an address as a pointer to so many of a kind."""
+
+    def typed(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return intrinsic(typed)
+
+
+_bytes, _shorts = _pointer(types.uint8), _pointer(types.uint16)
+_ints, _longs, _floats = _pointer(types.int32), _pointer(types.int64), _pointer(types.float32)
+_tasks, _spaces = _pointer(from_dtype(TASK)), _pointer(from_dtype(_SPACE))
+
+
+def _place(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    array = make_array(signature.args[0])(context, builder, values[0])
+    return builder.gep(array.data, [values[1]])
+
+
+@intrinsic
+def _add(typing: Any, numbers: Any, at: Any, value: Any) -> Any:
+    """Adds to a number in one step; returns what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = _place(context, builder, signature, values)
+        return builder.atomic_rmw("add", place, values[2], "seq_cst")
+
+    return types.int64(numbers, types.int64, types.int64), generate
+
+
+@intrinsic
+def _get(typing: Any, numbers: Any, at: Any) -> Any:
+    """A number as it is now."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = _place(context, builder, signature, values)
+        return builder.load_atomic(place, "seq_cst", 8)
+
+    return types.int64(numbers, types.int64), generate
+
+
+@intrinsic
+def _set(typing: Any, numbers: Any, at: Any, value: Any) -> Any:
+    """Writes a number, and everything written before it."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = _place(context, builder, signature, values)
+        builder.store_atomic(values[2], place, "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.none(numbers, types.int64, types.int64), generate
+
+
+@intrinsic
+def _pause(typing: Any) -> Any:
+    """Lets the other thread of a core work."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if builder.module.triple.startswith(("x86_64", "i686")):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
+_read = types.ExternalFunction("read", types.intp(types.int32, types.intp, types.uintp))
+_write = types.ExternalFunction("write", types.intp(types.int32, types.intp, types.uintp))
+_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@njit(nogil=True, cache=True)
+def _search(pool: Any, task: Any, query: Any, space: Any) -> None:
+    """Attends with rows of either kind."""
+    kind, key_dim = task.kind, task.key_dim
+    table = carray(_longs(task.table_at), task.columns)
+    ids = carray(_ints(task.ids_at), task.k)
+    value_dim = task.width - key_dim
+    out = carray(_floats(task.out_at), (task.groups, value_dim))
+    lse = carray(_floats(task.lse_at), task.groups)
+    pairs = (key_dim + 1) // 2
+    codes = carray(_bytes(task.codes_at), (task.coded, pairs, BLOCK))
+    lows = carray(_floats(task.lows_at), (task.coded, key_dim))
+    steps = carray(_floats(task.steps_at), (task.coded, key_dim))
+    scores = carray(_floats(space.scores_at), (space.groups, space.tokens))
+    votes = carray(_floats(space.votes_at), space.tokens)
+    chosen = carray(_longs(space.ids_at), space.tokens)
+    order = carray(_longs(space.order_at), space.tokens)
+    row = carray(_floats(space.row_at), space.width)
+    weights = carray(_ints(space.weights_at), (space.tile, space.pairs))
+    total = carray(_ints(space.total_at), (space.tile, BLOCK))
+    products = carray(_floats(space.products_at), 2 * space.pairs)
+    counts = carray(_ints(space.counts_at), 2048)
+    exact = carray(_floats(space.exact_at), (space.groups, space.candidates))
+    if task.what == FLAT:
+        tops = carray(_floats(space.tops_at), (space.groups, space.tops))
+        peaks = carray(_floats(space.peaks_at), space.groups)
+        found = candidates(
+            pool, kind, table, task.head, key_dim, codes, lows, steps, 4, task.first, task.count, query, task.wanted,
+            task.scanned != 0, scores, tops, peaks, votes, chosen, order, row, weights, total, products, counts,
+        )  # fmt: skip
+    else:
+        tokens = carray(_ints(task.order_at), task.coded * TOGETHER)
+        starts = carray(_ints(task.starts_at), task.coded * BLOCK + 1)
+        found = members(
+            codes, lows, steps, 4, tokens, starts, task.first, task.count, query, task.wanted, space.candidates,
+            scores, votes, chosen, order, weights, total, products, counts,
+        )  # fmt: skip
+    attend_chosen(
+        pool, kind, table, task.head, key_dim, chosen[:found], query, task.softcap, ids, out, lse,
+        exact, votes, order, row, counts,
+    )  # fmt: skip
+    for i in range(ids.shape[0]):
+        if ids[i] < 0:
+            ids[i] = max(0, ids[0])
+
+
+@njit(nogil=True, cache=True)
+def _perform(task: Any, space: Any, own: Any) -> None:
+    """One task, with the scratch that it names and that of this thread."""
+    given = carray(_floats(task.query_at), (task.groups, task.key_dim))
+    query = carray(_floats(own.query_at), (task.groups, task.key_dim))
+    for g in range(task.groups):
+        for c in range(task.key_dim):
+            query[g, c] = given[g, c] * task.scale
+    if task.what == SCAN:
+        pairs = (task.key_dim + 1) // 2
+        scan_blocks(
+            carray(_bytes(task.codes_at), (task.coded, pairs, BLOCK)),
+            carray(_floats(task.lows_at), (task.coded, task.key_dim)),
+            carray(_floats(task.steps_at), (task.coded, task.key_dim)),
+            4, task.begin, task.stop, query,
+            carray(_ints(own.weights_at), (own.tile, own.pairs)),
+            carray(_ints(own.total_at), (own.tile, BLOCK)),
+            carray(_floats(own.products_at), 2 * own.pairs),
+            carray(_floats(space.scores_at), (space.groups, space.tokens)),
+        )  # fmt: skip
+        return
+    shape = (task.pages, task.page, task.heads, task.width)
+    if task.kind == FLOAT32:
+        _search(carray(_floats(task.pool_at), shape), task, query, space)
+    else:
+        _search(carray(_shorts(task.pool_at), shape), task, query, space)
+
+
+@njit(nogil=True, cache=True)
+def _work(numbers: Any, me: int) -> None:
+    """Takes tasks until there are none."""
+    while True:
+        left = _add(numbers, _TICKET, -1) - 1
+        if left < 0:
+            return
+        # Whoever holds a ticket reads what was written before the tickets were.
+        count = _get(numbers, _COUNT)
+        task = carray(_tasks(_get(numbers, _TASKS)), count)[count - 1 - left]
+        spaces = carray(_spaces(_get(numbers, _SPACES_AT)), me + 1 + max(0, task.slot))
+        _perform(task, spaces[task.slot if task.slot >= 0 else me], spaces[me])
+        _add(numbers, _FINISHED, 1)
+
+
+@njit(nogil=True, cache=True)
+def _help(numbers: Any, me: int, pipe: int, buffer_at: int) -> None:
+    """What a thread does until it is told to stop."""
+    seen = 0
+    while True:
+        looks = 0
+        while _get(numbers, _EPOCH) == seen and _get(numbers, _STOP) == 0:
+            if looks < _get(numbers, _LOOKS):
+                looks += 1
+                _pause()
+                continue
+            _add(numbers, _SLEEPERS, 1)
+            # Whoever asks counts sleepers after it has asked: one of the two sees the other.
+            if _get(numbers, _EPOCH) == seen and _get(numbers, _STOP) == 0:
+                _read(pipe, buffer_at, 1)
+            _add(numbers, _SLEEPERS, -1)
+        if _get(numbers, _STOP) != 0:
+            return
+        seen = _get(numbers, _EPOCH)
+        _work(numbers, me)
+
+
+@njit(nogil=True, cache=True)
+def _lead(numbers: Any, count: int, tasks_at: int, spaces_at: int, pipe: int, buffer_at: int) -> bool:  # fmt: skip
+    """Asks for tasks, takes part, waits for the last one. Returns whether all were done."""
+    _set(numbers, _FINISHED, 0)
+    _set(numbers, _TASKS, tasks_at)
+    _set(numbers, _SPACES_AT, spaces_at)
+    _set(numbers, _COUNT, count)
+    _set(numbers, _TICKET, count)
+    _add(numbers, _EPOCH, 1)
+    asleep = _get(numbers, _SLEEPERS)
+    if asleep > 0:
+        _write(pipe, buffer_at, asleep)
+    _work(numbers, 0)
+    looks = 0
+    while _get(numbers, _FINISHED) < count:
+        if _get(numbers, _FAILED) != 0:
+            return False
+        looks += 1
+        if looks < 1000:
+            _pause()
+        else:
+            _yield()
+    return _get(numbers, _FAILED) == 0
+
+
+class _Pipe:
+    """A pipe that is closed when nobody holds it any more."""
+
+    def __init__(self) -> None:
+        self.reads, self.writes = os.pipe()
+        weakref.finalize(self, _close, self.reads, self.writes)
+
+
+class Crew:
+    """Threads that search, and the calling one, which takes part.
+
+    One thread asks at a time; others wait for it.
+
+    Attributes:
+        threads: That work on a batch, the calling one included.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        """Starts nothing: threads are started by the first batch.
+
+        Args:
+            threads: At most so many work on a batch; None: as many as this process may use cores.
+        """
+        self.threads = max(1, threads or cores())
+        self._lock = threading.Lock()
+        self._helpers: list[threading.Thread] = []
+        self._errors: list[BaseException] = []
+        self._numbers = np.zeros(_PLACES, np.int64)
+        self._buffer = np.zeros(4096, np.uint8)
+        self._pipe: _Pipe | None = None
+        self._stop = weakref.finalize(self, lambda: None)
+
+    def run(self, tasks: NDArray[Any], spaces: NDArray[Any]) -> None:
+        """Does all tasks, in any order.
+
+        Args:
+            tasks: `TASK` [n]. What they name has to stay.
+            spaces: Of `spaces_of`: one for each thread, and for each slot that a task names.
+
+        Raises:
+            BaseException: A task raised it, under `NUMBA_BOUNDSCHECK` only.
+        """
+        if not len(tasks):
+            return
+        with self._lock:
+            if self._pipe is None:
+                self._start()
+            assert self._pipe is not None
+            done = False
+            try:
+                done = _lead(
+                    self._numbers, len(tasks), tasks.ctypes.data, spaces.ctypes.data, self._pipe.writes, self._buffer.ctypes.data
+                )  # fmt: skip
+            finally:
+                if not done:
+                    self._end()  # its threads may be within a task, whose memory must stay
+        if not done:
+            raise self._errors.pop() if self._errors else RuntimeError("a thread that searches ended")  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the threads. A later batch starts new ones."""
+        with self._lock:
+            self._end()
+
+    def _start(self) -> None:
+        self._numbers = np.zeros(_PLACES, np.int64)
+        self._errors = []
+        # A thread that looks for work keeps one that has some from a core, where there are fewer.
+        self._numbers[_LOOKS] = _SPINS if self.threads <= cores() else 0
+        self._pipe = pipe = _Pipe()
+        self._stop = weakref.finalize(self, _stop, self._numbers, pipe, self._buffer)
+        self._helpers = []
+        for me in range(1, self.threads):
+            args = (self._numbers, me, pipe, self._buffer, self._errors)
+            thread = threading.Thread(target=_serve, args=args, name=f"offload-search-{me}", daemon=True)  # fmt: skip
+            thread.start()
+            self._helpers.append(thread)
+
+    def _end(self) -> None:
+        self._numbers[_TICKET] = 0
+        self._stop()
+        for thread in self._helpers:
+            thread.join()
+        self._helpers = []
+        self._pipe = None
+
+
+def spaces_of(scratches: list[Scratch]) -> NDArray[Any]:
+    """What tasks are told of scratches, which have to stay."""
+    spaces = np.zeros(len(scratches), _SPACE)
+    for space, scratch in zip(spaces, scratches, strict=True):
+        for name, array in zip(Scratch._fields, scratch, strict=True):
+            space[name + "_at"] = array.ctypes.data
+        space["groups"], space["tokens"] = scratch.scores.shape
+        space["tops"], space["candidates"] = scratch.tops.shape[1], scratch.exact.shape[1]
+        space["width"] = scratch.row.shape[0]
+        space["tile"], space["pairs"] = scratch.weights.shape
+    return spaces
+
+
+def _serve(numbers: NDArray[np.int64], me: int, pipe: _Pipe, buffer: NDArray[np.uint8], errors: list[BaseException]) -> None:  # fmt: skip
+    try:
+        _help(numbers, me, pipe.reads, buffer.ctypes.data + me % 1024)
+    except BaseException as error:  # noqa: BLE001 - whoever asked gets it
+        errors.append(error)
+        numbers[_FAILED] = 1
+
+
+def _stop(numbers: NDArray[np.int64], pipe: _Pipe, buffer: NDArray[np.uint8]) -> None:
+    numbers[_STOP] = 1
+    os.write(pipe.writes, bytes(1024))
+
+
+def _close(*files: int) -> None:
+    for file in files:
+        with contextlib.suppress(OSError):
+            os.close(file)
