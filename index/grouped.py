@@ -14,7 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from offload.index.base import Floats
-from offload.index.paged import Coded, Rows, Scratch, attend_some, encode_values, gather
+from offload.index.paged import Coded, Rows, Scratch, attend_some, encode_values, gather, largest
 from offload.index.pairs import BLOCK
 from offload.index.scan import best, scan_blocks
 
@@ -251,11 +251,10 @@ def members(
     for c in range(clusters):
         votes[c] = -np.inf
     for g in range(groups):
-        most = np.float32(-np.inf)
+        most = largest(scores, g, begin, clusters)
         for c in range(begin, clusters):
-            most = max(most, scores[g, c])
-        for c in range(begin, clusters):
-            votes[c] = max(votes[c], scores[g, c] - most)
+            vote = scores[g, c] - most
+            votes[c] = vote if vote > votes[c] else votes[c]
     n = min(wanted, clusters)
     best(votes[:clusters], chosen[:n], counts)
     for i in range(n):

@@ -13,8 +13,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
 
 from offload.index.base import Floats, Ids
@@ -23,6 +26,7 @@ from offload.index.scan import best, scan_blocks
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # what the rows of a pool are
 
+_AHEAD = 8  # rows that are on their way from memory while one is read
 _SUB = 32  # keys of which the best is noted: where few are good, most keys are not looked at again
 _HALF_SCALE = np.float32(2.0**112)  # see `offload.index.scan`
 
@@ -313,12 +317,103 @@ def _encode(
         encode_values(values, codes, lows, steps, bits, block)
 
 
+@njit(nogil=True, cache=True)
+def largest(values: Any, row: int, first: int, stop: int) -> Any:
+    """The largest of values [n, m] in one row, from `first` to `stop`; -inf of none. No NaN.
+
+    Maxima of floats are taken one by one, those of whole numbers many at a time: the bits of floats, where those of negative ones
+    are turned round, are in their order.
+    """
+    bits = values.view(np.int32)
+    most = np.int32(-2139095041)  # -inf
+    for i in range(first, stop):
+        turned = bits[row, i] ^ ((bits[row, i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        most = max(most, turned)
+    return np.int32(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
+def _number(bits: Any) -> Any:
+    """A number of 16 bits, by its bits, or one of 32 as it is; what `overload` puts in its place differs by the type."""
+    raise NotImplementedError
+
+
+@overload(_number, inline="always")
+def _numbered(bits: Any) -> Any:
+    if bits == types.float32:
+
+        def same(bits: Any) -> Any:
+            return bits
+
+        return same
+
+    def widen(bits: Any) -> Any:
+        return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+    return widen
+
+
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _dot(a: Any, b: Any) -> Any:
-    total = np.float32(0)
-    for c in range(b.shape[0]):
-        total += a[c] * b[c]
-    return total
+def _dots(rows: Any, at: int, kind: int, first: int, queries: Any, row: Any, logits: Any, to: int) -> None:  # fmt: skip
+    """Dot products of a row and all queries, written to logits [G, n] at `to`. Rows are [n, width], the key begins at `first`."""
+    groups, dim = queries.shape
+    whole = groups - groups % 4
+    numbers = rows[at, first : first + dim]
+    if kind == 1:  # what takes longest to widen is widened once
+        _widen(numbers, kind, row)
+    for g in range(0, whole, 4):
+        a, b, d, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        one, two, three, four = queries[g], queries[g + 1], queries[g + 2], queries[g + 3]
+        if kind == 1:
+            for c in range(dim):
+                value = row[c]
+                a += value * one[c]
+                b += value * two[c]
+                d += value * three[c]
+                e += value * four[c]
+        else:
+            for c in range(dim):
+                value = _number(numbers[c])
+                a += value * one[c]
+                b += value * two[c]
+                d += value * three[c]
+                e += value * four[c]
+        logits[g, to], logits[g + 1, to] = a, b
+        logits[g + 2, to], logits[g + 3, to] = d, e
+    for g in range(whole, groups):
+        a = np.float32(0)
+        if kind == 1:
+            for c in range(dim):
+                a += row[c] * queries[g, c]
+        else:
+            for c in range(dim):
+                a += _number(numbers[c]) * queries[g, c]
+        logits[g, to] = a
+
+
+@intrinsic
+def _fetch(typing: Any, pool: Any, number: Any, first: Any, count: Any) -> Any:
+    """Has numbers `first` to `first + count` of row `number` brought to the cache: they are read soon."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kind = signature.args[0]
+        array = make_array(kind)(context, builder, values[0])
+        width = cgutils.unpack_tuple(builder, array.shape)[-1]
+        start = builder.add(builder.mul(values[1], width), values[2])
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        fetch = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [pointer, number, number, number]), "llvm.prefetch.p0i8"
+        )  # fmt: skip
+        per_line = context.get_constant(types.int64, 64 * 8 // kind.dtype.bitwidth)
+        lines = builder.udiv(
+            builder.add(values[3], builder.sub(per_line, values[3].type(1))), per_line
+        )
+        with cgutils.for_range(builder, lines) as loop:
+            at = builder.add(start, builder.mul(loop.index, per_line))
+            place = builder.bitcast(builder.gep(array.data, [at]), pointer)
+            builder.call(fetch, [place, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.none(pool, types.int64, types.int64, types.int64), generate
 
 
 @njit(nogil=True, cache=True)
@@ -332,7 +427,8 @@ def candidates(
     """Writes the ids of the `wanted` keys with the best votes, ascending; returns how many there are."""
     if wanted == 0:
         return 0
-    groups, page = queries.shape[0], pool.shape[1]
+    groups, page, heads = queries.shape[0], pool.shape[1], pool.shape[2]
+    flat = pool.reshape(pool.shape[0] * page * heads, pool.shape[3])
     coded = codes.shape[0] * BLOCK
     if not scanned:
         scan_blocks(
@@ -349,18 +445,13 @@ def candidates(
             scores,
         )
     for token in range(max(first, coded), count):
-        _widen(pool[table[token // page], token % page, head, :key_dim], kind, row)
-        for g in range(groups):
-            scores[g, token] = _dot(row, queries[g])
+        place = (table[token // page] * page + token % page) * heads + head
+        _dots(flat, place, kind, 0, queries, row, scores, token)
     begin, subs = first // _SUB, (count + _SUB - 1) // _SUB
     for g in range(groups):
-        best_score = np.float32(-np.inf)
         for s in range(begin, subs):
-            most = np.float32(-np.inf)
-            for i in range(max(first, s * _SUB), min(count, (s + 1) * _SUB)):
-                most = max(most, scores[g, i])
-            tops[g, s] = most
-            best_score = max(best_score, most)
+            tops[g, s] = largest(scores, g, max(first, s * _SUB), min(count, (s + 1) * _SUB))
+        best_score = largest(tops, g, begin, subs)
         for s in range(begin, subs):
             tops[g, s] -= best_score
         # Less its best, so that queries can be compared. The sum is not taken: it would cost an exponential a key.
@@ -400,24 +491,34 @@ def attend_chosen(
     some: Any, queries: Any, softcap: float, chosen: Any, out: Any, lse: Any,
     exact: Any, votes: Any, order: Any, row: Any, counts: Any,
 ) -> None:  # fmt: skip
+    """Attends to the best of some keys, exactly; arguments as of `attend_some`, and of `Rows` and `Scratch`."""
     groups, page, found, k = queries.shape[0], pool.shape[1], some.shape[0], chosen.shape[0]
     cap = np.float32(softcap)
-    for i in range(found):
-        token = some[i]
-        _widen(pool[table[token // page], token % page, head, :key_dim], kind, row)
+    heads, value_dim = pool.shape[2], pool.shape[3] - key_dim
+    flat = pool.reshape(pool.shape[0] * page * heads, pool.shape[3])
+    for i in range(found + _AHEAD):
+        if i < found:  # rows lie anywhere
+            token = some[i]
+            _fetch(pool, (table[token // page] * page + token % page) * heads + head, 0, key_dim)
+        if i >= _AHEAD:
+            token = some[i - _AHEAD]
+            place = (table[token // page] * page + token % page) * heads + head
+            _dots(flat, place, kind, 0, queries, row, exact, i - _AHEAD)
+    if cap > 0:
         for g in range(groups):
-            logit = _dot(row, queries[g])
-            exact[g, i] = cap * np.tanh(logit / cap) if cap > 0 else logit
+            for i in range(found):
+                exact[g, i] = cap * np.tanh(exact[g, i] / cap)
     n = min(found, k)
     if found > k:
-        for i in range(found):
-            votes[i] = -np.inf
         for g in range(groups):
-            most = np.float32(-np.inf)
-            for i in range(found):
-                most = max(most, exact[g, i])
-            for i in range(found):
-                votes[i] = max(votes[i], exact[g, i] - most)
+            most = largest(exact, g, 0, found)
+            if g == 0:
+                for i in range(found):
+                    votes[i] = exact[g, i] - most
+            else:
+                for i in range(found):
+                    vote = exact[g, i] - most
+                    votes[i] = vote if vote > votes[i] else votes[i]
         best(votes[:found], order[:k], counts)
     else:
         for i in range(n):
@@ -437,13 +538,19 @@ def attend_chosen(
             lse[g] = most + np.log(total)
             for i in range(n):
                 exact[g, order[i]] /= total
-    for i in range(n):
-        token = some[order[i]]
-        _widen(pool[table[token // page], token % page, head, key_dim:], kind, row)
-        for g in range(groups):
-            weight = exact[g, order[i]]
-            for c in range(out.shape[1]):
-                out[g, c] += weight * row[c]
-        chosen[i] = token
+    for i in range(n + _AHEAD):
+        if i < n:
+            token = some[order[i]]
+            place = (table[token // page] * page + token % page) * heads + head
+            _fetch(pool, place, key_dim, value_dim)
+        if i >= _AHEAD:
+            at = order[i - _AHEAD]
+            token = some[at]
+            _widen(pool[table[token // page], token % page, head, key_dim:], kind, row)
+            for g in range(groups):
+                weight = exact[g, at]
+                for c in range(out.shape[1]):
+                    out[g, c] += weight * row[c]
+            chosen[i - _AHEAD] = token
     for i in range(n, k):
         chosen[i] = -1

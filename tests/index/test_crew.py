@@ -181,10 +181,14 @@ def test_an_error_in_a_thread_reaches_who_asked(monkeypatch: pytest.MonkeyPatch)
         raise IndexError("no such row")
 
     monkeypatch.setattr(crews, "_help", fails)
-    with pytest.raises(IndexError, match="no such row"):
+
+    def run() -> None:
         for _ in range(1000):  # the first batches may be over before the threads have begun
             crew.run(tasks, spaces)
             time.sleep(0.001)
+
+    with pytest.raises(IndexError, match="no such row"):
+        run()
     monkeypatch.undo()
     crew.run(tasks, spaces)
     case.check(case.want(0, 1.0, 0.0))
