@@ -12,11 +12,13 @@ import contextlib
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
-from numba import carray, from_dtype, njit, types
+from numba import from_dtype, njit, types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 from numba.np.arrayobj import make_array
@@ -28,6 +30,7 @@ from offload.index.pairs import BLOCK
 from offload.index.scan import scan_blocks
 from offload.index.workers import cores
 
+carray: Any = numba.carray  # type: ignore[attr-defined]
 SCAN, FLAT, CLUSTERS = range(3)
 
 _Q, _F = np.int64, np.float32
@@ -83,8 +86,7 @@ def _place(context: Any, builder: Any, signature: Any, values: Any) -> Any:
     return builder.gep(array.data, [values[1]])
 
 
-@intrinsic
-def _add(typing: Any, numbers: Any, at: Any, value: Any) -> Any:
+def _add_typed(typing: Any, numbers: Any, at: Any, value: Any) -> Any:
     """Adds to a number in one step; returns what it was."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -94,8 +96,10 @@ def _add(typing: Any, numbers: Any, at: Any, value: Any) -> Any:
     return types.int64(numbers, types.int64, types.int64), generate
 
 
-@intrinsic
-def _get(typing: Any, numbers: Any, at: Any) -> Any:
+_add: Any = intrinsic(_add_typed)
+
+
+def _get_typed(typing: Any, numbers: Any, at: Any) -> Any:
     """A number as it is now."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -105,8 +109,10 @@ def _get(typing: Any, numbers: Any, at: Any) -> Any:
     return types.int64(numbers, types.int64), generate
 
 
-@intrinsic
-def _set(typing: Any, numbers: Any, at: Any, value: Any) -> Any:
+_get: Any = intrinsic(_get_typed)
+
+
+def _set_typed(typing: Any, numbers: Any, at: Any, value: Any) -> Any:
     """Writes a number, and everything written before it."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -117,8 +123,10 @@ def _set(typing: Any, numbers: Any, at: Any, value: Any) -> Any:
     return types.none(numbers, types.int64, types.int64), generate
 
 
-@intrinsic
-def _pause(typing: Any) -> Any:
+_set: Any = intrinsic(_set_typed)
+
+
+def _pause_typed(typing: Any) -> Any:
     """Lets the other thread of a core work."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -132,9 +140,12 @@ def _pause(typing: Any) -> Any:
     return types.none(), generate
 
 
-_read = types.ExternalFunction("read", types.intp(types.int32, types.intp, types.uintp))
-_write = types.ExternalFunction("write", types.intp(types.int32, types.intp, types.uintp))
-_yield = types.ExternalFunction("sched_yield", types.int32())
+_pause: Any = intrinsic(_pause_typed)
+
+
+_read: Any = types.ExternalFunction("read", types.intp(types.int32, types.intp, types.uintp))
+_write: Any = types.ExternalFunction("write", types.intp(types.int32, types.intp, types.uintp))
+_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
 @njit(nogil=True, cache=True)
@@ -249,7 +260,7 @@ def _help(numbers: Any, me: int, pipe: int, buffer_at: int) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _lead(numbers: Any, count: int, tasks_at: int, spaces_at: int, pipe: int, buffer_at: int) -> bool:  # fmt: skip
+def _lead(numbers: Any, count: int, tasks_at: int, spaces_at: int, pipe: int, buffer_at: int) -> Any:  # fmt: skip
     """Asks for tasks, takes part, waits for the last one. Returns whether all were done."""
     _set(numbers, _FINISHED, 0)
     _set(numbers, _TASKS, tasks_at)
@@ -303,7 +314,7 @@ class Crew:
         self._numbers = np.zeros(_PLACES, np.int64)
         self._buffer = np.zeros(4096, np.uint8)
         self._pipe: _Pipe | None = None
-        self._stop = weakref.finalize(self, lambda: None)
+        self._stop: Callable[[], object] = lambda: None
 
     def run(self, tasks: NDArray[Any], spaces: NDArray[Any]) -> None:
         """Does all tasks, in any order.
@@ -364,8 +375,8 @@ def spaces_of(scratches: list[Scratch]) -> NDArray[Any]:
     """What tasks are told of scratches, which have to stay."""
     spaces = np.zeros(len(scratches), _SPACE)
     for space, scratch in zip(spaces, scratches, strict=True):
-        for name, array in zip(Scratch._fields, scratch, strict=True):
-            space[name + "_at"] = array.ctypes.data
+        for name in Scratch._fields:
+            space[name + "_at"] = getattr(scratch, name).ctypes.data
         space["groups"], space["tokens"] = scratch.scores.shape
         space["tops"], space["candidates"] = scratch.tops.shape[1], scratch.exact.shape[1]
         space["width"] = scratch.row.shape[0]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,11 +86,11 @@ class Finder(ABC):
         """Whether its searches are tasks of `offload.index.crew`; else `attend` is called."""
         return False
 
-    def describe(self, task: NDArray[Any]) -> None:
+    def describe(self, task: np.void) -> None:
         """Writes what a task of `offload.index.crew` has to know of it. Only where it is `compiled`.
 
         Args:
-            task: `TASK`, with all that is asked.
+            task: A `TASK`, with all that is asked.
         """
         raise NotImplementedError("its searches are no tasks")
 
@@ -162,7 +161,7 @@ class PagedFlat(Finder):
         """See `Finder`."""
         return True
 
-    def describe(self, task: NDArray[Any]) -> None:
+    def describe(self, task: np.void) -> None:
         """See `Finder`."""
         task["what"] = FLAT
         task["wanted"] = min(
@@ -232,7 +231,7 @@ class PagedClusters(Finder):
         """See `Finder`."""
         return True
 
-    def describe(self, task: NDArray[Any]) -> None:
+    def describe(self, task: np.void) -> None:
         """See `Finder`."""
         groups = self._groups
         task["what"] = CLUSTERS
@@ -261,7 +260,7 @@ class PagedClusters(Finder):
         )
 
 
-def _describe(task: NDArray[Any], coded: Coded, blocks: int) -> None:
+def _describe(task: np.void, coded: Coded, blocks: int) -> None:
     for name, array in zip(("codes_at", "lows_at", "steps_at"), coded.arrays, strict=True):
         task[name] = array.ctypes.data
     task["coded"] = blocks

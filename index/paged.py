@@ -390,8 +390,7 @@ def _dots(rows: Any, at: int, kind: int, first: int, queries: Any, row: Any, log
         logits[g, to] = a
 
 
-@intrinsic
-def _fetch(typing: Any, pool: Any, number: Any, first: Any, count: Any) -> Any:
+def _fetch_typed(typing: Any, pool: Any, number: Any, first: Any, count: Any) -> Any:
     """Has numbers `first` to `first + count` of row `number` brought to the cache: they are read soon."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -414,6 +413,9 @@ def _fetch(typing: Any, pool: Any, number: Any, first: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(pool, types.int64, types.int64, types.int64), generate
+
+
+_fetch: Any = intrinsic(_fetch_typed)
 
 
 @njit(nogil=True, cache=True)
