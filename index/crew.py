@@ -25,31 +25,33 @@ from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
 
 from offload.index.grouped import TOGETHER, members
-from offload.index.paged import FLOAT32, Scratch, attend_chosen, candidates
+from offload.index.paged import FLOAT32, Scratch, attend_scored, candidates, score_chosen
 from offload.index.pairs import BLOCK
 from offload.index.scan import scan_blocks
 from offload.index.workers import cores
 
 carray: Any = numba.carray  # type: ignore[attr-defined]
-SCAN, FLAT, CLUSTERS = range(3)
+FLAT, CLUSTERS = range(2)
+WHOLE, SCAN, PICK, SCORE, ATTEND = range(5)
 
 _Q, _F = np.int64, np.float32
 TASK = np.dtype(
     [
-        ("what", _Q), ("pool_at", _Q), ("pages", _Q), ("page", _Q), ("heads", _Q), ("width", _Q), ("kind", _Q),
+        ("index", _Q), ("stage", _Q), ("part", _Q), ("parts", _Q), ("pool_at", _Q), ("pages", _Q), ("page", _Q), ("heads", _Q), ("width", _Q), ("kind", _Q),
         ("table_at", _Q), ("columns", _Q), ("head", _Q), ("key_dim", _Q), ("first", _Q), ("count", _Q),
         ("codes_at", _Q), ("lows_at", _Q), ("steps_at", _Q), ("coded", _Q), ("order_at", _Q), ("starts_at", _Q),
-        ("query_at", _Q), ("groups", _Q), ("scale", _F), ("softcap", _F), ("wanted", _Q), ("begin", _Q), ("stop", _Q),
-        ("ids_at", _Q), ("k", _Q), ("out_at", _Q), ("lse_at", _Q), ("slot", _Q), ("scanned", _Q),
+        ("query_at", _Q), ("groups", _Q), ("scale", _F), ("softcap", _F), ("wanted", _Q),
+        ("ids_at", _Q), ("k", _Q), ("out_at", _Q), ("lse_at", _Q), ("slot", _Q),
     ]
 )  # fmt: skip
 """One task. What ends in `_at` is an address.
 
-what: `SCAN` scores blocks `begin` to `stop` of codes; `FLAT` and `CLUSTERS` attend. pool: [pages, page, heads, width] of
+index: `FLAT` or `CLUSTERS`. stage: `WHOLE`, or a part of it, in this order: `SCAN` scores codes, `PICK` chooses keys by
+them, `SCORE` reads their rows, `ATTEND` attends; scan and score do `part` of `parts`. pool: [pages, page, heads, width] of
 `offload.index.paged.Rows`, whose `kind`, `table` [columns], `head`, `key_dim` follow. codes, lows, steps: `coded` blocks of
 `Coded`, four bits. order, starts: of `Groups`. query: float32 [groups, D], not yet times `scale`. wanted: keys that are scored
-exactly, or clusters. ids, out, lse: written; a place for which no key is left repeats the first. slot: whose scratch is used,
--1 for the thread's own. scanned: a `SCAN` of that slot came before.
+exactly, or clusters. ids, out, lse: written; a place for which no key is left repeats the first. slot: in whose scratch,
+-1 for the thread's own; the stages of a search need one to themselves.
 """
 
 _SIZES = ("groups", "tokens", "tops", "candidates", "width", "tile", "pairs")
@@ -149,49 +151,57 @@ _yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
 @njit(nogil=True, cache=True)
-def _search(pool: Any, task: Any, query: Any, space: Any) -> None:
-    """Attends with rows of either kind."""
-    kind, key_dim = task.kind, task.key_dim
+def _search(pool: Any, task: Any, query: Any, space: Any, own: Any) -> None:
+    """All stages but the scan, with rows of either kind."""
+    kind, key_dim, stage = task.kind, task.key_dim, task.stage
     table = carray(_longs(task.table_at), task.columns)
-    ids = carray(_ints(task.ids_at), task.k)
-    value_dim = task.width - key_dim
-    out = carray(_floats(task.out_at), (task.groups, value_dim))
-    lse = carray(_floats(task.lse_at), task.groups)
-    pairs = (key_dim + 1) // 2
-    codes = carray(_bytes(task.codes_at), (task.coded, pairs, BLOCK))
-    lows = carray(_floats(task.lows_at), (task.coded, key_dim))
-    steps = carray(_floats(task.steps_at), (task.coded, key_dim))
-    scores = carray(_floats(space.scores_at), (space.groups, space.tokens))
-    votes = carray(_floats(space.votes_at), space.tokens)
     chosen = carray(_longs(space.ids_at), space.tokens)
-    order = carray(_longs(space.order_at), space.tokens)
-    row = carray(_floats(space.row_at), space.width)
-    weights = carray(_ints(space.weights_at), (space.tile, space.pairs))
-    total = carray(_ints(space.total_at), (space.tile, BLOCK))
-    products = carray(_floats(space.products_at), 2 * space.pairs)
-    counts = carray(_ints(space.counts_at), 2048)
+    found = carray(_longs(space.found_at), 1)
     exact = carray(_floats(space.exact_at), (space.groups, space.candidates))
-    if task.what == FLAT:
-        tops = carray(_floats(space.tops_at), (space.groups, space.tops))
-        peaks = carray(_floats(space.peaks_at), space.groups)
-        found = candidates(
-            pool, kind, table, task.head, key_dim, codes, lows, steps, 4, task.first, task.count, query, task.wanted,
-            task.scanned != 0, scores, tops, peaks, votes, chosen, order, row, weights, total, products, counts,
+    votes = carray(_floats(space.votes_at), space.tokens)
+    order = carray(_longs(space.order_at), space.tokens)
+    counts = carray(_ints(space.counts_at), 2048)
+    row = carray(_floats(own.row_at), own.width)
+    if stage in (WHOLE, PICK):
+        pairs = (key_dim + 1) // 2
+        codes = carray(_bytes(task.codes_at), (task.coded, pairs, BLOCK))
+        lows = carray(_floats(task.lows_at), (task.coded, key_dim))
+        steps = carray(_floats(task.steps_at), (task.coded, key_dim))
+        scores = carray(_floats(space.scores_at), (space.groups, space.tokens))
+        weights = carray(_ints(own.weights_at), (own.tile, own.pairs))
+        total = carray(_ints(own.total_at), (own.tile, BLOCK))
+        products = carray(_floats(own.products_at), 2 * own.pairs)
+        if task.index == FLAT:
+            tops = carray(_floats(space.tops_at), (space.groups, space.tops))
+            peaks = carray(_floats(space.peaks_at), space.groups)
+            found[0] = candidates(
+                pool, kind, table, task.head, key_dim, codes, lows, steps, 4, task.first, task.count, query, task.wanted,
+                stage == PICK, scores, tops, peaks, votes, chosen, order, row, weights, total, products, counts,
+            )  # fmt: skip
+        else:
+            tokens = carray(_ints(task.order_at), task.coded * TOGETHER)
+            starts = carray(_ints(task.starts_at), task.coded * BLOCK + 1)
+            found[0] = members(
+                codes, lows, steps, 4, tokens, starts, task.first, task.count, query, task.wanted, space.candidates,
+                stage == PICK, scores, votes, chosen, order, weights, total, products, counts,
+            )  # fmt: skip
+    some = chosen[: found[0]]
+    if stage in (WHOLE, SCORE):
+        first = found[0] * task.part // task.parts
+        stop = found[0] * (task.part + 1) // task.parts
+        score_chosen(
+            pool, kind, table, task.head, key_dim, some, first, stop, query, task.softcap, exact, row
         )  # fmt: skip
-    else:
-        tokens = carray(_ints(task.order_at), task.coded * TOGETHER)
-        starts = carray(_ints(task.starts_at), task.coded * BLOCK + 1)
-        found = members(
-            codes, lows, steps, 4, tokens, starts, task.first, task.count, query, task.wanted, space.candidates,
-            scores, votes, chosen, order, weights, total, products, counts,
+    if stage in (WHOLE, ATTEND):
+        ids = carray(_ints(task.ids_at), task.k)
+        out = carray(_floats(task.out_at), (task.groups, task.width - key_dim))
+        lse = carray(_floats(task.lse_at), task.groups)
+        attend_scored(
+            pool, kind, table, task.head, key_dim, some, ids, out, lse, exact, votes, order, row, counts
         )  # fmt: skip
-    attend_chosen(
-        pool, kind, table, task.head, key_dim, chosen[:found], query, task.softcap, ids, out, lse,
-        exact, votes, order, row, counts,
-    )  # fmt: skip
-    for i in range(ids.shape[0]):
-        if ids[i] < 0:
-            ids[i] = max(0, ids[0])
+        for i in range(ids.shape[0]):
+            if ids[i] < 0:
+                ids[i] = max(0, ids[0])
 
 
 @njit(nogil=True, cache=True)
@@ -202,13 +212,13 @@ def _perform(task: Any, space: Any, own: Any) -> None:
     for g in range(task.groups):
         for c in range(task.key_dim):
             query[g, c] = given[g, c] * task.scale
-    if task.what == SCAN:
+    if task.stage == SCAN:
         pairs = (task.key_dim + 1) // 2
         scan_blocks(
             carray(_bytes(task.codes_at), (task.coded, pairs, BLOCK)),
             carray(_floats(task.lows_at), (task.coded, task.key_dim)),
             carray(_floats(task.steps_at), (task.coded, task.key_dim)),
-            4, task.begin, task.stop, query,
+            4, task.coded * task.part // task.parts, task.coded * (task.part + 1) // task.parts, query,
             carray(_ints(own.weights_at), (own.tile, own.pairs)),
             carray(_ints(own.total_at), (own.tile, BLOCK)),
             carray(_floats(own.products_at), 2 * own.pairs),
@@ -217,9 +227,9 @@ def _perform(task: Any, space: Any, own: Any) -> None:
         return
     shape = (task.pages, task.page, task.heads, task.width)
     if task.kind == FLOAT32:
-        _search(carray(_floats(task.pool_at), shape), task, query, space)
+        _search(carray(_floats(task.pool_at), shape), task, query, space, own)
     else:
-        _search(carray(_shorts(task.pool_at), shape), task, query, space)
+        _search(carray(_shorts(task.pool_at), shape), task, query, space, own)
 
 
 @njit(nogil=True, cache=True)
@@ -282,6 +292,23 @@ def _lead(numbers: Any, count: int, tasks_at: int, spaces_at: int, pipe: int, bu
         else:
             _yield()
     return _get(numbers, _FAILED) == 0
+
+
+def staged(tasks: NDArray[Any], parts: int) -> list[NDArray[Any]]:
+    """The same searches in stages, one batch after the other, so that several threads share one.
+
+    Args:
+        tasks: `TASK` [n], whole ones; task i works in scratch i.
+        parts: Of what can be shared out.
+    """
+    one = tasks.copy()
+    one["slot"] = np.arange(len(one))
+    many = np.repeat(one, parts)
+    many["part"], many["parts"] = np.arange(len(many)) % parts, parts
+    batches = [many.copy(), one.copy(), many.copy(), one.copy()]
+    for batch, stage in zip(batches, (SCAN, PICK, SCORE, ATTEND), strict=True):
+        batch["stage"] = stage
+    return batches
 
 
 class _Pipe:

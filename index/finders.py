@@ -163,7 +163,7 @@ class PagedFlat(Finder):
 
     def describe(self, task: np.void) -> None:
         """See `Finder`."""
-        task["what"] = FLAT
+        task["index"] = FLAT
         task["wanted"] = min(
             _OVERFETCH["flat"] * int(task["k"]), max(0, int(task["count"] - task["first"]))
         )
@@ -234,7 +234,7 @@ class PagedClusters(Finder):
     def describe(self, task: np.void) -> None:
         """See `Finder`."""
         groups = self._groups
-        task["what"] = CLUSTERS
+        task["index"] = CLUSTERS
         task["wanted"] = clusters_of(_OVERFETCH["clusters"], int(task["k"]))
         task["order_at"], task["starts_at"] = groups.order.ctypes.data, groups.starts.ctypes.data
         _describe(task, groups.centroids, self._blocks)

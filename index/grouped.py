@@ -109,7 +109,7 @@ def attend_grouped(
     """
     wanted = clusters_of(overfetch, ids.shape[0])
     n = members(
-        *groups.centroids, groups.order, groups.starts, first, count, queries, wanted, scratch.exact.shape[1],
+        *groups.centroids, groups.order, groups.starts, first, count, queries, wanted, scratch.exact.shape[1], False,
         scratch.scores, scratch.votes, scratch.ids, scratch.order,
         scratch.weights, scratch.total, scratch.products, scratch.counts,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def _group(
 @njit(nogil=True, cache=True)
 def members(
     codes: Any, lows: Any, steps: Any, bits: int, order: Any, starts: Any,
-    first: int, count: int, queries: Any, wanted: int, room: int,
+    first: int, count: int, queries: Any, wanted: int, room: int, scanned: bool,
     scores: Any, votes: Any, ids: Any, chosen: Any,
     weights: Any, total: Any, products: Any, counts: Any,
 ) -> int:  # fmt: skip
@@ -235,19 +235,20 @@ def members(
         return found
     # Segments that are all padding are left out.
     begin = first // SEGMENT * (SEGMENT // SIZE)
-    scan_blocks(
-        codes,
-        lows,
-        steps,
-        bits,
-        begin // BLOCK,
-        codes.shape[0],
-        queries,
-        weights,
-        total,
-        products,
-        scores,
-    )
+    if not scanned:
+        scan_blocks(
+            codes,
+            lows,
+            steps,
+            bits,
+            begin // BLOCK,
+            codes.shape[0],
+            queries,
+            weights,
+            total,
+            products,
+            scores,
+        )
     for c in range(clusters):
         votes[c] = -np.inf
     for g in range(groups):

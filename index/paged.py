@@ -98,6 +98,7 @@ class Scratch(NamedTuple):
         total: int32 [T, BLOCK].
         products: float32 [channels], zeros behind D.
         counts: int32 [2,048].
+        found: int64 [1].
     """
 
     scores: Floats
@@ -113,6 +114,7 @@ class Scratch(NamedTuple):
     total: NDArray[np.int32]
     products: Floats
     counts: NDArray[np.int32]
+    found: Ids
 
     @classmethod
     def of(
@@ -144,6 +146,7 @@ class Scratch(NamedTuple):
             total=np.zeros((tile, BLOCK), np.int32),
             products=np.zeros(2 * pairs, np.float32),
             counts=np.empty(2048, np.int32),
+            found=np.zeros(1, np.int64),
         )
 
 
@@ -217,10 +220,11 @@ def attend_some(
         out: Likewise.
         lse: Likewise.
     """
-    attend_chosen(
-        *rows, some, queries, softcap, ids, out, lse,
-        scratch.exact, scratch.votes, scratch.order, scratch.row, scratch.counts,
-    )  # fmt: skip
+    exact, row = scratch.exact, scratch.row
+    score_chosen(*rows, some, 0, len(some), queries, softcap, exact, row)
+    attend_scored(
+        *rows, some, ids, out, lse, exact, scratch.votes, scratch.order, row, scratch.counts
+    )
 
 
 def gathered(rows: Rows, first: int, stop: int) -> Floats:
@@ -488,28 +492,36 @@ def candidates(
 
 
 @njit(nogil=True, cache=True)
-def attend_chosen(
+def score_chosen(
     pool: Any, kind: int, table: Any, head: int, key_dim: int,
-    some: Any, queries: Any, softcap: float, chosen: Any, out: Any, lse: Any,
-    exact: Any, votes: Any, order: Any, row: Any, counts: Any,
+    some: Any, first: int, stop: int, queries: Any, softcap: float, exact: Any, row: Any,
 ) -> None:  # fmt: skip
-    """Attends to the best of some keys, exactly; arguments as of `attend_some`, and of `Rows` and `Scratch`."""
-    groups, page, found, k = queries.shape[0], pool.shape[1], some.shape[0], chosen.shape[0]
+    """Writes the logits of keys `first` to `stop` of some; arguments as of `attend_some`, and of `Rows` and `Scratch`."""
+    groups, page, heads = queries.shape[0], pool.shape[1], pool.shape[2]
     cap = np.float32(softcap)
-    heads, value_dim = pool.shape[2], pool.shape[3] - key_dim
     flat = pool.reshape(pool.shape[0] * page * heads, pool.shape[3])
-    for i in range(found + _AHEAD):
-        if i < found:  # rows lie anywhere
+    for i in range(first, stop + _AHEAD):
+        if i < stop:  # rows lie anywhere
             token = some[i]
             _fetch(pool, (table[token // page] * page + token % page) * heads + head, 0, key_dim)
-        if i >= _AHEAD:
+        if i >= first + _AHEAD:
             token = some[i - _AHEAD]
             place = (table[token // page] * page + token % page) * heads + head
             _dots(flat, place, kind, 0, queries, row, exact, i - _AHEAD)
     if cap > 0:
         for g in range(groups):
-            for i in range(found):
+            for i in range(first, stop):
                 exact[g, i] = cap * np.tanh(exact[g, i] / cap)
+
+
+@njit(nogil=True, cache=True)
+def attend_scored(
+    pool: Any, kind: int, table: Any, head: int, key_dim: int,
+    some: Any, chosen: Any, out: Any, lse: Any, exact: Any, votes: Any, order: Any, row: Any, counts: Any,
+) -> None:  # fmt: skip
+    """Attends to the best of some keys by the logits of `score_chosen`, which are lost; likewise."""
+    groups, page, found, k = out.shape[0], pool.shape[1], some.shape[0], chosen.shape[0]
+    heads, value_dim = pool.shape[2], out.shape[1]
     n = min(found, k)
     if found > k:
         for g in range(groups):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from offload.index import token_bytes
 from offload.index.base import Floats, Ids
-from offload.index.crew import FLAT, SCAN, TASK, Crew, spaces_of
+from offload.index.crew import TASK, Crew, spaces_of, staged
 from offload.index.finders import finder
 from offload.index.paged import BFLOAT16, FLOAT16, FLOAT32, Rows, Scratch
 from offload.index.pairs import BLOCK
@@ -407,17 +407,11 @@ class HostSearch:
             task["out_at"] = found.out.data_ptr() + 4 * i * groups * self.shape.value_dim
             task["lse_at"] = found.lse.data_ptr() + 4 * i * groups
             task["scale"], task["softcap"], task["slot"] = key[3], key[4] or 0.0, -1
+            task["parts"] = 1
             self._finders[row][head].describe(task)
-        batches = [tasks]
-        # Of heads that are fewer than half of the threads, each has its keys scored by several, in the scratch of its number.
+        # Heads that are fewer than half of the threads are shared out among them.
         parts = threads // len(tasks)
-        if parts > 1 and tasks["what"][0] == FLAT:
-            tasks["slot"], tasks["scanned"] = np.arange(len(tasks)), 1
-            scans = np.repeat(tasks, parts)
-            part, blocks = np.arange(len(scans)) % parts, scans["coded"]
-            scans["what"] = SCAN
-            scans["begin"], scans["stop"] = blocks * part // parts, blocks * (part + 1) // parts
-            batches = [scans, tasks]
+        batches = staged(tasks, parts) if parts > 1 else [tasks]
         return _Asked(key, batches, spaces_of(scratches), (rows, scratches))
 
     def _attend_each(

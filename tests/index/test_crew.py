@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from offload.index import crew as crews
-from offload.index.crew import SCAN, TASK, Crew, spaces_of
+from offload.index.crew import TASK, Crew, spaces_of, staged
 from offload.index.finders import Finder, finder
 from offload.index.paged import BFLOAT16, FLOAT16, FLOAT32, Rows, Scratch
 
@@ -63,6 +63,7 @@ class Case:
             task["ids_at"], task["out_at"] = self.ids[head].ctypes.data, self.out[head].ctypes.data
             task["lse_at"] = self.lse[head].ctypes.data
             task["scale"], task["softcap"], task["slot"] = scale, softcap, -1
+            task["parts"] = 1
             self.finders[head].describe(task)
         return tasks
 
@@ -110,23 +111,22 @@ def test_tasks_find_what_calls_find(
         crew.close()
 
 
-def test_heads_whose_keys_are_scored_by_several_are_found_alike() -> None:
-    case = Case("flat", BFLOAT16, 4096, 64, 64)
-    want = case.want(100, 0.125, 0.0)
-    crew, scratches = Crew(4), [case.scratch() for _ in range(4)]
-    spaces, tasks = spaces_of(scratches), case.tasks(100, 0.125, 0.0)
-    tasks["slot"], tasks["scanned"] = np.arange(HEADS), 1
-    scans = np.repeat(tasks, 3)
-    part = np.arange(len(scans)) % 3
-    scans["what"] = SCAN
-    scans["begin"], scans["stop"] = scans["coded"] * part // 3, scans["coded"] * (part + 1) // 3
-    for _ in range(20):
-        for scratch in scratches:
-            scratch.scores[:] = np.nan
-        crew.run(scans, spaces)
-        crew.run(tasks, spaces)
-        case.check(want)
-    crew.close()
+@pytest.mark.parametrize("name", ["flat", "clusters"])
+@pytest.mark.parametrize("first", [0, 100, 4096])
+def test_a_search_that_several_share_finds_the_same(name: str, first: int) -> None:
+    case = Case(name, BFLOAT16, 4096 + 64, 64, 64)
+    want = case.want(first, 0.125, 3.0)
+    for threads, parts in ((3, 2), (4, 3), (4, 16)):
+        crew, scratches = Crew(threads), [case.scratch() for _ in range(threads)]
+        spaces = spaces_of(scratches)
+        batches = staged(case.tasks(first, 0.125, 3.0), parts)
+        for _ in range(5):
+            for scratch in scratches:
+                scratch.scores[:], scratch.exact[:] = np.nan, np.nan
+            for batch in batches:
+                crew.run(batch, spaces)
+            case.check(want)
+        crew.close()
 
 
 def test_every_task_is_done_once_by_threads_awake_or_asleep() -> None:

@@ -5,7 +5,7 @@ device keeps means over clusters only. Beside a time stands how far the logits a
 card, else from every token streamed.
 
 - `131072`: `Runtime.generate` after our own prefill, under a cap that no better rung fits; for each index, and with none
-  (`replica`: the device selects by mean keys). What prefill takes longer is the index's build;
+  (`replica`: the device selects by mean keys), what prefill takes longer. `build`: all cores index all heads and do nothing else;
 - `524288`: the cache is filled with recorded keys, repeated, and random values instead of a prefill; then single steps,
   captured;
 - `bandwidth`: the rate at which all cores search codes, against the rate at which they read memory;
@@ -35,7 +35,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import offload
 from offload.cache import CACHE
 from offload.decode import captured_steps
-from offload.index.crew import TASK, Crew, spaces_of
+from offload.index.crew import TASK, Crew, spaces_of, staged
 from offload.index.finders import finder
 from offload.index.paged import BFLOAT16, Rows, Scratch
 from offload.index.workers import Workers
@@ -100,9 +100,17 @@ def measure_bandwidth(record: Record, tokens: int, heads: int, threads: int | No
             task["query_at"], task["k"], task["slot"] = queries.ctypes.data, k, -1
             task["ids_at"], task["out_at"] = ids[head].ctypes.data, out[head].ctypes.data
             task["lse_at"] = lse[head].ctypes.data
+            task["parts"] = 1
             finders[head].describe(task)
+        shares = crew.threads // heads
+        batches = staged(tasks, shares) if shares > 1 else [tasks]
         spaces = spaces_of(scratches)
-        seconds = best(lambda tasks=tasks, spaces=spaces: crew.run(tasks, spaces))
+
+        def search(batches: Any = batches, spaces: Any = spaces) -> None:
+            for batch in batches:
+                crew.run(batch, spaces)
+
+        seconds = best(search)
         nbytes = sum(each.nbytes for each in finders)
         adds = []
         grown = finder(name, tokens + 2 * page, size)
@@ -127,31 +135,56 @@ def measure_131072(
     record: Record, model: Any, ids: Tensor, args: argparse.Namespace, settings: dict[str, Any]
 ) -> None:
     """Each index after a prefill of ours, and dense attention to compare."""
-    prefill: dict[str, float] = {}
     n, got = ids.shape[1], {}
-    for index in ("replica", *args.index):
+    for index in args.index:
         got[index] = run_ours(model, ids, args.new, settings | {"index": index}, logits=True)
         free()
-        prefill[index] = got[index]["prefill_s"]
-    reference = run_dense(model, ids, args.chunk, got["replica"]["answer"], CHECKED)
+    first = got[args.index[0]]
+    reference = run_dense(model, ids, args.chunk, first["answer"], CHECKED)
     free()
-    record.row(f"dense prefill {n}", prefill_s=reference["prefill_s"], logit_error=0.0)
+    dense_s = reference["prefill_s"]
+    record.row(f"dense prefill {n}", prefill_s=dense_s, logit_error=0.0)
     for index, found in got.items():
         # Where the tokens are others than those that dense attention was asked about, only the first logits compare.
-        same = bool(
-            torch.equal(found["answer"][:, :CHECKED], got["replica"]["answer"][:, :CHECKED])
-        )
+        same = bool(torch.equal(found["answer"][:, :CHECKED], first["answer"][:, :CHECKED]))
         shown = CHECKED if same else 1
+        more: dict[str, Any] = {}
+        if "replica" in got:
+            more["build_share_of_prefill"] = (
+                found["prefill_s"] - got["replica"]["prefill_s"]
+            ) / dense_s
         errors = compare(found["logits"][:shown], reference["logits"][:shown])
-        record.row(
-            f"{index} {n}", **found["row"], **errors,
-            build_share_of_prefill=(prefill[index] - prefill["replica"]) / reference["prefill_s"],
-        )  # fmt: skip
-    best = min(args.index, key=lambda index: got[index]["row"]["ms_per_token"])
-    record.bars[f"host_ms_{n}"] = got[best]["row"]["ms_per_token"]
-    for index, bar in (("flat", "flat_build_share"), ("graph", "build_share_of_prefill")):
-        if index in got:
-            record.bars[bar] = (prefill[index] - prefill["replica"]) / reference["prefill_s"]
+        record.row(f"{index} {n}", **found["row"], **errors, **more)
+    record.bars[f"host_ms_{n}"] = min(
+        found["row"]["ms_per_token"] for index, found in got.items() if index != "replica"
+    )
+    config = model.config
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    for index in ("flat", "clusters"):
+        built = build_all(index, n, heads, args.threads)
+        record.row(f"build {index}, {heads} heads of {n}", seconds=built, share_of_dense_prefill=built / dense_s, error=0.0)  # fmt: skip
+        if index == "flat":
+            record.bars["flat_build_share"] = built / dense_s
+
+
+def build_all(name: str, tokens: int, heads: int, threads: int | None) -> float:
+    """Seconds in which all cores build the indexes of so many heads, and do nothing else."""
+    size, page = 128, 64
+    random = np.random.default_rng(0)
+    pool = (random.standard_normal((tokens // page, page, 1, 2 * size)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)  # fmt: skip
+    rows = Rows(pool, BFLOAT16, np.arange(tokens // page), 0, size)
+    finders = [finder(name, tokens, size) for _ in range(heads)]
+    workers = Workers(threads)
+
+    def build(i: int, worker: int) -> None:
+        finders[i].extend(rows, tokens, Scratch.of(1, 128 * size, size, size, 1), None)
+
+    finder(name, 4096, size).extend(rows, 4096, Scratch.of(1, 128 * size, size, size, 1), None)
+    began = time.perf_counter()
+    workers.run(build, heads)
+    built = time.perf_counter() - began
+    workers.close()
+    return built
 
 
 @torch.no_grad()
@@ -165,7 +198,7 @@ def measure_filled(
     keys = vectors["keys"]
     at = places(tokens, vectors["context"], keys.shape[1])
     repeats = size // keys.shape[-1]
-    for index in args.index:
+    for index in [name for name in args.index if name != "replica"]:
         with PeakMemory() as peak, offload.attach(model, mode="fast", **settings, index=index) as runtime:  # fmt: skip
             cache = runtime.new_cache(tokens + args.new + 64)
             cache.start(1)
@@ -231,7 +264,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=160, help="tokens that are decoded")
     parser.add_argument("--chunk", type=int, default=1024, help="prefill chunk")
     parser.add_argument("--vectors", default="smollm2@7168", help="a real model and the tokens that it reads")  # fmt: skip
-    parser.add_argument("--index", nargs="*", default=["flat", "clusters"])
+    parser.add_argument("--index", nargs="*", default=["replica", "flat", "clusters"], help="replica: none")  # fmt: skip
     parser.add_argument("--cap-gib", type=float, default=17.6, help="device memory at 131,072 tokens")  # fmt: skip
     parser.add_argument("--retrieved", type=int, default=256, help="tokens per KV head")
     parser.add_argument("--threads", type=int, help="that search; default: one for each core")
