@@ -25,8 +25,8 @@ from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
 
 from offload.index.grouped import TOGETHER, members
+from offload.index.lanes import BLOCK
 from offload.index.paged import FLOAT32, Scratch, attend_scored, candidates, score_chosen
-from offload.index.pairs import BLOCK
 from offload.index.scan import scan_blocks
 from offload.index.workers import cores
 
@@ -54,7 +54,7 @@ exactly, or clusters. ids, out, lse: written; a place for which no key is left r
 -1 for the thread's own; the stages of a search need one to themselves.
 """
 
-_SIZES = ("groups", "tokens", "tops", "candidates", "width", "tile", "pairs")
+_SIZES = ("groups", "tokens", "tops", "candidates", "width", "tile", "channels")
 # A scratch: addresses, and the sizes of what is there.
 _SPACE = np.dtype([*((name + "_at", _Q) for name in Scratch._fields), *((name, _Q) for name in _SIZES)])  # fmt: skip
 
@@ -78,7 +78,7 @@ def _pointer(kind: Any) -> Any:
     return intrinsic(typed)
 
 
-_bytes, _shorts = _pointer(types.uint8), _pointer(types.uint16)
+_bytes, _shorts, _signed = _pointer(types.uint8), _pointer(types.uint16), _pointer(types.int8)
 _ints, _longs, _floats = _pointer(types.int32), _pointer(types.int64), _pointer(types.float32)
 _tasks, _spaces = _pointer(from_dtype(TASK)), _pointer(from_dtype(_SPACE))
 
@@ -163,16 +163,15 @@ def _search(pool: Any, task: Any, query: Any, space: Any, own: Any) -> None:
     counts = carray(_ints(space.counts_at), 2048)
     row = carray(_floats(own.row_at), own.width)
     if stage in (WHOLE, PICK):
-        pairs = (key_dim + 1) // 2
-        codes = carray(_bytes(task.codes_at), (task.coded, pairs, BLOCK))
+        codes = carray(_bytes(task.codes_at), (task.coded, own.channels // 4, 2 * BLOCK))
         lows = carray(_floats(task.lows_at), (task.coded, key_dim))
         steps = carray(_floats(task.steps_at), (task.coded, key_dim))
         scores = carray(_floats(space.scores_at), (space.groups, space.tokens))
-        weights = carray(_ints(own.weights_at), (own.tile, own.pairs))
+        weights = carray(_signed(own.weights_at), (own.tile, own.channels))
         total = carray(_ints(own.total_at), (own.tile, BLOCK))
-        products = carray(_floats(own.products_at), 2 * own.pairs)
+        products = carray(_floats(own.products_at), own.channels)
+        tops = carray(_floats(space.tops_at), (space.groups, space.tops))
         if task.index == FLAT:
-            tops = carray(_floats(space.tops_at), (space.groups, space.tops))
             peaks = carray(_floats(space.peaks_at), space.groups)
             found[0] = candidates(
                 pool, kind, table, task.head, key_dim, codes, lows, steps, 4, task.first, task.count, query, task.wanted,
@@ -183,7 +182,7 @@ def _search(pool: Any, task: Any, query: Any, space: Any, own: Any) -> None:
             starts = carray(_ints(task.starts_at), task.coded * BLOCK + 1)
             found[0] = members(
                 codes, lows, steps, 4, tokens, starts, task.first, task.count, query, task.wanted, space.candidates,
-                stage == PICK, scores, votes, chosen, order, weights, total, products, counts,
+                stage == PICK, scores, tops, votes, chosen, order, weights, total, products, counts,
             )  # fmt: skip
     some = chosen[: found[0]]
     if stage in (WHOLE, SCORE):
@@ -213,16 +212,16 @@ def _perform(task: Any, space: Any, own: Any) -> None:
         for c in range(task.key_dim):
             query[g, c] = given[g, c] * task.scale
     if task.stage == SCAN:
-        pairs = (task.key_dim + 1) // 2
         scan_blocks(
-            carray(_bytes(task.codes_at), (task.coded, pairs, BLOCK)),
+            carray(_bytes(task.codes_at), (task.coded, own.channels // 4, 2 * BLOCK)),
             carray(_floats(task.lows_at), (task.coded, task.key_dim)),
             carray(_floats(task.steps_at), (task.coded, task.key_dim)),
             4, task.coded * task.part // task.parts, task.coded * (task.part + 1) // task.parts, query,
-            carray(_ints(own.weights_at), (own.tile, own.pairs)),
+            carray(_signed(own.weights_at), (own.tile, own.channels)),
             carray(_ints(own.total_at), (own.tile, BLOCK)),
-            carray(_floats(own.products_at), 2 * own.pairs),
+            carray(_floats(own.products_at), own.channels),
             carray(_floats(space.scores_at), (space.groups, space.tokens)),
+            carray(_floats(space.tops_at), (space.groups, space.tops)),
         )  # fmt: skip
         return
     shape = (task.pages, task.page, task.heads, task.width)
@@ -407,7 +406,7 @@ def spaces_of(scratches: list[Scratch]) -> NDArray[Any]:
         space["groups"], space["tokens"] = scratch.scores.shape
         space["tops"], space["candidates"] = scratch.tops.shape[1], scratch.exact.shape[1]
         space["width"] = scratch.row.shape[0]
-        space["tile"], space["pairs"] = scratch.weights.shape
+        space["tile"], space["channels"] = scratch.weights.shape
     return spaces
 
 

@@ -22,6 +22,7 @@ from offload.index.grouped import (
     group_blocks,
     room,
 )
+from offload.index.lanes import BLOCK
 from offload.index.paged import (
     FLOAT32,
     Coded,
@@ -32,7 +33,6 @@ from offload.index.paged import (
     encode_blocks,
     gathered,
 )
-from offload.index.pairs import BLOCK
 
 _BITS = 4
 _OVERFETCH = {

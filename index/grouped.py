@@ -14,8 +14,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from offload.index.base import Floats
+from offload.index.lanes import BLOCK
 from offload.index.paged import Coded, Rows, Scratch, attend_some, encode_values, gather, largest
-from offload.index.pairs import BLOCK
 from offload.index.scan import best, scan_blocks
 
 SIZE = 16  # keys of a cluster, on average
@@ -110,7 +110,7 @@ def attend_grouped(
     wanted = clusters_of(overfetch, ids.shape[0])
     n = members(
         *groups.centroids, groups.order, groups.starts, first, count, queries, wanted, scratch.exact.shape[1], False,
-        scratch.scores, scratch.votes, scratch.ids, scratch.order,
+        scratch.scores, scratch.tops, scratch.votes, scratch.ids, scratch.order,
         scratch.weights, scratch.total, scratch.products, scratch.counts,
     )  # fmt: skip
     attend_some(rows, scratch.ids[:n], queries, softcap, scratch, ids, out, lse)
@@ -222,7 +222,7 @@ def _group(
 def members(
     codes: Any, lows: Any, steps: Any, bits: int, order: Any, starts: Any,
     first: int, count: int, queries: Any, wanted: int, room: int, scanned: bool,
-    scores: Any, votes: Any, ids: Any, chosen: Any,
+    scores: Any, tops: Any, votes: Any, ids: Any, chosen: Any,
     weights: Any, total: Any, products: Any, counts: Any,
 ) -> int:  # fmt: skip
     """Writes the tokens of the `wanted` clusters with the best votes, and those in none; returns how many there are."""
@@ -248,6 +248,7 @@ def members(
             total,
             products,
             scores,
+            tops,
         )
     for c in range(clusters):
         votes[c] = -np.inf

@@ -21,13 +21,12 @@ from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
 
 from offload.index.base import Floats, Ids
-from offload.index.pairs import BLOCK, TOGETHER
-from offload.index.scan import best, scan_blocks
+from offload.index.lanes import BLOCK, CHANNELS, TOGETHER
+from offload.index.scan import SUB, best, scan_blocks
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # what the rows of a pool are
 
 _AHEAD = 8  # rows that are on their way from memory while one is read
-_SUB = 32  # keys of which the best is noted: where few are good, most keys are not looked at again
 _HALF_SCALE = np.float32(2.0**112)  # see `offload.index.scan`
 
 
@@ -53,7 +52,7 @@ class Coded(NamedTuple):
     """Codes of the first keys of one KV head, as of `offload.index.scan.encode`.
 
     Attributes:
-        codes: uint8 [n, channels / 2, 2 * BLOCK * bits / 8].
+        codes: uint8 [n, channels / 4, 4 * BLOCK * bits / 8].
         lows: float32 [n, D].
         steps: float32 [n, D].
         bits: 4 or 2.
@@ -67,7 +66,7 @@ class Coded(NamedTuple):
     @classmethod
     def of(cls, blocks: int, key_dim: int, bits: int) -> Coded:
         """Room for the codes of so many blocks; nothing is written to it."""
-        codes = np.empty((blocks, -(-key_dim // 2), BLOCK * bits // 4), np.uint8)
+        codes = np.empty((blocks, -(-key_dim // CHANNELS), BLOCK * bits // 2), np.uint8)
         lows, steps = (np.empty((blocks, key_dim), np.float32) for _ in range(2))
         return cls(codes, lows, steps, bits)
 
@@ -94,7 +93,7 @@ class Scratch(NamedTuple):
         exact: float32 [G, candidates].
         row: float32 [D or D_v].
         query: float32 [G, D].
-        weights: int32 [T, channels / 2], with T of `offload.index.pairs`.
+        weights: int8 [T, channels], with T of `offload.index.lanes`.
         total: int32 [T, BLOCK].
         products: float32 [channels], zeros behind D.
         counts: int32 [2,048].
@@ -110,7 +109,7 @@ class Scratch(NamedTuple):
     exact: Floats
     row: Floats
     query: Floats
-    weights: NDArray[np.int32]
+    weights: NDArray[np.int8]
     total: NDArray[np.int32]
     products: Floats
     counts: NDArray[np.int32]
@@ -130,11 +129,12 @@ class Scratch(NamedTuple):
             candidates: Keys that are scored exactly.
             bits: Of the codes.
         """
-        width, pairs, tile = max(key_dim, value_dim), -(-key_dim // 2), TOGETHER[bits]
+        width, tile = max(key_dim, value_dim), TOGETHER[bits]
+        channels = key_dim + -key_dim % CHANNELS
         tokens += -tokens % BLOCK
         return cls(
             scores=np.empty((groups, tokens), np.float32),
-            tops=np.empty((groups, tokens // _SUB), np.float32),
+            tops=np.empty((groups, tokens // SUB), np.float32),
             peaks=np.empty(groups, np.float32),
             votes=np.empty(tokens, np.float32),
             ids=np.empty(tokens, np.int64),
@@ -142,9 +142,9 @@ class Scratch(NamedTuple):
             exact=np.empty((groups, max(1, candidates)), np.float32),
             row=np.empty(width, np.float32),
             query=np.empty((groups, key_dim), np.float32),
-            weights=np.zeros((tile, pairs), np.int32),
+            weights=np.zeros((tile, channels), np.int8),
             total=np.zeros((tile, BLOCK), np.int32),
-            products=np.zeros(2 * pairs, np.float32),
+            products=np.zeros(channels, np.float32),
             counts=np.empty(2048, np.int32),
             found=np.zeros(1, np.int64),
         )
@@ -290,8 +290,8 @@ def encode_values(values: Any, codes: Any, lows: Any, steps: Any, bits: int, blo
     parts = 8 // bits
     each = BLOCK // parts
     key_dim = values.shape[1]
-    if key_dim % 2:
-        codes[block, key_dim // 2] = 0
+    if key_dim % CHANNELS:
+        codes[block, key_dim // CHANNELS] = 0
     for c in range(key_dim):
         low = values[0, c]
         high = low
@@ -308,7 +308,7 @@ def encode_values(values: Any, codes: Any, lows: Any, steps: Any, bits: int, blo
                 code = np.rint((values[part * each + j, c] - low) / scale)
                 code = min(max(code, np.float32(0)), top)
                 packed |= int(code) << (part * bits)
-            codes[block, c // 2, 2 * j + c % 2] = packed
+            codes[block, c // CHANNELS, CHANNELS * j + c % CHANNELS] = packed
 
 
 @njit(nogil=True, cache=True)
@@ -449,14 +449,16 @@ def candidates(
             total,
             products,
             scores,
+            tops,
         )
     for token in range(max(first, coded), count):
         place = (table[token // page] * page + token % page) * heads + head
         _dots(flat, place, kind, 0, queries, row, scores, token)
-    begin, subs = first // _SUB, (count + _SUB - 1) // _SUB
+    begin, subs = first // SUB, (count + SUB - 1) // SUB
     for g in range(groups):
         for s in range(begin, subs):
-            tops[g, s] = largest(scores, g, max(first, s * _SUB), min(count, (s + 1) * _SUB))
+            if s * SUB < first or (s + 1) * SUB > min(coded, count):  # else the scan has noted it
+                tops[g, s] = largest(scores, g, max(first, s * SUB), min(count, (s + 1) * SUB))
         best_score = largest(tops, g, begin, subs)
         for s in range(begin, subs):
             tops[g, s] -= best_score
@@ -475,7 +477,7 @@ def candidates(
     for s in range(begin, subs):
         if tops[0, s] < least:
             continue
-        for i in range(max(first, s * _SUB), min(count, (s + 1) * _SUB)):
+        for i in range(max(first, s * SUB), min(count, (s + 1) * SUB)):
             vote = np.float32(-np.inf)
             for g in range(groups):
                 vote = max(vote, scores[g, i] - peaks[g])

@@ -2,7 +2,7 @@
 
 A block is `BLOCK` keys. A channel of it is coded from its smallest to its largest value. Two channels lie side by side: of a
 row of bytes 2 j is of the first and 2 j + 1 of the second, of keys j and j + BLOCK / 2 with 4-bit codes, of j and three
-more, BLOCK / 4 apart, with 2 bits. So one instruction weighs both channels of 16 keys (`offload.index.pairs`). Per channel, because keys have outlier channels (a bias, and what
+more, BLOCK / 4 apart, with 2 bits. So one instruction weighs both channels of 16 keys (`offload.index.lanes`). Per channel, because keys have outlier channels (a bias, and what
 the position embedding leaves of it); see Liu et al., KIVI (arXiv 2402.02750), section 3.
 
 The scan counts in whole numbers: a query times the block's steps is rounded to 127 steps each way. Where all channels weigh
@@ -17,15 +17,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from offload.index import pairs
+from offload.index import lanes
 from offload.index.base import Floats, Ids, Vectors
-from offload.index.pairs import TOGETHER, add_block
+from offload.index.lanes import TOGETHER, add_block
 
 # Keys of SmolLM2 at 7.8K, recall of the best 100, four (two) times over-fetched: at 4 bits 1.0 (0.9999, 0.9999, 0.9998) with
 # blocks of 64, 128 and 256, at 2 bits 0.986, 0.973 and 0.960; the steps take 1, 1/2 and 1/4 bit a value. A scan of blocks of
 # 64 takes twice as long as one of 128: too few bytes for whole vector registers.
-BLOCK = pairs.BLOCK
-CHANNELS = 2  # channels of one step of the scan: codes are padded to a multiple
+BLOCK, CHANNELS = lanes.BLOCK, lanes.CHANNELS
+SUB = 32  # keys of which the best is noted: where few are good, most keys are not looked at again
 _STEPS = 127
 _ROUNDS = np.float32(1.5 * 2**23)
 # Of uniform quantisers of a normal variable, in standard deviations: Max, Quantizing for minimum distortion (1960), table II.
@@ -48,7 +48,7 @@ def encode(
             lies outside is cut. Worse for the largest keys, better for all others.
 
     Returns:
-        codes: uint8 [n, channels / 2, 2 * BLOCK * bits / 8], where channels is D, padded to an even number.
+        codes: uint8 [n, channels / 4, 4 * BLOCK * bits / 8], where channels is D, padded to a multiple of `CHANNELS`.
         lows: float32 [n, D], what code 0 stands for: the smallest value of each channel, unless they are clipped.
         steps: float32 [n, D], between codes; zero where all values are the same.
     """
@@ -79,19 +79,18 @@ def encode(
 
 
 def _side_by_side(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bytes [n, channels, m] with two channels in one row: [n, channels / 2, 2 m]."""
+    """Bytes [n, channels, m] with four channels in one row: [n, channels / 4, 4 m]."""
     n, channels, m = codes.shape
-    both = codes.reshape(n, channels // 2, 2, m).transpose(0, 1, 3, 2)
-    return np.ascontiguousarray(both).reshape(n, channels // 2, 2 * m)
+    rows = codes.reshape(n, channels // CHANNELS, CHANNELS, m).transpose(0, 1, 3, 2)
+    return np.ascontiguousarray(rows).reshape(n, channels // CHANNELS, CHANNELS * m)
 
 
 def decode(codes: NDArray[np.uint8], lows: Floats, steps: Floats, bits: int) -> Floats:
     """What codes stand for, float32 [n * BLOCK, D]; see `encode`."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[None, None, :, None]
-    n, pairs, twice = codes.shape
-    channels = (
-        codes.reshape(n, pairs, twice // 2, 2).transpose(0, 1, 3, 2).reshape(n, 2 * pairs, -1)
-    )
+    n, rows, length = codes.shape
+    side_by_side = codes.reshape(n, rows, length // CHANNELS, CHANNELS).transpose(0, 1, 3, 2)
+    channels = side_by_side.reshape(n, CHANNELS * rows, -1)
     parts = (channels[:, : lows.shape[1], None, :] >> shifts) & ((1 << bits) - 1)
     values = parts.reshape(*lows.shape, BLOCK) * steps[..., None] + lows[..., None]
     return np.ascontiguousarray(values.transpose(0, 2, 1).reshape(-1, lows.shape[1]))
@@ -137,7 +136,7 @@ def rescore(rows: Vectors, ids: Ids, query: Floats, scores: Floats) -> None:
 def _weigh(
     lows: Any, steps: Any, block: int, queries: Any, g: int, products: Any, weights: Any, t: int
 ) -> Any:
-    """A query in the steps of a block: writes weights[t] as `offload.index.pairs.add_block` reads them.
+    """A query in the steps of a block: writes weights[t] as `offload.index.lanes.add_block` reads them.
 
     Returns:
         What a weight of one stands for, and what the scores of all keys have in common.
@@ -156,15 +155,32 @@ def _weigh(
     # A sum with this has the rounded number in its last bits, negative ones as their complement.
     for c in range(queries.shape[1]):
         products[c] = products[c] * inverse + _ROUNDS
-    for pair in range(weights.shape[1]):
-        first, second = bits[2 * pair] & 255, bits[2 * pair + 1] & 255
-        weights[t, pair] = (first | (second << 8)) * 65537
+    for c in range(products.shape[0]):
+        weights[t, c] = bits[c]
     return unit, offset
 
 
 @njit(nogil=True, cache=True)
+def _write(
+    total: Any, t: int, unit: Any, offset: Any, scores: Any, g: int, block: int, tops: Any
+) -> None:
+    """Scores of a block from their sums, and the best of each `SUB`: the best sum has the best score, rounding keeps their order."""
+    # Without signs: that an index counts from the end need not be considered, which would be done key by key.
+    first = np.uint64(block) * np.uint64(BLOCK)
+    for j in range(np.uint64(BLOCK)):
+        scores[g, first + j] = offset + unit * np.float32(total[t, j])
+    # A loop of a length that is not known is vectorised; this one would be unrolled instead.
+    length = np.uint64(total.shape[1] // (BLOCK // SUB))
+    for s in range(np.uint64(BLOCK // SUB)):
+        most = np.int32(-(2**31))
+        for j in range(length):
+            most = max(most, total[t, s * length + j])
+        tops[g, np.uint64(block) * np.uint64(BLOCK // SUB) + s] = offset + unit * np.float32(most)
+
+
+@njit(nogil=True, cache=True)
 def scan_blocks(
-    codes: Any, lows: Any, steps: Any, bits: int, first: int, stop: int, queries: Any, weights: Any, total: Any, products: Any, scores: Any
+    codes: Any, lows: Any, steps: Any, bits: int, first: int, stop: int, queries: Any, weights: Any, total: Any, products: Any, scores: Any, tops: Any
 ) -> None:  # fmt: skip
     """Scores of coded keys, with memory that is given: parts of arrays are counted, which takes longer than a block.
 
@@ -176,10 +192,11 @@ def scan_blocks(
         first: Blocks before it are left out.
         stop: As those from it on.
         queries: float32 [G, D].
-        weights: int32 [T, pairs] with T of `offload.index.pairs.TOGETHER`: worked with.
+        weights: int8 [T, channels] with T of `offload.index.lanes.TOGETHER`: worked with.
         total: int32 [T, BLOCK]: worked with.
-        products: float32 [2 pairs], zero behind D: worked with.
+        products: float32 [channels], zero behind D: worked with.
         scores: float32 [G, N]: written.
+        tops: float32 [G, N / SUB]: written, the best of each `SUB` keys.
     """
     groups, tile = queries.shape[0], weights.shape[0]
     units, offsets = np.empty(4, np.float32), np.empty(4, np.float32)
@@ -195,19 +212,19 @@ def scan_blocks(
             add_block(codes, block, weights, total, n, bits)
             for t in range(n):
                 unit, offset = units[t], offsets[t]
-                for j in range(BLOCK):
-                    scores[g + t, block * BLOCK + j] = offset + unit * np.float32(total[t, j])
+                _write(total, t, unit, offset, scores, g + t, block, tops)
 
 
 @njit(nogil=True, cache=True)
 def _scan(
     codes: Any, lows: Any, steps: Any, queries: Any, scores: Any, bits: int, tile: int
 ) -> None:
-    pairs = codes.shape[1]
-    weights, total = np.zeros((tile, pairs), np.int32), np.zeros((tile, BLOCK), np.int32)
-    products = np.zeros(2 * pairs, np.float32)
+    channels = CHANNELS * codes.shape[1]
+    weights, total = np.zeros((tile, channels), np.int8), np.zeros((tile, BLOCK), np.int32)
+    products = np.zeros(channels, np.float32)
+    tops = np.empty((queries.shape[0], scores.shape[1] // SUB), np.float32)
     scan_blocks(
-        codes, lows, steps, bits, 0, codes.shape[0], queries, weights, total, products, scores
+        codes, lows, steps, bits, 0, codes.shape[0], queries, weights, total, products, scores, tops
     )
 
 

@@ -29,8 +29,8 @@ from offload.index import token_bytes
 from offload.index.base import Floats, Ids
 from offload.index.crew import TASK, Crew, spaces_of, staged
 from offload.index.finders import finder
+from offload.index.lanes import BLOCK
 from offload.index.paged import BFLOAT16, FLOAT16, FLOAT32, Rows, Scratch
-from offload.index.pairs import BLOCK
 from offload.index.workers import Workers
 from offload.tiers.pinned import HostBudget
 from offload.tiers.rows import RowShape

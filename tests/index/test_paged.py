@@ -59,13 +59,10 @@ def paged(
 
 
 def coded(rows: Rows, count: int, bits: int, scratch: Scratch) -> Coded:
-    blocks, dim = count // scan.BLOCK, rows.key_dim
-    made = Coded(
-        np.empty((blocks, -(-dim // 2), scan.BLOCK * bits // 4), np.uint8),
-        np.empty((blocks, dim), np.float32),
-        np.empty((blocks, dim), np.float32),
-        bits,
-    )
+    blocks = count // scan.BLOCK
+    made = Coded.of(blocks, rows.key_dim, bits)
+    for array in made.arrays:  # nothing of what was there may be left
+        array.view(np.uint8)[:] = 0xA5
     encode_blocks(rows, made, 0, blocks, scratch)
     return made
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba import njit
 
-from offload.index import pairs, scan
+from offload.index import lanes, scan
 from offload.index.base import Vectors
 
 BITS = [4, 2]
@@ -28,7 +31,7 @@ def test_no_value_is_further_than_half_a_step_from_its_code(
 ) -> None:
     keys = rows(size, scale=scale)
     codes, lows, steps = scan.encode(keys, bits)
-    assert codes.shape == (3, -(-size // 2), scan.BLOCK * bits // 4)
+    assert codes.shape == (3, -(-size // 4), scan.BLOCK * bits // 2)
     back = scan.decode(codes, lows, steps, bits)
     allowed = np.repeat(steps, scan.BLOCK, axis=0) * 0.5001 + 2e-6 * np.abs(keys)
     assert (np.abs(back - keys) <= allowed).all()
@@ -64,26 +67,51 @@ def test_the_largest_products_do_not_overflow(bits: int) -> None:
         np.testing.assert_allclose(scores[0], [0, *[sign * 256] * (scan.BLOCK - 1)], rtol=1e-5)
 
 
+class EmulatedVnni(lanes._Vnni):
+    """The same instructions, but for the one that not every processor has: by plain ones."""
+
+    def add(self, builder: Any, total: Any, codes: Any, weights: Any) -> Any:
+        for p in range(4):
+            code = builder.and_(
+                builder.lshr(codes, lanes._all_of(self.sums, 8 * p)), lanes._all_of(self.sums, 255)
+            )
+            high = builder.shl(weights, lanes._all_of(self.sums, 24 - 8 * p))
+            weight = builder.ashr(high, lanes._all_of(self.sums, 24))
+            total = builder.add(total, builder.mul(code, weight))
+        return total
+
+
+def emulated(bits: int, tile: int) -> Any:
+    add = lanes.summing(bits, tile, EmulatedVnni)
+
+    @njit
+    def run(codes: Any, block: int, weights: Any, total: Any, queries: int, bits: int) -> None:
+        add(codes, block, weights, total)
+
+    return run
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("channels", [1, 9, 64, 65])
-def test_the_processors_instruction_sums_as_plain_loops_do(
-    bits: int, together: bool, channels: int
+@pytest.mark.parametrize("rows", [1, 9, 33])
+def test_the_processors_instructions_sum_as_plain_loops_do(
+    bits: int, together: bool, rows: int
 ) -> None:
-    random = np.random.default_rng(channels)
-    queries = pairs.TOGETHER[bits] if together else 1
-    codes = random.integers(0, 256, (3, channels, scan.BLOCK * bits // 4)).astype(np.uint8)
-    once = random.integers(-127, 128, (queries, channels, 2)).astype(np.int8)
-    weights = np.concatenate([once, once], axis=2).view(np.int32)[..., 0]
+    random = np.random.default_rng(rows)
+    queries = lanes.TOGETHER[bits] if together else 1
+    codes = random.integers(0, 256, (3, rows, scan.BLOCK * bits // 2)).astype(np.uint8)
+    weights = random.integers(-127, 128, (queries, 4 * rows)).astype(np.int8)
+    # The largest sums of 16 bits that there can be.
+    codes[1, :, : codes.shape[2] // 2], weights[0] = 255, 127
     before = random.integers(-9, 9, (queries, scan.BLOCK)).astype(np.int32)
-    totals = [before.copy(), before.copy()]
-    pairs.add_block(codes, 1, weights, totals[0], queries, bits)
-    pairs.add_plainly(codes, 1, weights, totals[1], queries, bits)
-    np.testing.assert_array_equal(totals[0], totals[1])
     shifts = np.arange(0, 8, bits)[:, None]
-    unpacked = (codes[1].reshape(channels, 1, -1, 2) >> shifts[..., None]) & ((1 << bits) - 1)
-    want = np.einsum("tcp,cmjp->tmj", once.astype(int), unpacked.astype(int)).reshape(queries, -1)
-    np.testing.assert_array_equal(totals[0] - before, want)
+    unpacked = (codes[1].reshape(rows, 1, -1, 4) >> shifts[..., None]) & ((1 << bits) - 1)
+    of_rows = weights.reshape(queries, rows, 4).astype(int)
+    want = np.einsum("tcp,cmjp->tmj", of_rows, unpacked.astype(int)).reshape(queries, -1)
+    for add in (lanes.add_block, lanes.add_plainly, emulated(bits, queries)):
+        total = before.copy()
+        add(codes, 1, weights, total, queries, bits)
+        np.testing.assert_array_equal(total - before, want)
 
 
 def test_every_half_has_its_value() -> None:
