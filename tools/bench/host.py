@@ -8,8 +8,9 @@ card, else from every token streamed.
   (`replica`: the device selects by mean keys), what prefill takes longer. `build`: all cores index all heads and do nothing else;
 - `524288`: the cache is filled with recorded keys, repeated, and random values instead of a prefill; then single steps,
   captured;
-- `bandwidth`: the rate at which all cores search codes, against the rate at which they read memory;
-- `add`: one token more, of one head.
+- `search`: the search of one layer alone, and its stages (`offload.index.crew`), by threads;
+- `bandwidth`: the rate at which all cores search codes, against the rate at which they read memory, and one token more of one
+  head.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ from offload.decode import captured_steps
 from offload.index.crew import TASK, Crew, spaces_of, staged
 from offload.index.finders import finder
 from offload.index.paged import BFLOAT16, Rows, Scratch
-from offload.index.workers import Workers
+from offload.index.workers import Workers, cores
+from offload.tiers.pinned import HostBudget, HostRegion, PinBudget, commit_regions
+from offload.tiers.rows import RowShape
+from offload.tiers.search import Found, HostSearch, Searchers, SearchSettings
 
 CHECKED = 8
 
@@ -129,6 +133,67 @@ def measure_bandwidth(record: Record, tokens: int, heads: int, threads: int | No
             record.bars["flat_bandwidth_share"] = nbytes / seconds / stream
     workers.close()
     crew.close()
+
+
+def measure_search(record: Record, vectors: dict[str, Any], tokens: int, args: argparse.Namespace, device: torch.device) -> None:  # fmt: skip
+    """One layer's search on recorded keys, several layers in turn, with a gap like that of the device's part."""
+    heads, size, page, layers, groups = 8, 128, 64, 2 if args.smoke else 4, 4
+    shape = RowShape(kv_heads=heads, key_dim=size, value_dim=size, dtype=torch.bfloat16)
+    at = places(tokens, vectors["context"], vectors["keys"].shape[1])[:tokens]
+    repeats = size // vectors["keys"].shape[-1]
+    nbytes = tokens * heads * 2 * size * 2
+    pinned = PinBudget(limit=layers * nbytes)
+    regions = [HostRegion(page * heads * 2 * size * 2, nbytes, device, pinned) for _ in range(layers)]  # fmt: skip
+    commit_regions([(region, nbytes) for region in regions])
+    pools = [region.view(0, nbytes).view(torch.bfloat16).view(tokens // page, page, heads, 2 * size) for region in regions]  # fmt: skip
+    for layer, pool in enumerate(pools):
+        generator = torch.Generator().manual_seed(layer)
+        for head in range(heads):
+            keys = vectors["keys"][(layer % 3 * heads + head) % len(vectors["keys"])].cpu()[at]
+            pool[:, :, head, :size] = keys.repeat(1, repeats).view(-1, page, size).bfloat16()
+            pool[:, :, head, size:] = torch.randn((tokens // page, page, size), generator=generator)
+    recorded = vectors["queries"].cpu().float()
+    pages = np.arange(tokens // page, dtype=np.int64)[None]
+    threads = sorted({args.threads or cores(), max(1, cores() - 1), max(1, cores() // 2)})
+    for index in [name for name in args.index if name != "replica"]:
+        for count in threads:
+            shared = Searchers(count)
+            settings = SearchSettings(index=index, tokens=args.retrieved)
+            searches = [HostSearch(shape, settings, shared, batch=1, blocks=tokens // page, page=page, host=HostBudget()) for _ in pools]  # fmt: skip
+            for search, pool in zip(searches, pools, strict=True):
+                search.extend(pool, pages, [0])
+            found = Found.of(1, heads * groups, shape, args.retrieved, device=torch.device("cpu"), pinned=device.type == "cuda")  # fmt: skip
+            query = torch.zeros((1, heads * groups, size))
+            for search, pool in zip(searches, pools, strict=True):  # what is asked is written once
+                search.attend(query, pool, found, scale=size**-0.5, softcap=None)
+            whole: list[float] = []
+            stages: dict[int, list[float]] = {}
+            for step in range(2 if args.smoke else 24):
+                for layer, (search, pool) in enumerate(zip(searches, pools, strict=True)):
+                    some = recorded[layer % 3 * heads : layer % 3 * heads + heads, step % recorded.shape[1]]  # fmt: skip
+                    some = some[:, torch.arange(groups) % some.shape[1]].repeat(1, 1, repeats)
+                    query.copy_((some / repeats**0.5).reshape(1, -1, size))
+                    gap = time.perf_counter() + args.gap_us / 1e6
+                    while time.perf_counter() < gap:
+                        pass
+                    began = time.perf_counter()
+                    if step % 2:  # all of it
+                        search.attend(query, pool, found, scale=size**-0.5, softcap=None)
+                        whole.append(time.perf_counter() - began)
+                        continue
+                    asked = search._asked
+                    for i, batch in enumerate(asked.batches if asked else []):
+                        began = time.perf_counter()
+                        shared.crew.run(batch, asked.spaces if asked else batch)
+                        stages.setdefault(i, []).append(time.perf_counter() - began)
+            record.row(
+                f"search of {index}, {heads} heads of {tokens}, {count} threads", ms=1000 * statistics.median(whole),
+                spread_ms=[1000 * min(whole), 1000 * max(whole)], stages_ms=[1000 * statistics.median(times) for times in stages.values()],
+                layers=layers, gap_us=args.gap_us, error="tests/index/test_crew.py compares with calls, tests/index/test_paged.py with brute force",
+            )  # fmt: skip
+            shared.close()
+    for region in regions:
+        region.close()
 
 
 def measure_131072(
@@ -256,6 +321,7 @@ def measure_filled(
             bar = f"host_ms_{tokens}"
             record.bars[bar] = min(ms, record.bars.get(bar, ms))
             cache.close()
+        del cache, step, store, searches, captured  # the next one needs their memory
         free()
 
 
@@ -268,7 +334,8 @@ def main() -> None:
     parser.add_argument("--cap-gib", type=float, default=17.6, help="device memory at 131,072 tokens")  # fmt: skip
     parser.add_argument("--retrieved", type=int, default=256, help="tokens per KV head")
     parser.add_argument("--threads", type=int, help="that search; default: one for each core")
-    parser.add_argument("--only", nargs="*", default=["bandwidth", "131072", "524288"])
+    parser.add_argument("--gap-us", type=float, default=300.0, help="between two searches")
+    parser.add_argument("--only", nargs="*", default=["bandwidth", "search", "131072", "524288"])
     args = parse(parser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lengths = {"131072": 131072, "524288": 524288}
@@ -282,11 +349,18 @@ def main() -> None:
             measure_bandwidth(record, n, 2 if args.smoke else heads, args.threads)
         record.write(args.out)
         gc.collect()
-    if not {"131072", "524288"} & set(args.only):
+    if not {"search", "131072", "524288"} & set(args.only):
         return
     AttentionInterface.register(ALONE, dense_attention)
     AttentionMaskInterface.register(ALONE, lambda **kwargs: None)
     vectors = load_vectors(args.vectors, args.new + CHECKED, device)
+    if "search" in args.only:
+        for n in lengths.values():
+            measure_search(record, vectors, n, args, device)
+        record.write(args.out)
+        gc.collect()
+    if not {"131072", "524288"} & set(args.only):
+        return
     model = build_model(args.smoke, device)
     torch.manual_seed(1)
     text = torch.randint(1, model.config.vocab_size, (1, lengths["131072"]), device=device)
