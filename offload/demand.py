@@ -38,6 +38,10 @@ from offload.scheduler.rungs import (
 SEARCHED = {
     "replica": 0.0, "flat": 1.0, "ivf": 0.3, "hnsw": 0.2, "graph": 0.15, "clusters": 1.0, "pages": 0.4,
 }  # fmt: skip
+# Rows that a search reads for each token that is attended to.
+_READ = {
+    "replica": 0, "flat": 5, "ivf": 4, "hnsw": 4, "graph": 4, "clusters": 9, "pages": 4,
+}  # fmt: skip
 # What torch's allocator loses to rounding and fragmentation. An 8B model used all of it in a prefill of 131,072
 # tokens; with less, the allocator gives cached blocks back and asks for them again, again and again.
 ALLOCATOR_SLACK = 256 * 2**20
@@ -205,6 +209,7 @@ def demand_of(
         searched_bytes=int(index_bytes(config, shape) * SEARCHED[config.retrieval.index])
         if fast
         else 0,
+        searched_rows=sum(rows.kv_heads for rows in shape.rows) * _READ[config.retrieval.index],
         prefix_token_bytes=again[0],
         prefix_workspace=again[1],
     )

@@ -121,7 +121,8 @@ class Demand:
         scratch_token_bytes: Further ones, per token and sequence.
         longest: Tokens to make room for where `tokens` is not known.
         index_bytes: Host bytes of one token of one sequence in the indexes of all layers; 0 where there are none.
-        searched_bytes: Of these and of its rows, what a step reads.
+        searched_bytes: Of these, what a step reads.
+        searched_rows: Rows of keys or values that a step reads in all layers, for each token that it attends to.
         hidden: Of pages that hold inputs of attention; None where they hold keys and values. Only where `tokens` is
             known, and without rungs.
         prefix_token_bytes: Device bytes of a token while it is read again, where the oldest may be dropped when the host is
@@ -156,6 +157,7 @@ class Demand:
     hidden: HiddenPrice | None = None
     index_bytes: int = 0
     searched_bytes: int = 0
+    searched_rows: int = 0
     prefix_token_bytes: int = 0
     prefix_workspace: int = 0
 
@@ -176,6 +178,7 @@ class Layout:
         rungs: What the replica of each offloaded layer is; empty without one.
         replica_tokens: Tokens per sequence that it has room for.
         searched_bytes: Host bytes that a step then reads to find what it attends to exactly; 0 where the device does.
+        searched_rows: Rows that it reads beside them for each token that it attends to, of all sequences.
         whole: Layers that keep all their tokens on the device; they have no replica.
         page: Tokens of a block.
         hidden: What pages hold instead of keys and values; None where they hold these.
@@ -196,6 +199,7 @@ class Layout:
     rungs: tuple[Rung, ...] = ()
     replica_tokens: int = 0
     searched_bytes: int = 0
+    searched_rows: int = 0
     whole: frozenset[int] = frozenset()
     page: int = 1
     hidden: HiddenPrice | None = None
@@ -723,6 +727,7 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
         rungs=() if rung is None else (rung,) * len(demand.token_bytes),
         replica_tokens=replica_tokens,
         searched_bytes=demand.batch * replica_tokens * demand.searched_bytes,
+        searched_rows=demand.batch * demand.searched_rows,
         whole=whole,
         page=demand.page,
         hidden=hidden,

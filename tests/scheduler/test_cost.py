@@ -152,6 +152,25 @@ def test_a_replica_is_scanned_and_not_streamed() -> None:
     assert more.device["selection"] - fast.device["selection"] == pytest.approx(32 * 0.28e-6 * 960)
 
 
+def test_what_the_host_searches_is_priced_by_its_bytes_and_rows_and_as_it_was_timed() -> None:
+    price = RungPrice(rung=RUNGS[-1], layer_bytes=(256,) * 32, row_bytes=(0,) * 32)
+    own = replace(demand(of_heads(8), tokens=131_232), rungs=(price,), scratch_bytes=MIB)
+    # Of `clusters`: 9 bytes a key, nine rows for each of the 256 tokens of 256 KV heads.
+    asked = replace(own, searched_bytes=9 * 8 * 32, searched_rows=9 * 8 * 32)
+    layouts = [lay_out(one, device_budget=one.weights + 3 * 2**30, host_budget=PLENTY) for one in (own, asked)]  # fmt: skip
+    way = replace(FAST, selected=256)
+    device, searched = (step(layout, of_heads(8), H100, way) for layout in layouts)
+    assert "search" not in device.device
+    timed = (
+        32 * 1.09e-3
+    )  # seconds of 32 layers: 31.3 ms of searches, 3.5 of hand-offs (benchmarks/host.json)
+    assert searched.device["search"] == pytest.approx(timed, rel=0.1)
+    # The card reads no rows then, and scores as before.
+    assert 0 < searched.device["selection"] < device.device["selection"]
+    fewer = step(layouts[1], of_heads(8), H100, replace(way, selected=64))
+    assert fewer.device["search"] < 0.7 * searched.device["search"]
+
+
 @given(tokens=st.integers(1, 40_000))
 def test_a_step_gets_dearer_as_the_sequence_grows_and_ends_at_the_layouts_price(
     tokens: int,
