@@ -44,8 +44,9 @@ help: ## Lists the targets
 demo: $(SETUP) ## Answers a question about a long document with a third of its KV cache on the device
 	$(RUN) -m offload demo $(ARGS)
 
+# Numba keeps compiled code by the file that it is in, not by those that this calls: it is kept for these sources alone.
 test: $(SETUP) ## Tests that need no GPU
-	$(THREADS) $(RUN) -m pytest -m 'not gpu' -n $(WORKERS) --timeout 600 $(ARGS)
+	NUMBA_CACHE_DIR="$(CURDIR)/$(VENV)/numba-$$(cat index/*.py | cksum | tr -d ' ')" $(THREADS) $(RUN) -m pytest -m 'not gpu' -n $(WORKERS) --timeout 600 $(ARGS)
 
 test-gpu: $(SETUP) ## Tests that need a GPU
 	$(RUN) -m pytest -m gpu $(ARGS)

@@ -8,11 +8,10 @@ for another one for a moment, then sleep until a byte comes through a pipe.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
@@ -24,7 +23,7 @@ from numba.core.extending import intrinsic
 from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
 
-from offload.index.grouped import TOGETHER, members
+from offload.index.grouped import GROUPED, members
 from offload.index.lanes import BLOCK
 from offload.index.paged import FLOAT32, Scratch, attend_scored, candidates, score_chosen
 from offload.index.scan import scan_blocks
@@ -63,6 +62,7 @@ _PLACES = 160
 (
     _EPOCH, _TICKET, _FINISHED, _SLEEPERS, _STOP, _FAILED, _TASKS, _SPACES_AT, _COUNT, _LOOKS,
 ) = range(0, _PLACES, 16)  # fmt: skip
+_BUFFER = 4096
 _SPINS = 20_000  # looks for work before a thread sleeps: about a millisecond
 
 
@@ -178,7 +178,7 @@ def _search(pool: Any, task: Any, query: Any, space: Any, own: Any) -> None:
                 stage == PICK, scores, tops, peaks, votes, chosen, order, row, weights, total, products, counts,
             )  # fmt: skip
         else:
-            tokens = carray(_ints(task.order_at), task.coded * TOGETHER)
+            tokens = carray(_ints(task.order_at), task.coded * GROUPED)
             starts = carray(_ints(task.starts_at), task.coded * BLOCK + 1)
             found[0] = members(
                 codes, lows, steps, 4, tokens, starts, task.first, task.count, query, task.wanted, space.candidates,
@@ -278,8 +278,8 @@ def _lead(numbers: Any, count: int, tasks_at: int, spaces_at: int, pipe: int, bu
     _set(numbers, _TICKET, count)
     _add(numbers, _EPOCH, 1)
     asleep = _get(numbers, _SLEEPERS)
-    if asleep > 0:
-        _write(pipe, buffer_at, asleep)
+    if asleep > 0:  # more would not be there to be sent; who sleeps on is not needed
+        _write(pipe, buffer_at, min(asleep, _BUFFER))
     _work(numbers, 0)
     looks = 0
     while _get(numbers, _FINISHED) < count:
@@ -311,11 +311,12 @@ def staged(tasks: NDArray[Any], parts: int) -> list[NDArray[Any]]:
 
 
 class _Pipe:
-    """A pipe that is closed when nobody holds it any more."""
+    """A pipe on which threads sleep. It is closed when nobody holds it any more."""
 
     def __init__(self) -> None:
         self.reads, self.writes = os.pipe()
-        weakref.finalize(self, _close, self.reads, self.writes)
+        self.end = weakref.finalize(self, os.close, self.writes)
+        weakref.finalize(self, os.close, self.reads)
 
 
 class Crew:
@@ -338,36 +339,40 @@ class Crew:
         self._helpers: list[threading.Thread] = []
         self._errors: list[BaseException] = []
         self._numbers = np.zeros(_PLACES, np.int64)
-        self._buffer = np.zeros(4096, np.uint8)
+        self._buffer = np.zeros(_BUFFER, np.uint8)
         self._pipe: _Pipe | None = None
+        self._process = 0  # threads do not live on in a process that was forked
         self._stop: Callable[[], object] = lambda: None
 
-    def run(self, tasks: NDArray[Any], spaces: NDArray[Any]) -> None:
-        """Does all tasks, in any order.
+    def run(self, batches: Sequence[NDArray[Any]], spaces: NDArray[Any]) -> None:
+        """Does all tasks, those of a batch in any order, one batch after the other; nobody else's come between.
 
         Args:
-            tasks: `TASK` [n]. What they name has to stay.
+            batches: `TASK` [n] each. What they name has to stay.
             spaces: Of `spaces_of`: one for each thread, and for each slot that a task names.
 
         Raises:
             BaseException: A task raised it, under `NUMBA_BOUNDSCHECK` only.
         """
-        if not len(tasks):
-            return
         with self._lock:
-            if self._pipe is None:
-                self._start()
-            assert self._pipe is not None
             done = False
             try:
-                done = _lead(
-                    self._numbers, len(tasks), tasks.ctypes.data, spaces.ctypes.data, self._pipe.writes, self._buffer.ctypes.data
-                )  # fmt: skip
+                if self._pipe is None or self._process != os.getpid():
+                    self._start()
+                assert self._pipe is not None
+                pipe, buffer = self._pipe.writes, self._buffer.ctypes.data
+                for tasks in batches:
+                    done = not len(tasks) or _lead(
+                        self._numbers, len(tasks), tasks.ctypes.data, spaces.ctypes.data, pipe, buffer
+                    )  # fmt: skip
+                    if not done:
+                        break
+                done = done or not batches
             finally:
                 if not done:
                     self._end()  # its threads may be within a task, whose memory must stay
-        if not done:
-            raise self._errors.pop() if self._errors else RuntimeError("a thread that searches ended")  # fmt: skip
+            if not done:
+                raise self._errors.pop() if self._errors else RuntimeError("a thread that searches ended")  # fmt: skip
 
     def close(self) -> None:
         """Ends the threads. A later batch starts new ones."""
@@ -380,7 +385,8 @@ class Crew:
         # A thread that looks for work keeps one that has some from a core, where there are fewer.
         self._numbers[_LOOKS] = _SPINS if self.threads <= cores() else 0
         self._pipe = pipe = _Pipe()
-        self._stop = weakref.finalize(self, _stop, self._numbers, pipe, self._buffer)
+        self._process = os.getpid()
+        self._stop = weakref.finalize(self, _stop, self._numbers, pipe)
         self._helpers = []
         for me in range(1, self.threads):
             args = (self._numbers, me, pipe, self._buffer, self._errors)
@@ -389,12 +395,12 @@ class Crew:
             self._helpers.append(thread)
 
     def _end(self) -> None:
+        helpers, self._helpers = self._helpers, []
+        self._pipe = None
         self._numbers[_TICKET] = 0
         self._stop()
-        for thread in self._helpers:
+        for thread in helpers:
             thread.join()
-        self._helpers = []
-        self._pipe = None
 
 
 def spaces_of(scratches: list[Scratch]) -> NDArray[Any]:
@@ -418,12 +424,6 @@ def _serve(numbers: NDArray[np.int64], me: int, pipe: _Pipe, buffer: NDArray[np.
         numbers[_FAILED] = 1
 
 
-def _stop(numbers: NDArray[np.int64], pipe: _Pipe, buffer: NDArray[np.uint8]) -> None:
+def _stop(numbers: NDArray[np.int64], pipe: _Pipe) -> None:
     numbers[_STOP] = 1
-    os.write(pipe.writes, bytes(1024))
-
-
-def _close(*files: int) -> None:
-    for file in files:
-        with contextlib.suppress(OSError):
-            os.close(file)
+    pipe.end()  # whoever sleeps on it reads that it ended

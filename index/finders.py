@@ -14,8 +14,8 @@ from offload.index import backend
 from offload.index.base import Floats
 from offload.index.crew import CLUSTERS, FLAT
 from offload.index.grouped import (
+    GROUPED,
     SIZE,
-    TOGETHER,
     Groups,
     attend_grouped,
     clusters_of,
@@ -208,13 +208,13 @@ class PagedClusters(Finder):
 
     def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
         """See `Finder`."""
-        blocks = count // TOGETHER
+        blocks = count // GROUPED
         group_blocks(rows, self._groups, self._blocks, blocks)
         self._blocks = blocks
 
     def truncate(self, tokens: int) -> None:
         """See `Finder`."""
-        self._blocks = min(self._blocks, tokens // TOGETHER)
+        self._blocks = min(self._blocks, tokens // GROUPED)
 
     def copy(self) -> PagedClusters:
         """See `Finder`."""

@@ -20,7 +20,7 @@ from offload.index.scan import best, scan_blocks
 
 SIZE = 16  # keys of a cluster, on average
 SEGMENT = 1024  # consecutive tokens that are clustered by themselves
-TOGETHER = SIZE * BLOCK  # tokens whose centroids are one block of codes
+GROUPED = SIZE * BLOCK  # tokens whose centroids are one block of codes
 # Moves of the centroids. Of the 100 keys of SmolLM2 (Qwen2.5-Coder) with the best votes 99.5 % (95.2) are found eight times
 # over-fetched, with centroids of ten moves in float32 97.9 % (95.9).
 _MOVES = 4
@@ -31,7 +31,7 @@ class Groups(NamedTuple):
 
     Attributes:
         centroids: Codes of n blocks of centroids.
-        order: int32 [n * TOGETHER]: tokens, those of a cluster side by side.
+        order: int32 [n * GROUPED]: tokens, those of a cluster side by side.
         starts: int32 [n * BLOCK + 1]: where each cluster begins in it.
     """
 
@@ -44,24 +44,24 @@ class Groups(NamedTuple):
         """Room for clusters of so many tokens; nothing is written to it.
 
         Args:
-            tokens: Of which whole `TOGETHER` are clustered.
+            tokens: Of which whole `GROUPED` are clustered.
             key_dim: D.
         """
-        blocks = tokens // TOGETHER
+        blocks = tokens // GROUPED
         return cls(
             Coded.of(blocks, key_dim, 4),
-            np.empty(blocks * TOGETHER, np.int32),
+            np.empty(blocks * GROUPED, np.int32),
             np.zeros(blocks * BLOCK + 1, np.int32),
         )
 
     def of_first(self, blocks: int) -> Groups:
         """Those of the first blocks of centroids."""
-        order, starts = self.order[: blocks * TOGETHER], self.starts[: blocks * BLOCK + 1]
+        order, starts = self.order[: blocks * GROUPED], self.starts[: blocks * BLOCK + 1]
         return Groups(self.centroids.of_first(blocks), order, starts)
 
 
 def group_blocks(rows: Rows, groups: Groups, first: int, stop: int) -> None:
-    """Clusters tokens `first * TOGETHER` to `stop * TOGETHER`.
+    """Clusters tokens `first * GROUPED` to `stop * GROUPED`.
 
     Args:
         rows: Of them.
@@ -123,7 +123,7 @@ def clusters_of(overfetch: int, tokens: int) -> int:
 
 def room(overfetch: int, tokens: int) -> int:
     """Candidates that a search may have: twice as many as clusters hold on average, and those in none."""
-    return 2 * overfetch * tokens + SIZE + TOGETHER
+    return 2 * overfetch * tokens + SIZE + GROUPED
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
@@ -191,7 +191,7 @@ def _group(
     mean = np.empty(key_dim, np.float32)
     for block in range(first, stop):
         for part in range(BLOCK // clusters):
-            begin = block * TOGETHER + part * SEGMENT
+            begin = block * GROUPED + part * SEGMENT
             gather(pool, kind, table, head, key_dim, begin, values)
             mean[:] = 0
             for i in range(SEGMENT):
@@ -214,7 +214,7 @@ def _group(
             for i in range(SEGMENT):
                 order[sizes[labels[i]]] = begin + i
                 sizes[labels[i]] += 1
-        starts[(block + 1) * BLOCK] = (block + 1) * TOGETHER
+        starts[(block + 1) * BLOCK] = (block + 1) * GROUPED
         encode_values(means, codes, lows, steps, bits, block)
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import config, njit, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.core.extending import intrinsic
 from numba.np.arrayobj import make_array
 
@@ -29,8 +29,9 @@ _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 def _has(feature: str) -> bool:
     """Whether code that is compiled now may use it: the processor has it, and nobody asked for another one."""
-    asked = getattr(config, "CPU_NAME", None)  # by NUMBA_CPU_NAME
-    return not asked and bool(llvm.get_host_cpu_features().get(feature))
+    if getattr(config, "CPU_NAME", None) or getattr(config, "CPU_FEATURES", None) is not None:
+        return False
+    return "+" + feature in get_host_cpu_features().split(",")
 
 
 HAS_AVX2, HAS_VNNI = _has("avx2"), _has("avx512vnni")

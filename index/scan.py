@@ -1,8 +1,8 @@
 """What do all keys score, from a few bits each, and which are best?
 
-A block is `BLOCK` keys. A channel of it is coded from its smallest to its largest value. Two channels lie side by side: of a
-row of bytes 2 j is of the first and 2 j + 1 of the second, of keys j and j + BLOCK / 2 with 4-bit codes, of j and three
-more, BLOCK / 4 apart, with 2 bits. So one instruction weighs both channels of 16 keys (`offload.index.lanes`). Per channel, because keys have outlier channels (a bias, and what
+A block is `BLOCK` keys. A channel of it is coded from its smallest to its largest value. Four channels lie side by side: of a
+row of bytes 4 j + p is of channel p of the four, of keys j and j + BLOCK / 2 with 4-bit codes, of j and three more,
+BLOCK / 4 apart, with 2 bits. So one instruction weighs the four of 8 or 16 keys (`offload.index.lanes`). Per channel, because keys have outlier channels (a bias, and what
 the position embedding leaves of it); see Liu et al., KIVI (arXiv 2402.02750), section 3.
 
 The scan counts in whole numbers: a query times the block's steps is rounded to 127 steps each way. Where all channels weigh

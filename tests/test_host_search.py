@@ -47,7 +47,7 @@ def steps_off(model: Any, ids: Any, **settings: Any) -> tuple[float, Any]:
     ("name", "index"),
     [
         *(("llama", index) for index in BACKENDS),
-        *((name, "flat") for name in ("qwen2", "gemma2", "gpt_oss", "opt")),
+        *((name, "flat") for name in ("qwen2", "gemma2", "gpt_oss", "opt", "gpt2")),
     ],
 )
 def test_with_every_token_found_the_tokens_are_the_stock_caches(

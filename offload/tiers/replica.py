@@ -798,7 +798,7 @@ class DevicePath:
             if search is not None and self.settings.tokens:
                 batch, heads = query.shape[:2]
                 hands = HandOff(batch, heads, self.shape, self.settings.tokens, torch.device("cpu"))
-                search(query.detach().float().cpu(), hands.found)
+                search(query.detach().float().cpu().contiguous(), hands.found)
                 out, lse, tokens = (part.to(query.device) for part in hands.found[1:])
                 parts.append(Part(out.unsqueeze(2), lse.unsqueeze(2)))
             else:

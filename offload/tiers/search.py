@@ -370,11 +370,12 @@ class HostSearch:
         self.settle()
         began = time.perf_counter()
         if self._finders[0][0].compiled:
+            if query.dtype != torch.float32 or not (query.is_contiguous() and pool.is_contiguous()):
+                raise ValueError("a search reads contiguous float32 queries, and contiguous pages")
             key = (query.data_ptr(), pool.data_ptr(), found.all.data_ptr(), scale, softcap)
             if self._asked is None or self._asked.key != key:
                 self._asked = self._ask(query, pool, found, key)
-            for tasks in self._asked.batches:
-                self._shared.crew.run(tasks, self._asked.spaces)
+            self._shared.crew.run(self._asked.batches, self._asked.spaces)
         else:
             self._attend_each(query, pool, found, scale, softcap or 0.0)
         self.searches += 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,9 +108,10 @@ def test_tasks_find_what_calls_find(
         spaces = spaces_of(scratches)
         tasks, crew = case.tasks(first, scale, softcap), Crew(threads)
         for _ in range(3):
-            crew.run(tasks, spaces)
+            crew.run([tasks], spaces)
             case.check(want)
-        crew.run(tasks[:0], spaces)
+        crew.run([tasks[:0]], spaces)
+        crew.run([], spaces)
         crew.close()
 
 
@@ -123,8 +127,7 @@ def test_a_search_that_several_share_finds_the_same(name: str, first: int) -> No
         for _ in range(5):
             for scratch in scratches:
                 scratch.scores[:], scratch.exact[:] = np.nan, np.nan
-            for batch in batches:
-                crew.run(batch, spaces)
+            crew.run(batches, spaces)
             case.check(want)
         crew.close()
 
@@ -141,7 +144,7 @@ def test_every_task_is_done_once_by_threads_awake_or_asleep() -> None:
         for rest in (0.0, 0.0, 0.05, 0.0):
             time.sleep(rest)
             lse[:] = np.nan
-            crew.run(tasks, spaces)
+            crew.run([tasks], spaces)
             np.testing.assert_array_equal(lse, np.tile(want, (n, 1)))
     crew.close()
 
@@ -157,11 +160,11 @@ def test_threads_end_with_the_crew_or_when_nobody_holds_it() -> None:
     before = set(ours())
     crew = Crew(3)
     crew.close()  # that never began
-    crew.run(tasks, spaces)
+    crew.run([tasks], spaces)
     assert len(set(ours()) - before) == 2
     crew.close()
     assert set(ours()) == before
-    crew.run(tasks, spaces)  # begins anew
+    crew.run([tasks], spaces)  # begins anew
     started = set(ours()) - before
     assert len(started) == 2
     del crew
@@ -184,12 +187,85 @@ def test_an_error_in_a_thread_reaches_who_asked(monkeypatch: pytest.MonkeyPatch)
 
     def run() -> None:
         for _ in range(1000):  # the first batches may be over before the threads have begun
-            crew.run(tasks, spaces)
+            crew.run([tasks], spaces)
             time.sleep(0.001)
 
     with pytest.raises(IndexError, match="no such row"):
         run()
     monkeypatch.undo()
-    crew.run(tasks, spaces)
+    crew.run([tasks], spaces)
     case.check(case.want(0, 1.0, 0.0))
     crew.close()
+
+
+def test_searches_of_two_callers_do_not_mix() -> None:
+    cases = [Case("flat", BFLOAT16, tokens, 64, 64) for tokens in (4096, 4224)]
+    wants = [case.want(0, 0.125, 0.0) for case in cases]
+    crew = Crew(4)
+    scratches = [cases[1].scratch() for _ in range(4)]  # of both, as layers share them
+    spaces, wrong = spaces_of(scratches), []
+
+    def search(i: int) -> None:
+        batches = staged(cases[i].tasks(0, 0.125, 0.0), 2)
+        for _ in range(300):
+            crew.run(batches, spaces)
+            if not np.array_equal(cases[i].lse, wants[i][1]):
+                wrong.append(i)
+
+    for case in cases:  # compiles
+        crew.run(staged(case.tasks(0, 0.125, 0.0), 2), spaces)
+    callers = [threading.Thread(target=search, args=(i,)) for i in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+    crew.close()
+
+
+def test_a_start_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("flat", FLOAT32, 64, 32, 32)
+    scratches = [case.scratch() for _ in range(4)]
+    spaces, tasks = spaces_of(scratches), case.tasks(0, 1.0, 0.0)
+    crew, start, started = Crew(4), threading.Thread.start, iter(range(10))
+
+    def fails(self: threading.Thread) -> None:
+        if next(started) == 1:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    with pytest.raises(RuntimeError, match="new thread"):
+        crew.run([tasks], spaces)
+    monkeypatch.undo()
+    before = threading.active_count()
+    crew.run([tasks], spaces)
+    assert threading.active_count() == before + 3
+    case.check(case.want(0, 1.0, 0.0))
+    crew.close()
+
+
+def test_a_process_that_was_forked_starts_threads_of_its_own() -> None:
+    # In a process of its own: a fork of this one would have the locks of other threads.
+    code = """
+import os, sys, threading, warnings
+sys.path.insert(0, sys.argv[1])
+import test_crew as t
+case = t.Case("flat", t.FLOAT32, 64, 32, 32)
+scratches = [case.scratch() for _ in range(3)]
+spaces, tasks = t.spaces_of(scratches), case.tasks(0, 1.0, 0.0)
+want, crew = case.want(0, 1.0, 0.0), t.Crew(3)
+crew.run([tasks], spaces)
+warnings.simplefilter("ignore")
+child = os.fork()
+if not child:
+    crew.run([tasks], spaces)
+    case.check(want)
+    os._exit(0 if threading.active_count() == 3 else 7)
+crew.close()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent)], timeout=120, check=False
+    )
+    assert run.returncode == 0

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from offload.index import BACKENDS, scan, token_bytes
 from offload.index.finders import Finder, finder
-from offload.index.grouped import SEGMENT, SIZE, TOGETHER, Groups, group_blocks
+from offload.index.grouped import GROUPED, SEGMENT, SIZE, Groups, group_blocks
 from offload.index.paged import (
     BFLOAT16,
     FLOAT16,
@@ -202,7 +202,7 @@ def test_every_token_is_in_one_cluster_near_its_centroid() -> None:
     """Of keys that lie in 40 heaps, a token's centroid is that of its heap."""
     random = np.random.default_rng(0)
     heaps = random.standard_normal((40, 32)).astype(np.float32) * 8
-    of = random.integers(0, 40, 2 * TOGETHER)
+    of = random.integers(0, 40, 2 * GROUPED)
     keys = heaps[of] + random.standard_normal((len(of), 32)).astype(np.float32)
     pool = np.concatenate([keys, keys], 1).reshape(-1, PAGE, 1, 64)
     rows = Rows(pool, FLOAT32, np.arange(len(pool)), 0, 32)

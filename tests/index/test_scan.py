@@ -81,8 +81,8 @@ class EmulatedVnni(lanes._Vnni):
         return total
 
 
-def emulated(bits: int, tile: int) -> Any:
-    add = lanes.summing(bits, tile, EmulatedVnni)
+def compiled(bits: int, tile: int, kind: Any) -> Any:
+    add = lanes.summing(bits, tile, kind)
 
     @njit
     def run(codes: Any, block: int, weights: Any, total: Any, queries: int, bits: int) -> None:
@@ -93,7 +93,7 @@ def emulated(bits: int, tile: int) -> Any:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("rows", [1, 9, 33])
+@pytest.mark.parametrize("rows", [1, 9, 44])
 def test_the_processors_instructions_sum_as_plain_loops_do(
     bits: int, together: bool, rows: int
 ) -> None:
@@ -108,7 +108,10 @@ def test_the_processors_instructions_sum_as_plain_loops_do(
     unpacked = (codes[1].reshape(rows, 1, -1, 4) >> shifts[..., None]) & ((1 << bits) - 1)
     of_rows = weights.reshape(queries, rows, 4).astype(int)
     want = np.einsum("tcp,cmjp->tmj", of_rows, unpacked.astype(int)).reshape(queries, -1)
-    for add in (lanes.add_block, lanes.add_plainly, emulated(bits, queries)):
+    adds = [lanes.add_block, lanes.add_plainly, compiled(bits, queries, EmulatedVnni)]
+    if lanes.HAS_AVX2:  # also where there is more
+        adds.append(compiled(bits, queries, lanes._Avx2))
+    for add in adds:
         total = before.copy()
         add(codes, 1, weights, total, queries, bits)
         np.testing.assert_array_equal(total - before, want)

@@ -111,8 +111,7 @@ def measure_bandwidth(record: Record, tokens: int, heads: int, threads: int | No
         spaces = spaces_of(scratches)
 
         def search(batches: Any = batches, spaces: Any = spaces) -> None:
-            for batch in batches:
-                crew.run(batch, spaces)
+            crew.run(batches, spaces)
 
         seconds = best(search)
         nbytes = sum(each.nbytes for each in finders)
@@ -184,7 +183,7 @@ def measure_search(record: Record, vectors: dict[str, Any], tokens: int, args: a
                     asked = search._asked
                     for i, batch in enumerate(asked.batches if asked else []):
                         began = time.perf_counter()
-                        shared.crew.run(batch, asked.spaces if asked else batch)
+                        shared.crew.run([batch], asked.spaces if asked else batch)
                         stages.setdefault(i, []).append(time.perf_counter() - began)
             record.row(
                 f"search of {index}, {heads} heads of {tokens}, {count} threads", ms=1000 * statistics.median(whole),
