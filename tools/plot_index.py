@@ -49,20 +49,21 @@ class Panel(NamedTuple):
 
 
 def panels(record: dict[str, Any]) -> list[Panel]:
-    """The longest context of each model, in the order of the record."""
-    longest: dict[str, tuple[int, str]] = {}
+    """The longest context of each model at which every index was measured, in the order of the record."""
+    longest: dict[str, tuple[int, Panel]] = {}
     for row in record["rows"]:
         what, _, at = row["what"].rpartition(", ")
-        if what == "pair: exact":
-            model = at.rpartition(" ")[0]
-            longest[model] = max(longest.get(model, (0, "")), (row["tokens"], at))
-    found = []
-    for model, (tokens, at) in sorted(longest.items()):
-        ending = f", {at}"
+        if what != "pair: exact":
+            continue
+        model, tokens, ending = at.rpartition(" ")[0], row["tokens"], f", {at}"
         rows = {row["what"].removesuffix(ending): row for row in record["rows"] if row["what"].endswith(ending)}  # fmt: skip
         title = f"{model or 'SmolLM2-135M'}, {tokens:,} tokens"
-        found.append(Panel(title, at, rows, rows["pair: exact"]["indexed"]))
-    return found
+        panel = Panel(title, at, rows, rows["pair: exact"]["indexed"])
+        if tokens > longest.get(model, (0,))[0] and all(
+            sweep(panel, name) for name, _, _ in SERIES
+        ):
+            longest[model] = tokens, panel
+    return [panel for _, (_, panel) in sorted(longest.items())]
 
 
 def sweep(panel: Panel, name: str) -> list[tuple[str, Row]]:
@@ -202,6 +203,22 @@ def table(record: dict[str, Any]) -> str:
     for words, what, kind in kinds:
         ratios = [panel.rows[what][kind] / panel.rows["pair: exact"][DROPPED] for panel in shown]
         lines.append(f"| {words} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")
+    walks = [row for row in record["rows"] if row["what"].startswith("at recall 0.95, ")]
+    lines += [
+        "",
+        "**Keys that are scored until 95 % of the best 100 are found**",
+        "",
+        "| keys of | tokens | `hnsw` | `graph` | `graph`, from the last step's | the best 100 are |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(walks, key=lambda row: (row["what"].rpartition(" ")[0], row["tokens"])):
+        model = row["what"].partition(", ")[2].rpartition(" ")[0] or "SmolLM2-135M"
+        shares = [row["scanned"].get(name) for name in ("hnsw", "graph", "graph, following")]
+        shown_shares = ["never" if share is None else f"{100 * share:.1f} %" for share in shares]
+        exact_share = f"{100 * row['exact_share']:.1f} %"
+        lines.append(
+            f"| {model} | {row['tokens']:,} | {' | '.join(shown_shares)} | {exact_share} |"
+        )
     return "\n".join(lines) + "\n"
 
 
