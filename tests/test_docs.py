@@ -336,6 +336,22 @@ def test_the_page_of_indexes_shows_what_was_measured() -> None:
     assert shown.count("<circle") == marks
 
 
+def test_the_times_of_the_host_path_are_those_of_the_benchmark() -> None:
+    file = ROOT / "benchmarks" / "host.json"
+    if not file.is_file():
+        pytest.skip("benchmarks/host.json is not in this checkout")
+    bars = json.loads(file.read_text(encoding="utf-8"))["bars"]
+    short, long = (bars[f"host_ms_{tokens}"] for tokens in (131072, 524288))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    wanted = (
+        f"{short:.0f} ms a token for the 8B shape at 131,072 tokens and {long:.0f} ms at 524,288"
+    )
+    assert wanted in readme
+    changes = " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())
+    assert f"8B shape takes {short:.0f} ms a token at 131,072 tokens" in changes
+    assert f"and {long:.0f} ms at 524,288" in changes
+
+
 def test_every_module_has_its_line_in_the_architecture_and_every_line_its_file() -> None:
     lines = [row[0].strip("`") for row in tables(ARCHITECTURE) if "/" in row[0]]
     named = [name for name in lines if re.fullmatch(r"[\w/]+\.\w+", name)]
