@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from offload.index.grouped import GROUPED, members
 from offload.index.lanes import BLOCK
-from offload.index.paged import FLOAT32, Scratch, attend_scored, candidates, score_chosen
+from offload.index.paged import FLOAT32, Rows, Scratch, attend_scored, candidates, score_chosen
 from offload.index.scan import scan_blocks
 from offload.index.workers import cores
 
@@ -293,6 +293,20 @@ def _lead(numbers: Any, count: int, tasks_at: int, spaces_at: int, pipe: int, bu
     return _get(numbers, _FAILED) == 0
 
 
+def search_rows(task: np.void, rows: Rows) -> None:
+    """Makes a task a whole search of these rows, in its thread's own scratch; what is asked of them is written by others.
+
+    Args:
+        task: A `TASK`, written.
+        rows: Which have to stay.
+    """
+    task["stage"], task["parts"], task["slot"] = WHOLE, 1, -1
+    task["pool_at"], task["kind"] = rows.pool.ctypes.data, rows.kind
+    task["pages"], task["page"], task["heads"], task["width"] = rows.pool.shape
+    task["table_at"], task["columns"] = rows.table.ctypes.data, len(rows.table)
+    task["head"], task["key_dim"] = rows.head, rows.key_dim
+
+
 def staged(tasks: NDArray[Any], parts: int) -> list[NDArray[Any]]:
     """The same searches in stages, one batch after the other, so that several threads share one.
 
@@ -361,13 +375,10 @@ class Crew:
                     self._start()
                 assert self._pipe is not None
                 pipe, buffer = self._pipe.writes, self._buffer.ctypes.data
-                for tasks in batches:
-                    done = not len(tasks) or _lead(
-                        self._numbers, len(tasks), tasks.ctypes.data, spaces.ctypes.data, pipe, buffer
-                    )  # fmt: skip
-                    if not done:
-                        break
-                done = done or not batches
+                done = all(
+                    _lead(self._numbers, len(tasks), tasks.ctypes.data, spaces.ctypes.data, pipe, buffer)
+                    for tasks in batches
+                )  # fmt: skip
             finally:
                 if not done:
                     self._end()  # its threads may be within a task, whose memory must stay

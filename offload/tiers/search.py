@@ -27,7 +27,7 @@ from torch import Tensor
 
 from offload.index import token_bytes
 from offload.index.base import Floats, Ids
-from offload.index.crew import TASK, Crew, spaces_of, staged
+from offload.index.crew import TASK, Crew, search_rows, spaces_of, staged
 from offload.index.finders import finder
 from offload.index.lanes import BLOCK
 from offload.index.paged import BFLOAT16, FLOAT16, FLOAT32, Rows, Scratch
@@ -397,18 +397,14 @@ class HostSearch:
         tasks = np.zeros(batch * heads, TASK)
         for i, task in enumerate(tasks):
             row, head = divmod(i, heads)
-            of_head = rows(row, head)
-            task["pool_at"], task["kind"] = of_head.pool.ctypes.data, of_head.kind
-            task["pages"], task["page"], task["heads"], task["width"] = of_head.pool.shape
-            task["table_at"], task["columns"] = of_head.table.ctypes.data, len(of_head.table)
-            task["head"], task["key_dim"], task["groups"] = head, dim, groups
+            search_rows(task, rows(row, head))
+            task["groups"] = groups
             task["first"], task["count"] = min(self._first[row], self.tokens), self.tokens
             task["query_at"] = query.data_ptr() + 4 * i * groups * dim
             task["ids_at"], task["k"] = found.tokens.data_ptr() + 4 * i * k, k
             task["out_at"] = found.out.data_ptr() + 4 * i * groups * self.shape.value_dim
             task["lse_at"] = found.lse.data_ptr() + 4 * i * groups
-            task["scale"], task["softcap"], task["slot"] = key[3], key[4] or 0.0, -1
-            task["parts"] = 1
+            task["scale"], task["softcap"] = key[3], key[4] or 0.0
             self._finders[row][head].describe(task)
         # Heads that are fewer than half of the threads are shared out among them.
         parts = threads // len(tasks)

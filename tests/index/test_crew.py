@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from offload.index import crew as crews
-from offload.index.crew import TASK, Crew, spaces_of, staged
+from offload.index.crew import TASK, Crew, search_rows, spaces_of, staged
 from offload.index.finders import Finder, finder
 from offload.index.paged import BFLOAT16, FLOAT16, FLOAT32, Rows, Scratch
 
@@ -56,17 +56,13 @@ class Case:
     def tasks(self, first: int, scale: float, softcap: float) -> NDArray[Any]:
         tasks = np.zeros(HEADS, TASK)
         for head, task in enumerate(tasks):
-            rows = self.rows[head]
-            task["pool_at"], task["kind"] = rows.pool.ctypes.data, rows.kind
-            task["pages"], task["page"], task["heads"], task["width"] = rows.pool.shape
-            task["table_at"], task["columns"] = rows.table.ctypes.data, len(rows.table)
-            task["head"], task["key_dim"], task["groups"] = head, self.dims[0], GROUPS
+            search_rows(task, self.rows[head])
+            task["groups"] = GROUPS
             task["first"], task["count"] = first, self.tokens
             task["query_at"], task["k"] = self.queries[head].ctypes.data, K
             task["ids_at"], task["out_at"] = self.ids[head].ctypes.data, self.out[head].ctypes.data
             task["lse_at"] = self.lse[head].ctypes.data
-            task["scale"], task["softcap"], task["slot"] = scale, softcap, -1
-            task["parts"] = 1
+            task["scale"], task["softcap"] = scale, softcap
             self.finders[head].describe(task)
         return tasks
 

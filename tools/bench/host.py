@@ -36,7 +36,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import offload
 from offload.cache import CACHE
 from offload.decode import captured_steps
-from offload.index.crew import TASK, Crew, spaces_of, staged
+from offload.index.crew import TASK, Crew, search_rows, spaces_of, staged
 from offload.index.finders import finder
 from offload.index.paged import BFLOAT16, Rows, Scratch
 from offload.index.workers import Workers, cores
@@ -92,19 +92,11 @@ def measure_bandwidth(record: Record, tokens: int, heads: int, threads: int | No
         lse, ids = np.empty((heads, groups), np.float32), np.empty((heads, k), np.int32)
         tasks = np.zeros(heads, TASK)
         for head, task in enumerate(tasks):
-            task["pool_at"], task["kind"] = pool.ctypes.data, rows.kind
-            task["pages"], task["page"], task["heads"], task["width"] = pool.shape
-            task["table_at"], task["columns"] = rows.table.ctypes.data, len(rows.table)
-            task["key_dim"], task["groups"], task["count"], task["scale"] = (
-                size,
-                groups,
-                tokens,
-                1.0,
-            )
-            task["query_at"], task["k"], task["slot"] = queries.ctypes.data, k, -1
+            search_rows(task, rows)
+            task["groups"], task["count"], task["scale"] = groups, tokens, 1.0
+            task["query_at"], task["k"] = queries.ctypes.data, k
             task["ids_at"], task["out_at"] = ids[head].ctypes.data, out[head].ctypes.data
             task["lse_at"] = lse[head].ctypes.data
-            task["parts"] = 1
             finders[head].describe(task)
         shares = crew.threads // heads
         batches = staged(tasks, shares) if shares > 1 else [tasks]
