@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from numba.core.extending import intrinsic
 from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
 
-from offload.index.grouped import GROUPED, members
+from offload.index.grouped import GROUPED, SIZE, members
 from offload.index.lanes import BLOCK
 from offload.index.paged import FLOAT32, Rows, Scratch, attend_scored, candidates, score_chosen
 from offload.index.scan import scan_blocks
@@ -47,8 +48,8 @@ TASK = np.dtype(
 
 index: `FLAT` or `CLUSTERS`. stage: `WHOLE`, or a part of it, in this order: `SCAN` scores codes, `PICK` chooses keys by
 them, `SCORE` reads their rows, `ATTEND` attends; scan and score do `part` of `parts`. pool: [pages, page, heads, width] of
-`offload.index.paged.Rows`, whose `kind`, `table` [columns], `head`, `key_dim` follow. codes, lows, steps: `coded` blocks of
-`Coded`, four bits. order, starts: of `Groups`. query: float32 [groups, D], not yet times `scale`. wanted: keys that are scored
+`offload.index.paged.Rows`, whose `kind`, `table` [columns], `head`, `key_dim` follow. codes, lows, steps: of `Coded`, four
+bits, which stand for `coded` keys. order, starts: of `Groups`. query: float32 [groups, D], not yet times `scale`. wanted: keys that are scored
 exactly, or clusters. ids, out, lse: written; a place for which no key is left repeats the first. slot: in whose scratch,
 -1 for the thread's own; the stages of a search need one to themselves.
 """
@@ -63,7 +64,10 @@ _PLACES = 160
     _EPOCH, _TICKET, _FINISHED, _SLEEPERS, _STOP, _FAILED, _TASKS, _SPACES_AT, _COUNT, _LOOKS,
 ) = range(0, _PLACES, 16)  # fmt: skip
 _BUFFER = 4096
-_SPINS = 20_000  # looks for work before a thread sleeps: about a millisecond
+# For so long a thread looks for work before it sleeps: longer than a device takes for its part of a layer, since a thread
+# that sleeps may come when all is done. What one look takes differs tenfold between processors.
+_AWAKE_S = 3e-3
+_LOOKS_TIMED = 2000
 
 
 def _pointer(kind: Any) -> Any:
@@ -151,6 +155,13 @@ _yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
 @njit(nogil=True, cache=True)
+def _blocks(task: Any) -> Any:
+    """Of codes; the last may stand for fewer keys than fit."""
+    each = BLOCK if task.index == FLAT else GROUPED
+    return (task.coded + each - 1) // each
+
+
+@njit(nogil=True, cache=True)
 def _search(pool: Any, task: Any, query: Any, space: Any, own: Any) -> None:
     """All stages but the scan, with rows of either kind."""
     kind, key_dim, stage = task.kind, task.key_dim, task.stage
@@ -158,31 +169,31 @@ def _search(pool: Any, task: Any, query: Any, space: Any, own: Any) -> None:
     chosen = carray(_longs(space.ids_at), space.tokens)
     found = carray(_longs(space.found_at), 1)
     exact = carray(_floats(space.exact_at), (space.groups, space.candidates))
+    peaks = carray(_floats(space.peaks_at), space.groups)
     votes = carray(_floats(space.votes_at), space.tokens)
     order = carray(_longs(space.order_at), space.tokens)
     counts = carray(_ints(space.counts_at), 2048)
     row = carray(_floats(own.row_at), own.width)
     if stage in (WHOLE, PICK):
-        codes = carray(_bytes(task.codes_at), (task.coded, own.channels // 4, 2 * BLOCK))
-        lows = carray(_floats(task.lows_at), (task.coded, key_dim))
-        steps = carray(_floats(task.steps_at), (task.coded, key_dim))
+        blocks = _blocks(task)
+        codes = carray(_bytes(task.codes_at), (blocks, own.channels // 4, 2 * BLOCK))
+        lows = carray(_floats(task.lows_at), (blocks, key_dim))
+        steps = carray(_floats(task.steps_at), (blocks, key_dim))
         scores = carray(_floats(space.scores_at), (space.groups, space.tokens))
         weights = carray(_signed(own.weights_at), (own.tile, own.channels))
         total = carray(_ints(own.total_at), (own.tile, BLOCK))
-        products = carray(_floats(own.products_at), own.channels)
         tops = carray(_floats(space.tops_at), (space.groups, space.tops))
         if task.index == FLAT:
-            peaks = carray(_floats(space.peaks_at), space.groups)
             found[0] = candidates(
                 pool, kind, table, task.head, key_dim, codes, lows, steps, 4, task.first, task.count, query, task.wanted,
-                stage == PICK, scores, tops, peaks, votes, chosen, order, row, weights, total, products, counts,
+                stage == PICK, scores, tops, peaks, votes, chosen, order, row, weights, total, counts,
             )  # fmt: skip
         else:
-            tokens = carray(_ints(task.order_at), task.coded * GROUPED)
-            starts = carray(_ints(task.starts_at), task.coded * BLOCK + 1)
+            tokens = carray(_ints(task.order_at), task.coded)
+            starts = carray(_ints(task.starts_at), task.coded // SIZE + 1)
             found[0] = members(
                 codes, lows, steps, 4, tokens, starts, task.first, task.count, query, task.wanted, space.candidates,
-                stage == PICK, scores, tops, votes, chosen, order, weights, total, products, counts,
+                stage == PICK, scores, tops, peaks, votes, chosen, order, weights, total, counts,
             )  # fmt: skip
     some = chosen[: found[0]]
     if stage in (WHOLE, SCORE):
@@ -196,7 +207,7 @@ def _search(pool: Any, task: Any, query: Any, space: Any, own: Any) -> None:
         out = carray(_floats(task.out_at), (task.groups, task.width - key_dim))
         lse = carray(_floats(task.lse_at), task.groups)
         attend_scored(
-            pool, kind, table, task.head, key_dim, some, ids, out, lse, exact, votes, order, row, counts
+            pool, kind, table, task.head, key_dim, some, ids, out, lse, exact, peaks, votes, order, row, counts
         )  # fmt: skip
         for i in range(ids.shape[0]):
             if ids[i] < 0:
@@ -212,14 +223,14 @@ def _perform(task: Any, space: Any, own: Any) -> None:
         for c in range(task.key_dim):
             query[g, c] = given[g, c] * task.scale
     if task.stage == SCAN:
+        blocks = _blocks(task)
         scan_blocks(
-            carray(_bytes(task.codes_at), (task.coded, own.channels // 4, 2 * BLOCK)),
-            carray(_floats(task.lows_at), (task.coded, task.key_dim)),
-            carray(_floats(task.steps_at), (task.coded, task.key_dim)),
-            4, task.coded * task.part // task.parts, task.coded * (task.part + 1) // task.parts, query,
+            carray(_bytes(task.codes_at), (blocks, own.channels // 4, 2 * BLOCK)),
+            carray(_floats(task.lows_at), (blocks, task.key_dim)),
+            carray(_floats(task.steps_at), (blocks, task.key_dim)),
+            4, blocks * task.part // task.parts, blocks * (task.part + 1) // task.parts, query,
             carray(_signed(own.weights_at), (own.tile, own.channels)),
             carray(_ints(own.total_at), (own.tile, BLOCK)),
-            carray(_floats(own.products_at), own.channels),
             carray(_floats(space.scores_at), (space.groups, space.tokens)),
             carray(_floats(space.tops_at), (space.groups, space.tops)),
         )  # fmt: skip
@@ -266,6 +277,14 @@ def _help(numbers: Any, me: int, pipe: int, buffer_at: int) -> None:
             return
         seen = _get(numbers, _EPOCH)
         _work(numbers, me)
+
+
+@njit(nogil=True, cache=True)
+def _look(numbers: Any, count: int) -> None:
+    """As often as that, as a thread of `_help` does that finds nothing."""
+    for _ in range(count):
+        if _get(numbers, _EPOCH) == 0 and _get(numbers, _STOP) == 0:
+            _pause()
 
 
 @njit(nogil=True, cache=True)
@@ -394,7 +413,7 @@ class Crew:
         self._numbers = np.zeros(_PLACES, np.int64)
         self._errors = []
         # A thread that looks for work keeps one that has some from a core, where there are fewer.
-        self._numbers[_LOOKS] = _SPINS if self.threads <= cores() else 0
+        self._numbers[_LOOKS] = _looks(self._numbers) if self.threads <= cores() else 0
         self._pipe = pipe = _Pipe()
         self._process = os.getpid()
         self._stop = weakref.finalize(self, _stop, self._numbers, pipe)
@@ -425,6 +444,17 @@ def spaces_of(scratches: list[Scratch]) -> NDArray[Any]:
         space["width"] = scratch.row.shape[0]
         space["tile"], space["channels"] = scratch.weights.shape
     return spaces
+
+
+def _looks(numbers: NDArray[np.int64]) -> int:
+    """How often a thread looks in `_AWAKE_S`."""
+    _look(numbers, 1)
+    fastest = _AWAKE_S
+    for _ in range(3):
+        began = time.perf_counter()
+        _look(numbers, _LOOKS_TIMED)
+        fastest = min(fastest, time.perf_counter() - began)
+    return int(_LOOKS_TIMED * _AWAKE_S / fastest)
 
 
 def _serve(numbers: NDArray[np.int64], me: int, pipe: _Pipe, buffer: NDArray[np.uint8], errors: list[BaseException]) -> None:  # fmt: skip

@@ -14,12 +14,12 @@ from offload.index import backend
 from offload.index.base import Floats
 from offload.index.crew import CLUSTERS, FLAT
 from offload.index.grouped import (
-    GROUPED,
+    SEGMENT,
     SIZE,
     Groups,
     attend_grouped,
     clusters_of,
-    group_blocks,
+    group,
     room,
 )
 from offload.index.lanes import BLOCK
@@ -167,7 +167,7 @@ class PagedFlat(Finder):
         task["wanted"] = min(
             _OVERFETCH["flat"] * int(task["k"]), max(0, int(task["count"] - task["first"]))
         )
-        _describe(task, self._coded, self._blocks)
+        _describe(task, self._coded, self._blocks * BLOCK)
 
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
@@ -186,12 +186,12 @@ class PagedClusters(Finder):
     def __init__(self, capacity: int, key_dim: int) -> None:
         self._room = capacity, key_dim
         self._groups = Groups.of(capacity, key_dim)
-        self._blocks = 0
+        self._clustered = 0  # tokens
 
     @property
     def nbytes(self) -> int:
         """See `Finder`."""
-        groups = self._groups.of_first(self._blocks)
+        groups = self._groups.of_first(self._clustered)
         return (
             groups.order.nbytes
             + groups.starts.nbytes
@@ -208,19 +208,17 @@ class PagedClusters(Finder):
 
     def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
         """See `Finder`."""
-        blocks = count // GROUPED
-        group_blocks(rows, self._groups, self._blocks, blocks)
-        self._blocks = blocks
+        self._clustered = group(rows, self._groups, self._clustered, count)
 
     def truncate(self, tokens: int) -> None:
         """See `Finder`."""
-        self._blocks = min(self._blocks, tokens // GROUPED)
+        self._clustered = min(self._clustered, tokens // SEGMENT * SEGMENT)
 
     def copy(self) -> PagedClusters:
         """See `Finder`."""
         other = PagedClusters(*self._room)
-        other._blocks = self._blocks
-        mine, theirs = (each._groups.of_first(self._blocks) for each in (self, other))
+        other._clustered = self._clustered
+        mine, theirs = (each._groups.of_first(self._clustered) for each in (self, other))
         for target, source in zip(theirs.centroids.arrays, mine.centroids.arrays, strict=True):
             target[:] = source
         theirs.order[:], theirs.starts[:] = mine.order, mine.starts
@@ -237,14 +235,14 @@ class PagedClusters(Finder):
         task["index"] = CLUSTERS
         task["wanted"] = clusters_of(_OVERFETCH["clusters"], int(task["k"]))
         task["order_at"], task["starts_at"] = groups.order.ctypes.data, groups.starts.ctypes.data
-        _describe(task, groups.centroids, self._blocks)
+        _describe(task, groups.centroids, self._clustered)
 
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
         ids: NDArray[np.int32], out: Floats, lse: Floats,
     ) -> None:  # fmt: skip
         """See `Finder`."""
-        groups = self._groups.of_first(self._blocks)
+        groups = self._groups.of_first(self._clustered)
         attend_grouped(
             rows,
             groups,
@@ -260,10 +258,10 @@ class PagedClusters(Finder):
         )
 
 
-def _describe(task: np.void, coded: Coded, blocks: int) -> None:
+def _describe(task: np.void, coded: Coded, tokens: int) -> None:
     for name, array in zip(("codes_at", "lows_at", "steps_at"), coded.arrays, strict=True):
         task[name] = array.ctypes.data
-    task["coded"] = blocks
+    task["coded"] = tokens
 
 
 class Copied(Finder):

@@ -15,11 +15,21 @@ from numpy.typing import NDArray
 
 from offload.index.base import Floats
 from offload.index.lanes import BLOCK
-from offload.index.paged import Coded, Rows, Scratch, attend_some, encode_values, gather, largest
-from offload.index.scan import best, scan_blocks
+from offload.index.paged import (
+    Coded,
+    Rows,
+    Scratch,
+    attend_some,
+    encode_values,
+    fetch,
+    gather,
+    liked,
+)
+from offload.index.scan import scan_blocks
 
 SIZE = 16  # keys of a cluster, on average
 SEGMENT = 1024  # consecutive tokens that are clustered by themselves
+PIECE = 256  # tokens that are clustered by themselves while their segment is not whole: as many wait at most
 GROUPED = SIZE * BLOCK  # tokens whose centroids are one block of codes
 # Moves of the centroids. Of the 100 keys of SmolLM2 (Qwen2.5-Coder) with the best votes 99.5 % (95.2) are found eight times
 # over-fetched, with centroids of ten moves in float32 97.9 % (95.9).
@@ -44,37 +54,53 @@ class Groups(NamedTuple):
         """Room for clusters of so many tokens; nothing is written to it.
 
         Args:
-            tokens: Of which whole `GROUPED` are clustered.
+            tokens: Of which whole `PIECE` are clustered.
             key_dim: D.
         """
-        blocks = tokens // GROUPED
+        blocks = blocks_of(tokens)
         return cls(
             Coded.of(blocks, key_dim, 4),
             np.empty(blocks * GROUPED, np.int32),
             np.zeros(blocks * BLOCK + 1, np.int32),
         )
 
-    def of_first(self, blocks: int) -> Groups:
-        """Those of the first blocks of centroids."""
-        order, starts = self.order[: blocks * GROUPED], self.starts[: blocks * BLOCK + 1]
-        return Groups(self.centroids.of_first(blocks), order, starts)
+    def of_first(self, tokens: int) -> Groups:
+        """Those of the first tokens, a multiple of `PIECE`."""
+        blocks = blocks_of(tokens)
+        return Groups(
+            self.centroids.of_first(blocks),
+            self.order[:tokens],
+            self.starts[: tokens // SIZE + 1],
+        )
 
 
-def group_blocks(rows: Rows, groups: Groups, first: int, stop: int) -> None:
-    """Clusters tokens `first * GROUPED` to `stop * GROUPED`.
+def blocks_of(tokens: int) -> int:
+    """Blocks of centroids of so many tokens; the last may have some that are of none."""
+    return -(-tokens // GROUPED)
+
+
+def group(rows: Rows, groups: Groups, first: int, count: int) -> int:
+    """Clusters tokens from `first` on, in whole segments, and behind these in pieces.
 
     Args:
-        rows: Of them.
+        rows: Of `count` keys.
         groups: Written.
-        first: The first block of centroids.
-        stop: The one behind the last.
+        first: How many are clustered, a multiple of `PIECE`. Pieces among them are clustered again where their segment is whole now.
+        count: Keys.
+
+    Returns:
+        How many are clustered.
     """
+    stop = count // PIECE * PIECE
+    if stop <= first:
+        return first
     values = np.empty((SEGMENT, rows.key_dim), np.float32)
     means = np.empty((BLOCK, rows.key_dim), np.float32)
     labels = np.empty(SEGMENT, np.int32)
     _group(
         *rows, *groups.centroids, groups.order, groups.starts, first, stop, values, means, labels
     )
+    return stop
 
 
 def attend_grouped(
@@ -96,7 +122,7 @@ def attend_grouped(
 
     Args:
         rows: Of `count` keys.
-        groups: Of the first of them.
+        groups: Of the first of them, no more.
         first: Keys before it are padding.
         count: Keys.
         queries: float32 [G, D], times attention's scale.
@@ -110,8 +136,8 @@ def attend_grouped(
     wanted = clusters_of(overfetch, ids.shape[0])
     n = members(
         *groups.centroids, groups.order, groups.starts, first, count, queries, wanted, scratch.exact.shape[1], False,
-        scratch.scores, scratch.tops, scratch.votes, scratch.ids, scratch.order,
-        scratch.weights, scratch.total, scratch.products, scratch.counts,
+        scratch.scores, scratch.tops, scratch.peaks, scratch.votes, scratch.ids, scratch.order,
+        scratch.weights, scratch.total, scratch.counts,
     )  # fmt: skip
     attend_some(rows, scratch.ids[:n], queries, softcap, scratch, ids, out, lse)
 
@@ -123,7 +149,7 @@ def clusters_of(overfetch: int, tokens: int) -> int:
 
 def room(overfetch: int, tokens: int) -> int:
     """Candidates that a search may have: twice as many as clusters hold on average, and those in none."""
-    return 2 * overfetch * tokens + SIZE + GROUPED
+    return 2 * overfetch * tokens + SIZE + PIECE
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
@@ -186,35 +212,52 @@ def _group(
     codes: Any, lows: Any, steps: Any, bits: int, order: Any, starts: Any,
     first: int, stop: int, values: Any, means: Any, labels: Any,
 ) -> None:  # fmt: skip
-    clusters = SEGMENT // SIZE
-    halves, sizes = np.empty(clusters, np.float32), np.empty(clusters, np.int32)
+    halves, sizes = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32)
     mean = np.empty(key_dim, np.float32)
-    for block in range(first, stop):
-        for part in range(BLOCK // clusters):
-            begin = block * GROUPED + part * SEGMENT
-            gather(pool, kind, table, head, key_dim, begin, values)
-            mean[:] = 0
-            for i in range(SEGMENT):
-                for k in range(key_dim):
-                    mean[k] += values[i, k]
+    at = first
+    while at < stop:
+        begin, n = at, PIECE
+        if at // SEGMENT * SEGMENT + SEGMENT <= stop:
+            begin, n = at // SEGMENT * SEGMENT, SEGMENT
+        some = values[:n]
+        gather(pool, kind, table, head, key_dim, begin, some)
+        mean[:] = 0
+        for i in range(n):
             for k in range(key_dim):
-                mean[k] /= np.float32(SEGMENT)
-            for i in range(SEGMENT):
+                mean[k] += some[i, k]
+        for k in range(key_dim):
+            mean[k] /= np.float32(n)
+        for i in range(n):
+            for k in range(key_dim):
+                some[i, k] -= mean[k]
+        clusters = n // SIZE
+        _cluster(some, means[:clusters], labels[:n], halves[:clusters], sizes[:clusters])
+        at = begin
+        for c in range(clusters):
+            starts[begin // SIZE + c] = at
+            at += sizes[c]
+            sizes[c] = at - sizes[c]
+        for i in range(n):
+            order[sizes[labels[i]]] = begin + i
+            sizes[labels[i]] += 1
+        starts[at // SIZE] = at
+    for block in range(first // GROUPED, (stop + GROUPED - 1) // GROUPED):
+        for c in range(block * BLOCK, (block + 1) * BLOCK):
+            centroid = means[c - block * BLOCK]
+            a, b = 0, 0
+            if c * SIZE < stop:
+                a, b = starts[c], starts[c + 1]
+            if a == b:  # of no token: where one of the block is, so that codes get no coarser
+                gather(pool, kind, table, head, key_dim, block * GROUPED, values[:1])
+                centroid[:] = values[0]
+                continue
+            centroid[:] = 0
+            for i in range(a, b):
+                gather(pool, kind, table, head, key_dim, order[i], values[:1])
                 for k in range(key_dim):
-                    values[i, k] -= mean[k]
-            centroids = means[part * clusters : (part + 1) * clusters]
-            _cluster(values, centroids, labels, halves, sizes)
-            at = begin
-            for c in range(clusters):
-                starts[block * BLOCK + part * clusters + c] = at
-                at += sizes[c]
-                sizes[c] = at - sizes[c]
-                for k in range(key_dim):
-                    centroids[c, k] += mean[k]
-            for i in range(SEGMENT):
-                order[sizes[labels[i]]] = begin + i
-                sizes[labels[i]] += 1
-        starts[(block + 1) * BLOCK] = (block + 1) * GROUPED
+                    centroid[k] += values[0, k]
+            for k in range(key_dim):
+                centroid[k] /= np.float32(b - a)
         encode_values(means, codes, lows, steps, bits, block)
 
 
@@ -222,46 +265,43 @@ def _group(
 def members(
     codes: Any, lows: Any, steps: Any, bits: int, order: Any, starts: Any,
     first: int, count: int, queries: Any, wanted: int, room: int, scanned: bool,
-    scores: Any, tops: Any, votes: Any, ids: Any, chosen: Any,
-    weights: Any, total: Any, products: Any, counts: Any,
+    scores: Any, tops: Any, peaks: Any, votes: Any, ids: Any, chosen: Any,
+    weights: Any, total: Any, counts: Any,
 ) -> int:  # fmt: skip
     """Writes the tokens of the `wanted` clusters with the best votes, and those in none; returns how many there are."""
-    groups, clusters, clustered = queries.shape[0], codes.shape[0] * BLOCK, order.shape[0]
+    clustered = order.shape[0]
+    clusters = clustered // SIZE
+    alone = max(0, count - max(first, clustered))
     found = 0
+    # Segments that are all padding are left out.
+    begin = first // SEGMENT * (SEGMENT // SIZE)
+    if begin < clusters:
+        if not scanned:
+            scan_blocks(
+                codes,
+                lows,
+                steps,
+                bits,
+                begin // BLOCK,
+                codes.shape[0],
+                queries,
+                weights,
+                total,
+                scores,
+                tops,
+            )
+        n = liked(
+            scores, tops, peaks, votes, chosen, ids, counts, begin, clusters, clusters, wanted
+        )
+        lines = order.reshape(clustered // SIZE, SIZE)
+        for i in range(n):  # they lie anywhere: on their way before the first is read
+            fetch(lines, starts[chosen[i]] // SIZE, 0, 2 * SIZE)
+        for i in range(n):
+            for at in range(starts[chosen[i]], starts[chosen[i] + 1]):
+                if order[at] >= first and found < room - alone:
+                    ids[found] = order[at]
+                    found += 1
     for token in range(max(first, clustered), count):
         ids[found] = token
         found += 1
-    if clusters == 0 or first >= clustered:
-        return found
-    # Segments that are all padding are left out.
-    begin = first // SEGMENT * (SEGMENT // SIZE)
-    if not scanned:
-        scan_blocks(
-            codes,
-            lows,
-            steps,
-            bits,
-            begin // BLOCK,
-            codes.shape[0],
-            queries,
-            weights,
-            total,
-            products,
-            scores,
-            tops,
-        )
-    for c in range(clusters):
-        votes[c] = -np.inf
-    for g in range(groups):
-        most = largest(scores, g, begin, clusters)
-        for c in range(begin, clusters):
-            vote = scores[g, c] - most
-            votes[c] = vote if vote > votes[c] else votes[c]
-    n = min(wanted, clusters)
-    best(votes[:clusters], chosen[:n], counts)
-    for i in range(n):
-        for at in range(starts[chosen[i]], starts[chosen[i] + 1]):
-            if order[at] >= first and found < room:
-                ids[found] = order[at]
-                found += 1
     return found

@@ -106,7 +106,11 @@ def summing(bits: int, tile: int, of: type[_Avx2 | _Vnni]) -> Any:
         ]
         codes, weights, total = (array.data for array in arrays)
         _, rows, length = cgutils.unpack_tuple(builder, arrays[0].shape)
-        codes = builder.gep(codes, [builder.mul(values[1], builder.mul(rows, length))])
+        size = builder.mul(rows, length)
+        codes = builder.gep(codes, [builder.mul(values[1], size)])
+        fetch = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]), "llvm.prefetch.p0i8"
+        )  # fmt: skip
         of_query = builder.bitcast(weights, _I32.as_pointer())
         none = _all_of(instructions.sums, 0)
 
@@ -142,6 +146,10 @@ def summing(bits: int, tile: int, of: type[_Avx2 | _Vnni]) -> Any:
                         builder.mul(at_row, constant(row)), constant(instructions.width * chunk)
                     )
                     packed = builder.load(place(codes, at, ints), align=1)
+                    # As much of the next block, from its first byte on: rows are read in another order than memory is.
+                    step = builder.add(builder.mul(rows, constant(chunk)), at_row)
+                    ahead = builder.add(size, builder.mul(step, constant(instructions.width)))
+                    builder.call(fetch, [builder.gep(codes, [ahead]), _I32(0), _I32(3), _I32(1)])
                     unpacked = []
                     for part in range(parts):
                         shifted = packed

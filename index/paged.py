@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from offload.index.base import Floats, Ids
 from offload.index.lanes import BLOCK, CHANNELS, TOGETHER
-from offload.index.scan import SUB, best, scan_blocks
+from offload.index.scan import SUB, best, least_of, scan_blocks
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # what the rows of a pool are
 
@@ -93,9 +93,8 @@ class Scratch(NamedTuple):
         exact: float32 [G, candidates].
         row: float32 [D or D_v].
         query: float32 [G, D].
-        weights: int8 [T, channels], with T of `offload.index.lanes`.
+        weights: int8 [T, channels], with T of `offload.index.lanes`, zeros behind D.
         total: int32 [T, BLOCK].
-        products: float32 [channels], zeros behind D.
         counts: int32 [2,048].
         found: int64 [1].
     """
@@ -111,7 +110,6 @@ class Scratch(NamedTuple):
     query: Floats
     weights: NDArray[np.int8]
     total: NDArray[np.int32]
-    products: Floats
     counts: NDArray[np.int32]
     found: Ids
 
@@ -144,7 +142,6 @@ class Scratch(NamedTuple):
             query=np.empty((groups, key_dim), np.float32),
             weights=np.zeros((tile, channels), np.int8),
             total=np.zeros((tile, BLOCK), np.int32),
-            products=np.zeros(channels, np.float32),
             counts=np.empty(2048, np.int32),
             found=np.zeros(1, np.int64),
         )
@@ -193,7 +190,7 @@ def attend_best(
     n = candidates(
         *rows, *coded, first, count, queries, min(overfetch * ids.shape[0], max(0, count - first)), False,
         scratch.scores, scratch.tops, scratch.peaks, scratch.votes, scratch.ids, scratch.order, scratch.row,
-        scratch.weights, scratch.total, scratch.products, scratch.counts,
+        scratch.weights, scratch.total, scratch.counts,
     )  # fmt: skip
     attend_some(rows, scratch.ids[:n], queries, softcap, scratch, ids, out, lse)
 
@@ -223,8 +220,8 @@ def attend_some(
     exact, row = scratch.exact, scratch.row
     score_chosen(*rows, some, 0, len(some), queries, softcap, exact, row)
     attend_scored(
-        *rows, some, ids, out, lse, exact, scratch.votes, scratch.order, row, scratch.counts
-    )
+        *rows, some, ids, out, lse, exact, scratch.peaks, scratch.votes, scratch.order, row, scratch.counts
+    )  # fmt: skip
 
 
 def gathered(rows: Rows, first: int, stop: int) -> Floats:
@@ -330,7 +327,7 @@ def largest(values: Any, row: int, first: int, stop: int) -> Any:
     """
     bits = values.view(np.int32)
     most = np.int32(-2139095041)  # -inf
-    for i in range(first, stop):
+    for i in range(np.uint64(first), np.uint64(stop)):
         turned = bits[row, i] ^ ((bits[row, i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
         most = max(most, turned)
     return np.int32(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
@@ -359,39 +356,65 @@ def _numbered(bits: Any) -> Any:
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
 def _dots(rows: Any, at: int, kind: int, first: int, queries: Any, row: Any, logits: Any, to: int) -> None:  # fmt: skip
     """Dot products of a row and all queries, written to logits [G, n] at `to`. Rows are [n, width], the key begins at `first`."""
-    groups, dim = queries.shape
+    groups = queries.shape[0]
     whole = groups - groups % 4
-    numbers = rows[at, first : first + dim]
+    # Without signs: that an index counts from the end need not be considered, which would be done channel by channel.
+    dim, key, start, one = np.uint64(queries.shape[1]), np.uint64(at), np.uint64(first), np.uint64(1)  # fmt: skip
     if kind == 1:  # what takes longest to widen is widened once
-        _widen(numbers, kind, row)
-    for g in range(0, whole, 4):
+        _widen(rows[at, first : first + queries.shape[1]], kind, row)
+    for g in range(np.uint64(0), np.uint64(whole), np.uint64(4)):
         a, b, d, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        one, two, three, four = queries[g], queries[g + 1], queries[g + 2], queries[g + 3]
         if kind == 1:
             for c in range(dim):
                 value = row[c]
-                a += value * one[c]
-                b += value * two[c]
-                d += value * three[c]
-                e += value * four[c]
+                a += value * queries[g, c]
+                b += value * queries[g + one, c]
+                d += value * queries[g + one + one, c]
+                e += value * queries[g + one + one + one, c]
         else:
             for c in range(dim):
-                value = _number(numbers[c])
-                a += value * one[c]
-                b += value * two[c]
-                d += value * three[c]
-                e += value * four[c]
-        logits[g, to], logits[g + 1, to] = a, b
-        logits[g + 2, to], logits[g + 3, to] = d, e
-    for g in range(whole, groups):
+                value = _number(rows[key, start + c])
+                a += value * queries[g, c]
+                b += value * queries[g + one, c]
+                d += value * queries[g + one + one, c]
+                e += value * queries[g + one + one + one, c]
+        logits[g, to], logits[g + one, to] = a, b
+        logits[g + one + one, to], logits[g + one + one + one, to] = d, e
+    for g in range(np.uint64(whole), np.uint64(groups)):
         a = np.float32(0)
         if kind == 1:
             for c in range(dim):
                 a += row[c] * queries[g, c]
         else:
             for c in range(dim):
-                a += _number(numbers[c]) * queries[g, c]
+                a += _number(rows[key, start + c]) * queries[g, c]
         logits[g, to] = a
+
+
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def _add_row(rows: Any, at: int, kind: int, first: int, weights: Any, of: int, row: Any, out: Any) -> None:  # fmt: skip
+    """Adds a row, from `first` on, times weights [G, n] at `of`, to out [G, D_v]."""
+    groups = out.shape[0]
+    whole = groups - groups % 4
+    dim, value, start, one = np.uint64(out.shape[1]), np.uint64(at), np.uint64(first), np.uint64(1)
+    if kind == 1:
+        _widen(rows[at, first : first + out.shape[1]], kind, row)
+    for g in range(np.uint64(0), np.uint64(whole), np.uint64(4)):
+        two = g + one
+        three = two + one
+        four = three + one
+        a, b, d, e = weights[g, of], weights[two, of], weights[three, of], weights[four, of]
+        for c in range(dim):
+            number = row[c] if kind == 1 else _number(rows[value, start + c])
+            out[g, c] += a * number
+            out[two, c] += b * number
+            out[three, c] += d * number
+            out[four, c] += e * number
+    for g in range(np.uint64(whole), np.uint64(groups)):
+        a = weights[g, of]
+        for c in range(dim):
+            number = row[c] if kind == 1 else _number(rows[value, start + c])
+            out[g, c] += a * number
 
 
 def _fetch_typed(typing: Any, pool: Any, number: Any, first: Any, count: Any) -> Any:
@@ -419,7 +442,89 @@ def _fetch_typed(typing: Any, pool: Any, number: Any, first: Any, count: Any) ->
     return types.none(pool, types.int64, types.int64, types.int64), generate
 
 
-_fetch: Any = intrinsic(_fetch_typed)
+fetch: Any = intrinsic(_fetch_typed)
+
+
+@njit(nogil=True, cache=True)
+def _vote(scores: Any, first: int, n: int, peaks: Any, votes: Any, at: int) -> None:
+    """Writes the votes of keys `first` to `first + n` from `at` on: the best score of each, less that of its query. None above 0.
+
+    Of such floats, with their sign, the larger has the smaller bits: minima of whole numbers are taken many at a time.
+    """
+    sign = np.int32(-(2**31))
+    bits = votes.view(np.int32)
+    # Without signs: that an index counts from the end need not be considered, which would be done key by key.
+    start, to = np.uint64(first), np.uint64(at)
+    groups = scores.shape[0]
+    whole = groups - groups % 4
+    for g in range(0, whole, 4):
+        one, two, three, four = peaks[g], peaks[g + 1], peaks[g + 2], peaks[g + 3]
+        for j in range(np.uint64(n)):
+            i = start + j
+            a = np.float32(scores[g, i] - one).view(np.int32)
+            b = np.float32(scores[g + 1, i] - two).view(np.int32)
+            c = np.float32(scores[g + 2, i] - three).view(np.int32)
+            d = np.float32(scores[g + 3, i] - four).view(np.int32)
+            vote = min(min(a | sign, b | sign), min(c | sign, d | sign))
+            bits[to + j] = vote if g == 0 else min(bits[to + j], vote)
+    for g in range(whole, groups):
+        one = peaks[g]
+        for j in range(np.uint64(n)):
+            vote = np.float32(scores[g, start + j] - one).view(np.int32) | sign
+            bits[to + j] = vote if g == 0 else min(bits[to + j], vote)
+
+
+@njit(nogil=True, cache=True)
+def liked(
+    scores: Any, tops: Any, peaks: Any, votes: Any, ids: Any, order: Any, counts: Any,
+    first: int, count: int, noted: int, wanted: int,
+) -> int:  # fmt: skip
+    """Writes the numbers of the `wanted` keys with the best votes, ascending; returns how many there are.
+
+    Args:
+        scores: float32 [G, N], of keys `first` to `count`.
+        tops: float32 [G, N / SUB], the best of each `SUB`, where all of these are below `noted`; lost.
+        peaks: float32 [G]: written, the best score of each query.
+        votes: As of `Scratch`, as are the next three: worked with.
+        ids: Written.
+        order: Worked with.
+        counts: Likewise.
+        first: Keys before it are padding.
+        count: Keys, more than `first`.
+        noted: See `tops`.
+        wanted: More than 0.
+    """
+    groups, begin, subs = scores.shape[0], first // SUB, (count + SUB - 1) // SUB
+    whole = min(noted, count)
+    for g in range(groups):
+        for s in range(begin, subs):
+            if s * SUB < first or (s + 1) * SUB > whole:
+                tops[g, s] = largest(scores, g, max(first, s * SUB), min(count, (s + 1) * SUB))
+        # Less its best, so that queries can be compared. The sum is not taken: it would cost an exponential a key.
+        peaks[g] = largest(tops, g, begin, subs)
+    _vote(tops, begin, subs - begin, peaks, votes, begin)
+    least = np.float32(-np.inf)
+    if subs - begin > wanted:
+        least = least_of(votes[begin:subs], wanted, counts)
+    # The votes of keys overwrite those of their `SUB`, but for those that are still to come.
+    tops[0, begin:subs] = votes[begin:subs]
+    found = 0
+    for s in range(begin, subs):
+        if tops[0, s] < least:
+            continue
+        start = max(first, s * SUB)
+        at, n = found, min(count, (s + 1) * SUB) - start
+        _vote(scores, start, n, peaks, votes, at)
+        for j in range(n):
+            vote = votes[at + j]
+            ids[found], votes[found] = start + j, vote
+            found += vote >= least
+    if found > wanted:
+        best(votes[:found], order[:wanted], counts)
+        for i in range(wanted):
+            ids[i] = ids[order[i]]
+        found = wanted
+    return found
 
 
 @njit(nogil=True, cache=True)
@@ -428,12 +533,12 @@ def candidates(
     codes: Any, lows: Any, steps: Any, bits: int,
     first: int, count: int, queries: Any, wanted: int, scanned: bool,
     scores: Any, tops: Any, peaks: Any, votes: Any, ids: Any, order: Any, row: Any,
-    weights: Any, total: Any, products: Any, counts: Any,
+    weights: Any, total: Any, counts: Any,
 ) -> int:  # fmt: skip
     """Writes the ids of the `wanted` keys with the best votes, ascending; returns how many there are."""
     if wanted == 0:
         return 0
-    groups, page, heads = queries.shape[0], pool.shape[1], pool.shape[2]
+    page, heads = pool.shape[1], pool.shape[2]
     flat = pool.reshape(pool.shape[0] * page * heads, pool.shape[3])
     coded = codes.shape[0] * BLOCK
     if not scanned:
@@ -447,50 +552,13 @@ def candidates(
             queries,
             weights,
             total,
-            products,
             scores,
             tops,
         )
     for token in range(max(first, coded), count):
         place = (table[token // page] * page + token % page) * heads + head
         _dots(flat, place, kind, 0, queries, row, scores, token)
-    begin, subs = first // SUB, (count + SUB - 1) // SUB
-    for g in range(groups):
-        for s in range(begin, subs):
-            if s * SUB < first or (s + 1) * SUB > min(coded, count):  # else the scan has noted it
-                tops[g, s] = largest(scores, g, max(first, s * SUB), min(count, (s + 1) * SUB))
-        best_score = largest(tops, g, begin, subs)
-        for s in range(begin, subs):
-            tops[g, s] -= best_score
-        # Less its best, so that queries can be compared. The sum is not taken: it would cost an exponential a key.
-        peaks[g] = best_score
-    for s in range(begin, subs):
-        for g in range(1, groups):
-            tops[0, s] = max(tops[0, s], tops[g, s])
-    least = np.float32(-np.inf)
-    if subs - begin > wanted:
-        best(tops[0, begin:subs], ids[:wanted], counts)
-        least = np.float32(np.inf)
-        for i in range(wanted):
-            least = min(least, tops[0, begin + ids[i]])
-    found = 0
-    for s in range(begin, subs):
-        if tops[0, s] < least:
-            continue
-        for i in range(max(first, s * SUB), min(count, (s + 1) * SUB)):
-            vote = np.float32(-np.inf)
-            for g in range(groups):
-                vote = max(vote, scores[g, i] - peaks[g])
-            if vote >= least:
-                ids[found] = i
-                votes[found] = vote
-                found += 1
-    if found > wanted:
-        best(votes[:found], order[:wanted], counts)
-        for i in range(wanted):
-            ids[i] = ids[order[i]]
-        found = wanted
-    return found
+    return liked(scores, tops, peaks, votes, ids, order, counts, first, count, coded, wanted)
 
 
 @njit(nogil=True, cache=True)
@@ -505,7 +573,7 @@ def score_chosen(
     for i in range(first, stop + _AHEAD):
         if i < stop:  # rows lie anywhere
             token = some[i]
-            _fetch(pool, (table[token // page] * page + token % page) * heads + head, 0, key_dim)
+            fetch(pool, (table[token // page] * page + token % page) * heads + head, 0, key_dim)
         if i >= first + _AHEAD:
             token = some[i - _AHEAD]
             place = (table[token // page] * page + token % page) * heads + head
@@ -519,22 +587,17 @@ def score_chosen(
 @njit(nogil=True, cache=True)
 def attend_scored(
     pool: Any, kind: int, table: Any, head: int, key_dim: int,
-    some: Any, chosen: Any, out: Any, lse: Any, exact: Any, votes: Any, order: Any, row: Any, counts: Any,
+    some: Any, chosen: Any, out: Any, lse: Any, exact: Any, peaks: Any, votes: Any, order: Any, row: Any, counts: Any,
 ) -> None:  # fmt: skip
     """Attends to the best of some keys by the logits of `score_chosen`, which are lost; likewise."""
     groups, page, found, k = out.shape[0], pool.shape[1], some.shape[0], chosen.shape[0]
     heads, value_dim = pool.shape[2], out.shape[1]
+    flat = pool.reshape(pool.shape[0] * page * heads, pool.shape[3])
     n = min(found, k)
     if found > k:
         for g in range(groups):
-            most = largest(exact, g, 0, found)
-            if g == 0:
-                for i in range(found):
-                    votes[i] = exact[g, i] - most
-            else:
-                for i in range(found):
-                    vote = exact[g, i] - most
-                    votes[i] = vote if vote > votes[i] else votes[i]
+            peaks[g] = largest(exact, g, 0, found)
+        _vote(exact, 0, found, peaks, votes, 0)
         best(votes[:found], order[:k], counts)
     else:
         for i in range(n):
@@ -558,15 +621,12 @@ def attend_scored(
         if i < n:
             token = some[order[i]]
             place = (table[token // page] * page + token % page) * heads + head
-            _fetch(pool, place, key_dim, value_dim)
+            fetch(pool, place, key_dim, value_dim)
         if i >= _AHEAD:
             at = order[i - _AHEAD]
             token = some[at]
-            _widen(pool[table[token // page], token % page, head, key_dim:], kind, row)
-            for g in range(groups):
-                weight = exact[g, at]
-                for c in range(out.shape[1]):
-                    out[g, c] += weight * row[c]
+            place = (table[token // page] * page + token % page) * heads + head
+            _add_row(flat, place, kind, key_dim, exact, at, row, out)
             chosen[i - _AHEAD] = token
     for i in range(n, k):
         chosen[i] = -1

@@ -133,31 +133,47 @@ def rescore(rows: Vectors, ids: Ids, query: Floats, scores: Floats) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
-def _weigh(
-    lows: Any, steps: Any, block: int, queries: Any, g: int, products: Any, weights: Any, t: int
-) -> Any:
-    """A query in the steps of a block: writes weights[t] as `offload.index.lanes.add_block` reads them.
+def _weigh(lows: Any, steps: Any, block: int, queries: Any, g: int, n: int, weights: Any, units: Any, offsets: Any) -> None:  # fmt: skip
+    """Up to four queries from g on in the steps of a block: writes their weights as `offload.index.lanes.add_block` reads them.
 
-    Returns:
-        What a weight of one stands for, and what the scores of all keys have in common.
+    Also what a weight of one stands for, and what the scores of all keys have in common.
     """
-    offset = np.float32(0)
-    for c in range(queries.shape[1]):
-        offset += queries[g, c] * lows[block, c]
-        products[c] = queries[g, c] * steps[block, c]
-    bits = products.view(np.int32)
     # Of floats without their sign the larger has the larger bits, and the maximum of whole numbers is one instruction.
-    largest = np.int32(0)
-    for c in range(queries.shape[1]):
-        largest = max(largest, bits[c] & np.int32(0x7FFFFFFF))
-    unit = np.int32(largest).view(np.float32) / np.float32(_STEPS)
-    inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
-    # A sum with this has the rounded number in its last bits, negative ones as their complement.
-    for c in range(queries.shape[1]):
-        products[c] = products[c] * inverse + _ROUNDS
-    for c in range(products.shape[0]):
-        weights[t, c] = bits[c]
-    return unit, offset
+    plain = np.int32(0x7FFFFFFF)
+    # Without signs: that an index counts from the end need not be considered, which would be done channel by channel.
+    row, channels, first = np.uint64(block), np.uint64(lows.shape[1]), np.uint64(g)
+    for t in range(0, n - n % 4, 4):
+        one, two, three, four = first, first + np.uint64(1), first + np.uint64(2), first + np.uint64(3)  # fmt: skip
+        a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        i, j, k, m = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
+        for x in range(channels):
+            low, step = lows[row, x], steps[row, x]
+            a += queries[one, x] * low
+            b += queries[two, x] * low
+            c += queries[three, x] * low
+            d += queries[four, x] * low
+            i = max(i, np.float32(queries[one, x] * step).view(np.int32) & plain)
+            j = max(j, np.float32(queries[two, x] * step).view(np.int32) & plain)
+            k = max(k, np.float32(queries[three, x] * step).view(np.int32) & plain)
+            m = max(m, np.float32(queries[four, x] * step).view(np.int32) & plain)
+        offsets[t], offsets[t + 1], offsets[t + 2], offsets[t + 3] = a, b, c, d
+        units[t], units[t + 1] = np.int32(i).view(np.float32), np.int32(j).view(np.float32)
+        units[t + 2], units[t + 3] = np.int32(k).view(np.float32), np.int32(m).view(np.float32)
+    for t in range(n - n % 4, n):
+        one = first + np.uint64(t)
+        a, i = np.float32(0), np.int32(0)
+        for x in range(channels):
+            a += queries[one, x] * lows[row, x]
+            i = max(i, np.float32(queries[one, x] * steps[row, x]).view(np.int32) & plain)
+        offsets[t], units[t] = a, np.int32(i).view(np.float32)
+    for t in range(n):
+        unit = units[t] / np.float32(_STEPS)
+        inverse = np.float32(1) / unit if unit > 0 else np.float32(0)
+        units[t] = unit
+        at, one = np.uint64(t), first + np.uint64(t)
+        # A sum with this has the rounded number in its last bits, negative ones as their complement.
+        for x in range(channels):
+            weights[at, x] = np.float32(queries[one, x] * steps[row, x] * inverse + _ROUNDS).view(np.int32)  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
@@ -180,7 +196,7 @@ def _write(
 
 @njit(nogil=True, cache=True)
 def scan_blocks(
-    codes: Any, lows: Any, steps: Any, bits: int, first: int, stop: int, queries: Any, weights: Any, total: Any, products: Any, scores: Any, tops: Any
+    codes: Any, lows: Any, steps: Any, bits: int, first: int, stop: int, queries: Any, weights: Any, total: Any, scores: Any, tops: Any
 ) -> None:  # fmt: skip
     """Scores of coded keys, with memory that is given: parts of arrays are counted, which takes longer than a block.
 
@@ -192,9 +208,8 @@ def scan_blocks(
         first: Blocks before it are left out.
         stop: As those from it on.
         queries: float32 [G, D].
-        weights: int8 [T, channels] with T of `offload.index.lanes.TOGETHER`: worked with.
+        weights: int8 [T, channels] with T of `offload.index.lanes.TOGETHER`, zero behind D: worked with.
         total: int32 [T, BLOCK]: worked with.
-        products: float32 [channels], zero behind D: worked with.
         scores: float32 [G, N]: written.
         tops: float32 [G, N / SUB]: written, the best of each `SUB` keys.
     """
@@ -203,10 +218,8 @@ def scan_blocks(
     for block in range(first, stop):
         for g in range(0, groups, tile):
             n = min(tile, groups - g)
+            _weigh(lows, steps, block, queries, g, n, weights, units, offsets)
             for t in range(n):
-                units[t], offsets[t] = _weigh(
-                    lows, steps, block, queries, g + t, products, weights, t
-                )
                 for j in range(BLOCK):
                     total[t, j] = 0
             add_block(codes, block, weights, total, n, bits)
@@ -221,25 +234,15 @@ def _scan(
 ) -> None:
     channels = CHANNELS * codes.shape[1]
     weights, total = np.zeros((tile, channels), np.int8), np.zeros((tile, BLOCK), np.int32)
-    products = np.zeros(channels, np.float32)
     tops = np.empty((queries.shape[0], scores.shape[1] // SUB), np.float32)
-    scan_blocks(
-        codes, lows, steps, bits, 0, codes.shape[0], queries, weights, total, products, scores, tops
-    )
+    scan_blocks(codes, lows, steps, bits, 0, codes.shape[0], queries, weights, total, scores, tops)
 
 
 @njit(nogil=True, cache=True)
-def best(scores: Any, ids: Any, counts: Any) -> None:
-    """The largest of some scores, by their bits: no sort, and exactly as many as asked.
-
-    Args:
-        scores: float32 [N], contiguous, no NaN.
-        ids: int64 [n], n <= N: written, ascending. Of equal scores the first are taken.
-        counts: int32 [2,048], to work with.
-    """
-    bits = scores.view(np.uint32)
+def _border(bits: Any, n: int, counts: Any) -> Any:
+    """Of the n largest floats, by their bits: the place in order of the least, and how many of those that are like it are among them."""
     sign, every = np.uint32(0x80000000), np.uint32(0xFFFFFFFF)
-    left = ids.shape[0]
+    left = n
     prefix, mask = np.uint32(0), np.uint32(0)
     for shift, width in ((21, 11), (10, 11), (0, 10)):
         counts[:] = 0
@@ -254,6 +257,29 @@ def best(scores: Any, ids: Any, counts: Any) -> None:
             bin_ -= 1
         prefix |= np.uint32(bin_) << np.uint32(shift)
         mask |= low << np.uint32(shift)
+    return prefix, left
+
+
+@njit(nogil=True, cache=True)
+def least_of(scores: Any, n: int, counts: Any) -> Any:
+    """The least of the n largest scores; arguments as of `best`."""
+    prefix, _ = _border(scores.view(np.uint32), n, counts)
+    sign = np.uint32(0x80000000)
+    return np.uint32(prefix ^ (sign if prefix & sign else np.uint32(0xFFFFFFFF))).view(np.float32)
+
+
+@njit(nogil=True, cache=True)
+def best(scores: Any, ids: Any, counts: Any) -> None:
+    """The largest of some scores, by their bits: no sort, and exactly as many as asked.
+
+    Args:
+        scores: float32 [N], contiguous, no NaN.
+        ids: int64 [n], n <= N: written, ascending. Of equal scores the first are taken.
+        counts: int32 [2,048], to work with.
+    """
+    bits = scores.view(np.uint32)
+    sign, every = np.uint32(0x80000000), np.uint32(0xFFFFFFFF)
+    prefix, left = _border(bits, ids.shape[0], counts)
     at = 0
     for i in range(bits.shape[0]):
         key = bits[i] ^ (every if bits[i] & sign else sign)

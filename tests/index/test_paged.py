@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from offload.index import BACKENDS, scan, token_bytes
 from offload.index.finders import Finder, finder
-from offload.index.grouped import GROUPED, SEGMENT, SIZE, Groups, group_blocks
+from offload.index.grouped import GROUPED, PIECE, SEGMENT, SIZE, Groups, group
 from offload.index.paged import (
     BFLOAT16,
     FLOAT16,
@@ -207,7 +207,7 @@ def test_every_token_is_in_one_cluster_near_its_centroid() -> None:
     pool = np.concatenate([keys, keys], 1).reshape(-1, PAGE, 1, 64)
     rows = Rows(pool, FLOAT32, np.arange(len(pool)), 0, 32)
     groups = Groups.of(len(keys), 32)
-    group_blocks(rows, groups, 0, 2)
+    assert group(rows, groups, 0, len(keys)) == len(keys)
     np.testing.assert_array_equal(np.sort(groups.order), np.arange(len(keys)))
     assert groups.starts[0] == 0
     assert groups.starts[-1] == len(keys)
@@ -221,6 +221,41 @@ def test_every_token_is_in_one_cluster_near_its_centroid() -> None:
     off = keys[groups.order] - np.repeat(centroids, sizes, axis=0)
     # Heaps have a variance of 1 a channel, what lies between them 64. Now and then two heaps share a cluster.
     assert float((off * off).mean()) < 8.0
+
+
+def test_tokens_are_clustered_in_pieces_until_their_segment_is_whole() -> None:
+    rows, plain = paged(GROUPED // PAGE + 22, 24, 8, FLOAT32)
+    whole, grown = (Groups.of(len(plain), 24) for _ in range(2))
+    clustered = group(rows, whole, 0, len(plain))
+    assert len(plain) - PIECE < clustered == len(plain) // PIECE * PIECE
+    assert clustered % SEGMENT  # what is asked here
+    at = 0
+    for count in range(0, len(plain) + 1, 96):
+        before, at = at, group(rows, grown, at, count)
+        assert at == count // PIECE * PIECE
+        if at == before:
+            continue
+        order, starts = grown.order[:at], grown.starts[: at // SIZE + 1]
+        np.testing.assert_array_equal(np.sort(order), np.arange(at))
+        assert starts[0] == 0
+        assert starts[-1] == at
+        sizes = np.diff(starts)
+        of = np.repeat(np.arange(len(sizes)), sizes)
+        # Of whole segments anywhere in them, behind these in the piece.
+        borders = np.where(order < at // SEGMENT * SEGMENT, SEGMENT, PIECE)
+        np.testing.assert_array_equal(order // borders, of * SIZE // borders)
+    assert group(rows, grown, at, len(plain)) == clustered
+    np.testing.assert_array_equal(grown.order[:clustered], whole.order[:clustered])
+    used = clustered // SIZE
+    np.testing.assert_array_equal(grown.starts[: used + 1], whole.starts[: used + 1])
+    for ours, theirs in zip(grown.centroids.arrays, whole.centroids.arrays, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # A centroid is the mean of its tokens, but for four bits.
+    sizes = np.diff(whole.starts[: used + 1])
+    means = np.add.reduceat(plain[whole.order[:clustered], :24], whole.starts[:used][sizes > 0])
+    coded_means = scan.decode(*whole.centroids)[:used][sizes > 0]
+    step = np.repeat(whole.centroids.steps, scan.BLOCK, axis=0)[:used][sizes > 0]
+    assert (np.abs(coded_means - means / sizes[sizes > 0, None]) <= 0.501 * step + 1e-6).all()
 
 
 def test_tasks_run_once_each_and_by_different_workers_at_the_same_time() -> None:
