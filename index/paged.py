@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from offload.index.base import Floats, Ids
 from offload.index.lanes import BLOCK, CHANNELS, TOGETHER
-from offload.index.scan import SUB, best, least_of, scan_blocks
+from offload.index.scan import ROUNDS, SUB, best, least_of, scan_blocks
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # what the rows of a pool are
 
@@ -271,7 +271,22 @@ def gather(pool: Any, kind: int, table: Any, head: int, key_dim: int, first: int
         _widen(pool[table[token // page], token % page, head, :key_dim], kind, out[i])
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def _code(value: Any, low: Any, step: Any, top: Any) -> Any:
+    """How many steps a value is above the low, rounded; half of one to the even number."""
+    code = (value - low) / step
+    code = top if code > top else code
+    # A sum with this has the rounded number in its last bits.
+    return np.float32(code + ROUNDS).view(np.int32) & np.int32(15)
+
+
 @njit(nogil=True, cache=True)
+def turned(bits: Any) -> Any:
+    """Bits of a float as a whole number in the order of floats, and back again."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def encode_values(values: Any, codes: Any, lows: Any, steps: Any, bits: int, block: int) -> None:
     """Writes the codes of one block.
 
@@ -284,28 +299,41 @@ def encode_values(values: Any, codes: Any, lows: Any, steps: Any, bits: int, blo
         block: Which one.
     """
     top = np.float32((1 << bits) - 1)
-    parts = 8 // bits
-    each = BLOCK // parts
-    key_dim = values.shape[1]
-    if key_dim % CHANNELS:
-        codes[block, key_dim // CHANNELS] = 0
+    each = np.uint64(BLOCK * bits // 8)
+    # Channel by channel of one key, many at a time; without signs, so that no index counts from the end.
+    at, keys, key_dim = np.uint64(block), np.uint64(values.shape[0]), np.uint64(values.shape[1])
+    scale = np.empty(values.shape[1], np.float32)
+    # Whole numbers, since a compiler takes extremes of floats one by one.
+    numbers, least, most = values.view(np.int32), lows.view(np.int32), scale.view(np.int32)
     for c in range(key_dim):
-        low = values[0, c]
-        high = low
-        for j in range(BLOCK):
-            low = min(low, values[j, c])
-            high = max(high, values[j, c])
-        step = high / top - low / top
-        scale = step if step > 0 else np.float32(1)
-        lows[block, c] = low
-        steps[block, c] = step
-        for j in range(each):
-            packed = 0
-            for part in range(parts):
-                code = np.rint((values[part * each + j, c] - low) / scale)
-                code = min(max(code, np.float32(0)), top)
-                packed |= int(code) << (part * bits)
-            codes[block, c // CHANNELS, CHANNELS * j + c % CHANNELS] = packed
+        least[at, c] = most[c] = turned(numbers[0, c])
+    for j in range(keys):
+        for c in range(key_dim):
+            number = turned(numbers[j, c])
+            least[at, c] = min(least[at, c], number)
+            most[c] = max(most[c], number)
+    for c in range(key_dim):
+        least[at, c], most[c] = turned(least[at, c]), turned(most[c])
+    for c in range(key_dim):
+        step = scale[c] / top - lows[at, c] / top
+        steps[at, c] = step
+        scale[c] = step if step > 0 else np.float32(1)
+    packed = np.zeros(CHANNELS * codes.shape[1], np.uint8)
+    fours, words = packed.view(np.uint32), codes.view(np.uint32)
+    for j in range(each):
+        if bits == 4:
+            for c in range(key_dim):
+                low, by = lows[at, c], scale[c]
+                packed[c] = _code(values[j, c], low, by, top) | _code(values[j + each, c], low, by, top) << np.int32(4)  # fmt: skip
+        else:
+            k, l, m = j + each, j + each + each, j + each + each + each
+            for c in range(key_dim):
+                low, by = lows[at, c], scale[c]
+                first, second = _code(values[j, c], low, by, top), _code(values[k, c], low, by, top)
+                third, fourth = _code(values[l, c], low, by, top), _code(values[m, c], low, by, top)
+                packed[c] = first | second << np.int32(2) | third << np.int32(4) | fourth << np.int32(6)  # fmt: skip
+        for r in range(np.uint64(fours.shape[0])):
+            words[at, r, j] = fours[r]
 
 
 @njit(nogil=True, cache=True)
@@ -328,9 +356,8 @@ def largest(values: Any, row: int, first: int, stop: int) -> Any:
     bits = values.view(np.int32)
     most = np.int32(-2139095041)  # -inf
     for i in range(np.uint64(first), np.uint64(stop)):
-        turned = bits[row, i] ^ ((bits[row, i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
-        most = max(most, turned)
-    return np.int32(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+        most = max(most, turned(bits[row, i]))
+    return np.int32(turned(most)).view(np.float32)
 
 
 def _number(bits: Any) -> Any:

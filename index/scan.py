@@ -27,7 +27,7 @@ from offload.index.lanes import TOGETHER, add_block
 BLOCK, CHANNELS = lanes.BLOCK, lanes.CHANNELS
 SUB = 32  # keys of which the best is noted: where few are good, most keys are not looked at again
 _STEPS = 127
-_ROUNDS = np.float32(1.5 * 2**23)
+ROUNDS = np.float32(1.5 * 2**23)
 # Of uniform quantisers of a normal variable, in standard deviations: Max, Quantizing for minimum distortion (1960), table II.
 _NORMAL_STEPS = {2: np.float32(0.9957), 4: np.float32(0.3352)}
 _AT_ONCE = 64  # blocks that are coded at once, which bounds the copy in float32
@@ -173,7 +173,7 @@ def _weigh(lows: Any, steps: Any, block: int, queries: Any, g: int, n: int, weig
         at, one = np.uint64(t), first + np.uint64(t)
         # A sum with this has the rounded number in its last bits, negative ones as their complement.
         for x in range(channels):
-            weights[at, x] = np.float32(queries[one, x] * steps[row, x] * inverse + _ROUNDS).view(np.int32)  # fmt: skip
+            weights[at, x] = np.float32(queries[one, x] * steps[row, x] * inverse + ROUNDS).view(np.int32)  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
