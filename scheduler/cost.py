@@ -35,12 +35,11 @@ _PASS_LAYER_S = (
 # Share of drafted tokens that are kept, by bits of the replica: measured at 4 bits (`benchmarks/verified.json`), for
 # 3 and 2 the share of same best tokens (`benchmarks/fidelity.json`), below that a guess.
 AGREEMENT = {4: 0.9987, 3: 0.998, 2: 0.989, 0: 0.9}
-# Of a host path, from the 8B shape on an H100 with 16 cores at 131,072 tokens, `clusters`, 256 tokens for each of 256 KV heads:
-# 44.7 ms a step, 9.85 of them as without, 31.3 the searches. With these, 524,288 tokens take 77 ms; measured 84.
-_HAND_OFFS_S = 110e-6  # of a layer to the host and back
-_SEARCH_SHARE = 0.26  # of the host's memory rate, by the scan of an index
+# Of a host path, from the 8B shape on an H100 with 16 cores, 256 tokens for each of 256 KV heads (`benchmarks/host.json`). With
+# these `clusters` takes 30 ms a step at 131,072 tokens and 40 at 524,288, `flat` 71 at 131,072; measured 28 to 32, 40 and 72.
+_HAND_OFFS_S = 50e-6  # of a layer to the host and back
 _SEARCH_ROW_BYTES = (
-    3800  # what could be read in order in the time that one row takes, which lies anywhere
+    2900  # what could be read in order in the time that one row takes, which lies anywhere
 )
 LINK, PASSES = "PCIe", "passes"
 
@@ -485,7 +484,7 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
         a_layer = _PATH_S + where.scored * _PATH_TOKEN_S + where.selected * _ROW_S
         if where.searched:  # the card then scores only what is not found
             a_layer = _PATH_S + where.scored * _PATH_TOKEN_S
-            reads = where.searched / _SEARCH_SHARE + where.searched_rows * _SEARCH_ROW_BYTES
+            reads = where.searched + where.searched_rows * _SEARCH_ROW_BYTES
             device["search"] = layers * _HAND_OFFS_S + reads / profile.host_bytes_per_s
         device["selection"] = layers * a_layer
     if where.replica:

@@ -161,9 +161,8 @@ def test_what_the_host_searches_is_priced_by_its_bytes_and_rows_and_as_it_was_ti
     way = replace(FAST, selected=256)
     device, searched = (step(layout, of_heads(8), H100, way) for layout in layouts)
     assert "search" not in device.device
-    timed = (
-        32 * 1.09e-3
-    )  # seconds of 32 layers: 31.3 ms of searches, 3.5 of hand-offs (benchmarks/host.json)
+    # Seconds of 32 layers: 16.7 and 20.3 ms of searches in two runs, 1.4 and 1.8 of hand-offs (benchmarks/host.json).
+    timed = 20.1e-3
     assert searched.device["search"] == pytest.approx(timed, rel=0.1)
     # The card reads no rows then, and scores as before.
     assert 0 < searched.device["selection"] < device.device["selection"]
