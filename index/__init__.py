@@ -98,9 +98,11 @@ def token_bytes(name: str, dimension: int) -> int:
     """Host bytes of one key beside its page, where an index is searched while a model generates: an upper bound.
 
     Args:
-        name: One of `BACKENDS`.
+        name: One of `BACKENDS`, or `auto`: what is tried lies side by side.
         dimension: D.
     """
+    if name == "auto":
+        return token_bytes("clusters", dimension) + token_bytes("flat", dimension)
     if name == "flat":
         # Four bits a channel, and the smallest value and step of each for 128 keys.
         return -(-(dimension + 3) // 2) + -(-dimension // 16)

@@ -1,17 +1,19 @@
 """What finds the best keys of one KV head, where the cache keeps the rows? One finder for each sequence and head.
 
-`PagedFlat` and `PagedClusters` read rows in the pages; `Copied` stands for every other backend, which has a copy of the keys.
+`PagedFlat` and `PagedClusters` read rows in the pages, `Measured` is one of these; `Copied` stands for every other backend, which
+has a copy of the keys.
 """
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offload.index import backend
-from offload.index.base import Floats
+from offload.index.base import Floats, Ids
 from offload.index.crew import CLUSTERS, FLAT
 from offload.index.grouped import (
     SEGMENT,
@@ -33,16 +35,24 @@ from offload.index.paged import (
     encode_blocks,
     gathered,
 )
+from offload.index.scan import best
 
 _BITS = 4
 _OVERFETCH = {
     "flat": 4,
     "clusters": 8,
 }  # keys that are scored exactly for each one that is attended to
+_TRIED = 2, 4, 8, 16  # of these, with clusters, what finds enough is looked for
+_AT_ONCE = 4096  # keys that are scored exactly at once, to know what should be found
 
 
 class Finder(ABC):
     """Finds keys of one head of one sequence, and attends to them."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The backend that searches."""
 
     @property
     @abstractmethod
@@ -73,6 +83,17 @@ class Finder(ABC):
             learned: float32 [n, D], queries to learn from.
         """
 
+    def choose(self, rows: Rows, first: int, count: int, samples: Floats) -> bool:
+        """Makes up its mind how it searches, where that is open; returns whether it did.
+
+        Args:
+            rows: Of `count` keys, all taken in.
+            first: Keys before it are padding.
+            count: Keys.
+            samples: float32 [G, S, D], S groups of queries like those of searches.
+        """
+        return False
+
     @abstractmethod
     def truncate(self, tokens: int) -> None:
         """Forgets the keys from `tokens` on."""
@@ -102,14 +123,18 @@ class Finder(ABC):
         """Finds keys and attends to them; arguments as of `offload.index.paged.attend_best`. `ids` are in no order."""
 
 
-def finder(name: str, capacity: int, key_dim: int) -> Finder:
+def finder(name: str, capacity: int, key_dim: int, *, tokens: int = 64, recall: float = 0.95) -> Finder:  # fmt: skip
     """A finder without keys.
 
     Args:
-        name: One of `offload.index.BACKENDS`.
+        name: One of `offload.index.BACKENDS`, or `auto`.
         capacity: Keys that there may be.
         key_dim: D.
+        tokens: That a search finds. What the next one is about, of `auto`.
+        recall: Share of the best so many keys that have to be found.
     """
+    if name == "auto":
+        return Measured(capacity, key_dim, tokens, recall)
     if name == "flat":
         return PagedFlat(capacity, key_dim)
     if name == "clusters":
@@ -122,8 +147,14 @@ class PagedFlat(Finder):
 
     def __init__(self, capacity: int, key_dim: int) -> None:
         self._room = capacity, key_dim
+        self.overfetch = _OVERFETCH["flat"]
         self._coded = Coded.of(capacity // BLOCK, key_dim, _BITS)
         self._blocks = 0
+
+    @property
+    def name(self) -> str:
+        """See `Finder`."""
+        return "flat"
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +163,7 @@ class PagedFlat(Finder):
 
     def candidates(self, groups: int, k: int) -> int:
         """See `Finder`."""
-        return _OVERFETCH["flat"] * k
+        return self.overfetch * k
 
     def scored(self, capacity: int, groups: int, k: int) -> int:
         """See `Finder`."""
@@ -151,6 +182,7 @@ class PagedFlat(Finder):
     def copy(self) -> PagedFlat:
         """See `Finder`."""
         other = PagedFlat(*self._room)
+        other.overfetch = self.overfetch
         other._blocks = self._blocks
         for target, source in zip(other._coded.arrays, self._coded.arrays, strict=True):
             target[: self._blocks] = source[: self._blocks]
@@ -165,7 +197,7 @@ class PagedFlat(Finder):
         """See `Finder`."""
         task["index"] = FLAT
         task["wanted"] = min(
-            _OVERFETCH["flat"] * int(task["k"]), max(0, int(task["count"] - task["first"]))
+            self.overfetch * int(task["k"]), max(0, int(task["count"] - task["first"]))
         )
         _describe(task, self._coded, self._blocks * BLOCK)
 
@@ -176,7 +208,7 @@ class PagedFlat(Finder):
         """See `Finder`."""
         coded = self._coded.of_first(self._blocks)
         attend_best(
-            rows, coded, first, count, queries, softcap, _OVERFETCH["flat"], scratch, ids, out, lse
+            rows, coded, first, count, queries, softcap, self.overfetch, scratch, ids, out, lse
         )  # fmt: skip
 
 
@@ -185,8 +217,14 @@ class PagedClusters(Finder):
 
     def __init__(self, capacity: int, key_dim: int) -> None:
         self._room = capacity, key_dim
+        self.overfetch = _OVERFETCH["clusters"]
         self._groups = Groups.of(capacity, key_dim)
         self._clustered = 0  # tokens
+
+    @property
+    def name(self) -> str:
+        """See `Finder`."""
+        return "clusters"
 
     @property
     def nbytes(self) -> int:
@@ -200,7 +238,7 @@ class PagedClusters(Finder):
 
     def candidates(self, groups: int, k: int) -> int:
         """See `Finder`."""
-        return room(_OVERFETCH["clusters"], k)
+        return room(self.overfetch, k)
 
     def scored(self, capacity: int, groups: int, k: int) -> int:
         """See `Finder`: centroids, or candidates where these are more."""
@@ -217,6 +255,7 @@ class PagedClusters(Finder):
     def copy(self) -> PagedClusters:
         """See `Finder`."""
         other = PagedClusters(*self._room)
+        other.overfetch = self.overfetch
         other._clustered = self._clustered
         mine, theirs = (each._groups.of_first(self._clustered) for each in (self, other))
         for target, source in zip(theirs.centroids.arrays, mine.centroids.arrays, strict=True):
@@ -233,7 +272,7 @@ class PagedClusters(Finder):
         """See `Finder`."""
         groups = self._groups
         task["index"] = CLUSTERS
-        task["wanted"] = clusters_of(_OVERFETCH["clusters"], int(task["k"]))
+        task["wanted"] = clusters_of(self.overfetch, int(task["k"]))
         task["order_at"], task["starts_at"] = groups.order.ctypes.data, groups.starts.ctypes.data
         _describe(task, groups.centroids, self._clustered)
 
@@ -250,12 +289,131 @@ class PagedClusters(Finder):
             count,
             queries,
             softcap,
-            _OVERFETCH["clusters"],
+            self.overfetch,
             scratch,
             ids,
             out,
             lse,
         )
+
+
+class Measured(Finder):
+    """`clusters` or `flat`, whichever finds enough of this head's keys and is faster on this machine: measured, once.
+
+    Clusters until then. Of keys that have no structure, or of which many are wanted, only reading most clusters would find
+    enough.
+
+    Attributes:
+        used: What searches.
+        trials: Of the choice: name, keys that are scored for each wanted one, recall, seconds of a search.
+    """
+
+    def __init__(self, capacity: int, key_dim: int, tokens: int, recall: float) -> None:
+        self._room = capacity, key_dim, tokens, recall
+        self.used: PagedFlat | PagedClusters = PagedClusters(capacity, key_dim)
+        self.trials: list[tuple[str, int, float, float]] = []
+
+    @property
+    def name(self) -> str:
+        """See `Finder`."""
+        return self.used.name
+
+    @property
+    def nbytes(self) -> int:
+        """See `Finder`."""
+        return self.used.nbytes
+
+    def candidates(self, groups: int, k: int) -> int:
+        """See `Finder`: of any choice."""
+        return max(room(_TRIED[-1], k), _OVERFETCH["flat"] * k)
+
+    def scored(self, capacity: int, groups: int, k: int) -> int:
+        """See `Finder`: likewise."""
+        return max(capacity, self.candidates(groups, k))
+
+    def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
+        """See `Finder`."""
+        self.used.extend(rows, count, scratch, learned)
+
+    def choose(self, rows: Rows, first: int, count: int, samples: Floats) -> bool:
+        """See `Finder`. Only the first time, and once there are more keys than half are found of."""
+        capacity, key_dim, tokens, recall = self._room
+        if self.trials or count - first < 2 * tokens:
+            return False
+        groups = samples.shape[0]
+        wanted = _liked_most(rows, first, count, samples, tokens)
+        width = self.scored(capacity, groups, tokens), key_dim, rows.pool.shape[-1] - key_dim
+        scratch = Scratch.of(groups, *width, self.candidates(groups, tokens))
+        clusters, flat = self.used, PagedFlat(capacity, key_dim)
+        flat.extend(rows, count, Scratch.of(1, BLOCK * key_dim, *width[1:], 1), None)
+        for one, name, values in ((clusters, "clusters", _TRIED), (flat, "flat", (flat.overfetch,))):  # fmt: skip
+            for one.overfetch in values:
+                found, seconds = _tried(one, rows, first, count, samples, wanted, scratch)
+                self.trials.append((name, one.overfetch, found, seconds))
+                if found >= recall:
+                    break
+        (_, _, found, seconds), last = self.trials[-2:]
+        if found < recall or last[3] < seconds:
+            self.used = flat
+        return True
+
+    def truncate(self, tokens: int) -> None:
+        """See `Finder`."""
+        self.used.truncate(tokens)
+
+    def copy(self) -> Measured:
+        """See `Finder`."""
+        other = Measured(*self._room)
+        other.used, other.trials = self.used.copy(), list(self.trials)
+        return other
+
+    @property
+    def compiled(self) -> bool:
+        """See `Finder`."""
+        return True
+
+    def describe(self, task: np.void) -> None:
+        """See `Finder`."""
+        self.used.describe(task)
+
+    def attend(
+        self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
+        ids: NDArray[np.int32], out: Floats, lse: Floats,
+    ) -> None:  # fmt: skip
+        """See `Finder`."""
+        self.used.attend(rows, first, count, queries, softcap, scratch, ids, out, lse)
+
+
+def _liked_most(rows: Rows, first: int, count: int, samples: Floats, k: int) -> list[Ids]:
+    """The k keys with the best votes (`offload.index.paged`) of each group of queries [G, S, D], exactly."""
+    groups, n, dim = samples.shape
+    scores = np.empty((groups * n, count - first), np.float32)
+    for start in range(first, count, _AT_ONCE):
+        stop = min(count, start + _AT_ONCE)
+        scores[:, start - first : stop - first] = samples.reshape(-1, dim) @ gathered(rows, start, stop).T  # fmt: skip
+    scores -= scores.max(1, keepdims=True)
+    votes = np.ascontiguousarray(scores.reshape(groups, n, -1).max(0))
+    ids, counts = np.empty((n, k), np.int64), np.empty(2048, np.int32)
+    for vote, found in zip(votes, ids, strict=True):
+        best(vote, found, counts)
+    return [found + first for found in ids]
+
+
+def _tried(
+    one: PagedFlat | PagedClusters, rows: Rows, first: int, count: int, samples: Floats, wanted: list[Ids], scratch: Scratch
+) -> tuple[float, float]:  # fmt: skip
+    """Recall, mean, and seconds of a search, the least: others may work beside it."""
+    ids = np.empty(len(wanted[0]), np.int32)
+    out = np.empty((samples.shape[0], rows.pool.shape[-1] - rows.key_dim), np.float32)
+    lse = np.empty(samples.shape[0], np.float32)
+    shares, times = [], []
+    for s, want in enumerate(wanted):
+        queries = np.ascontiguousarray(samples[:, s])
+        began = time.perf_counter()
+        one.attend(rows, first, count, queries, 0.0, scratch, ids, out, lse)
+        times.append(time.perf_counter() - began)
+        shares.append(len(np.intersect1d(ids, want)) / len(want))
+    return float(np.mean(shares)), min(times)
 
 
 def _describe(task: np.void, coded: Coded, tokens: int) -> None:
@@ -270,6 +428,11 @@ class Copied(Finder):
     def __init__(self, name: str) -> None:
         self._name = name
         self._index = backend(name)()
+
+    @property
+    def name(self) -> str:
+        """See `Finder`."""
+        return self._name
 
     @property
     def nbytes(self) -> int:

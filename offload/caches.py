@@ -315,7 +315,7 @@ class CacheMaker:
         if retrieval.index != "replica" and blocks and tokens:
             search = HostSearch(
                 self._shape.rows[index],
-                SearchSettings(index=retrieval.index, tokens=tokens),
+                SearchSettings(index=retrieval.index, tokens=tokens, recall=retrieval.recall),
                 self.searchers,
                 batch=batch,
                 blocks=blocks,

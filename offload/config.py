@@ -294,13 +294,24 @@ class RetrievalConfig(_Table):
         json_schema_extra=_unit("tokens, or auto"),
     )
 
-    index: Literal["replica", "flat", "ivf", "hnsw", "graph", "clusters", "pages"] = Field(
+    index: Literal["replica", "auto", "flat", "ivf", "hnsw", "graph", "clusters", "pages"] = Field(
         default="replica",
         description="What finds the tokens that are attended to exactly. replica: the device, by what it keeps of "
         "them. The others: an index over the keys in host memory; the host then attends to what it finds, "
-        "so that a low replica need not know which tokens matter. flat scores all keys by four bits of each; "
-        "the others have a copy of the keys and look at some.",
-        json_schema_extra=_unit('"replica", "flat", "ivf", "hnsw", "graph", "clusters" or "pages"'),
+        "so that a low replica need not know which tokens matter. flat scores all keys by four bits of each, "
+        "clusters those of the clusters whose centroids score best; the others have a copy of the keys and look at some. auto: "
+        "for each KV head clusters or flat, whichever finds enough and is faster, as measured behind the prompt.",
+        json_schema_extra=_unit(
+            '"replica", "auto", "flat", "ivf", "hnsw", "graph", "clusters" or "pages"'
+        ),
+    )
+    recall: Annotated[float, BeforeValidator(_no_switch)] = Field(
+        default=0.95,
+        gt=0,
+        le=1,
+        description="Share of the exactly best tokens that clusters have to find, on average, where index is auto. "
+        "Not read otherwise.",
+        json_schema_extra=_unit("a share, 1 for all"),
     )
     threads: _AutoOrTokens = Field(
         default="auto",
@@ -537,6 +548,7 @@ class OffloadConfig(_Table):
         "retrieved": "retrieval.tokens",
         "row_cache": "retrieval.row_cache",
         "index": "retrieval.index",
+        "recall": "retrieval.recall",
         "threads": "retrieval.threads",
         "recompute": "scheduler.recompute",
         "recomputed": "scheduler.recomputed",

@@ -34,13 +34,14 @@ from offload.scheduler.rungs import (
 )
 
 # Share of an index that a search reads. Of most what finds 95 of the best 100 of 8,000 keys, rounded up: it falls as
-# the context grows (benchmarks/index.json). With flat, choosing among all keys takes as long as reading their codes again.
+# the context grows (benchmarks/index.json). With flat, choosing among all keys takes as long as reading their codes again;
+# auto is taken for clusters.
 SEARCHED = {
-    "replica": 0.0, "flat": 2.3, "ivf": 0.3, "hnsw": 0.2, "graph": 0.15, "clusters": 1.0, "pages": 0.4,
+    "replica": 0.0, "auto": 0.12, "flat": 2.3, "ivf": 0.3, "hnsw": 0.2, "graph": 0.15, "clusters": 1.0, "pages": 0.4,
 }  # fmt: skip
 # Rows that a search reads for each token that is attended to.
 _READ = {
-    "replica": 0, "flat": 5, "ivf": 4, "hnsw": 4, "graph": 4, "clusters": 9, "pages": 4,
+    "replica": 0, "auto": 9, "flat": 5, "ivf": 4, "hnsw": 4, "graph": 4, "clusters": 9, "pages": 4,
 }  # fmt: skip
 # What torch's allocator loses to rounding and fragmentation. An 8B model used all of it in a prefill of 131,072
 # tokens; with less, the allocator gives cached blocks back and asks for them again, again and again.

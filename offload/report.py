@@ -96,6 +96,7 @@ class Report:
             device since an earlier step.
         index: What finds these on the host; None where the device selects.
         index_bytes: Host bytes of all layers' indexes.
+        index_heads: KV heads of sequences by what searches them, where an index does.
         search_s: Seconds of decode_s in which the host searched and attended.
         tail_mass: Share of attention that the replica answered for, mean over the last decode's steps, layers and
             heads.
@@ -150,6 +151,7 @@ class Report:
     fetched_bytes: int = 0
     index: str | None = None
     index_bytes: int = 0
+    index_heads: dict[str, int] = field(default_factory=dict)
     search_s: float = 0.0
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
@@ -232,8 +234,10 @@ class Report:
             )
         if self.index is not None:
             ms = 1000 * self.search_s / max(1, self.new_tokens)
+            heads = ", ".join(f"{name} in {n:,} heads" for name, n in sorted(self.index_heads.items()))  # fmt: skip
+            chosen = f" ({heads})" if self.index == "auto" else ""
             lines.append(
-                f"  host    {self.index:>10}  index of {gib(self.index_bytes)} found them, and the host attended: "
+                f"  host    {self.index:>10}  index of {gib(self.index_bytes)}{chosen} found them, and the host attended: "
                 f"{ms:.1f} ms a token"
             )
         if self.verify_passes:

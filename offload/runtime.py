@@ -7,6 +7,7 @@ import math
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -125,6 +126,7 @@ class _LastRun:
     selected_bytes: int = 0
     fetched_bytes: int = 0
     search_s: float = 0.0
+    index_heads: Counter[str] = field(default_factory=Counter)
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
     error_estimate: float | None = 0.0
@@ -365,6 +367,7 @@ class Runtime:
             fetched_bytes=last.fetched_bytes,
             index=self.config.retrieval.index if "host_index" in (last.bytes or {}) else None,
             index_bytes=(last.bytes or {}).get("host_index", 0),
+            index_heads=dict(last.index_heads),
             search_s=last.search_s,
             tail_mass=last.tail_mass,
             skipped_mass=last.skipped_mass,
@@ -793,6 +796,9 @@ class Runtime:
         if any(search is not None for search in searches):
             indexed = sum(search.nbytes for search in searches if search is not None)
             self._last.bytes["host_index"] = indexed
+            self._last.index_heads = Counter()
+            for search in searches:
+                self._last.index_heads += search.chosen if search is not None else Counter()
         usual = max(
             stores, key=lambda store: store.host_tokens
         )  # not one that keeps all on the device

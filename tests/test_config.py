@@ -70,6 +70,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         'tokens = "auto"\n'
         'row_cache = "auto"\n'
         'index = "replica"\n'
+        "recall = 0.95\n"
         'threads = "auto"\n'
         "\n"
         "[replica]\n"
@@ -302,7 +303,7 @@ def test_all_mistakes_of_a_call_are_in_one_message() -> None:
         '1024^3 bytes) or "24GB" (1 GB = 1000^3).\n'
         "  memory.gup: unknown key. Did you mean 'gpu'?\n"
         "  cache.page: a page of 48 tokens is not a power of two of at least 16. Write 32 or 64.\n"
-        "  retrieval.k: unknown key. Known are tokens, row_cache, index, threads.\n"
+        "  retrieval.k: unknown key. Known are tokens, row_cache, index, recall, threads.\n"
         "  prefill: 5 is not a table. Write [prefill] on a line of its own, and its keys below.\n"
         "  progress: 'yes' is not a switch. Write true or false."
     )

@@ -46,7 +46,7 @@ def steps_off(model: Any, ids: Any, **settings: Any) -> tuple[float, Any]:
 @pytest.mark.parametrize(
     ("name", "index"),
     [
-        *(("llama", index) for index in BACKENDS),
+        *(("llama", index) for index in (*BACKENDS, "auto")),
         *((name, "flat") for name in ("qwen2", "gemma2", "gpt_oss", "opt", "gpt2")),
     ],
 )
@@ -97,10 +97,32 @@ def test_what_is_found_does_not_depend_on_the_replica(device: str) -> None:
 
 
 @ON
+def test_what_searches_is_chosen_behind_the_prompt(device: str) -> None:
+    """Keys of random weights have no structure: few clusters find few of the best."""
+    model = build("llama", device)
+    ids = prompts(2, 2 * N).to(device)
+    few = ALL | {"rung": "clusters", "retrieved": 64, "index": "auto"}
+    chosen, off = {}, {}
+    for recall in (0.01, 1.0):
+        with offload.attach(model, **few, recall=recall) as runtime:
+            answer = runtime.generate(ids, **CALL)
+            report = runtime.report()
+        heads = 2 * 2 * model.config.num_hidden_layers
+        assert sum(report.index_heads.values()) == heads
+        assert ("auto" in str(report)) == (f"{heads}" in str(report))
+        chosen[recall], off[recall] = report.index_heads, answer
+    assert chosen[1.0]["flat"] > chosen[0.01].get("flat", 0)
+    with offload.attach(model, **(few | {"index": "flat"})) as runtime:
+        want = runtime.generate(ids, **CALL)
+    if set(chosen[1.0]) == {"flat"}:
+        assert torch.equal(off[1.0], want)
+
+
+@ON
 def test_a_conversation_goes_on_and_is_cropped(device: str) -> None:
     model = build("llama", device)
     call = CALL | {"max_new_tokens": 40}
-    for index in ("flat", "clusters", "hnsw"):
+    for index in ("flat", "clusters", "hnsw", "auto"):
         with offload.attach(model, **ALL, index=index) as runtime:
             cache = runtime.new_cache()
             ids = prompts(2, N).to(device)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ from offload.tiers.rows import RowShape
 
 KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
 BACKGROUND = "offload-index"
+SAMPLES, SAMPLED_EVERY = (
+    4,
+    8,
+)  # groups of queries that a choice is made by, of a prompt's last chunk, and how far they lie apart
 LEARNED = 1024  # queries of a KV head that an index learns from, where it does: of the last chunk with as many
 
 
@@ -45,12 +50,15 @@ class SearchSettings:
     """How the host searches.
 
     Attributes:
-        index: A backend of `offload.index`. `flat` and `clusters` read rows in the pages; the others have a copy of the keys.
+        index: A backend of `offload.index`, or `auto`. `flat` and `clusters` read rows in the pages, and `auto` is one of these; the
+            others have a copy of the keys.
         tokens: Per KV head that are attended to.
+        recall: Share of the best so many that `auto` has to find.
     """
 
     index: str
     tokens: int
+    recall: float = 0.95
 
 
 class Found(NamedTuple):
@@ -206,8 +214,18 @@ class HostSearch:
         self._charged = 0
         self._asked: _Asked | None = None
         self._learned: Floats | None = None  # [B, H_kv, n, D], the newest queries of the prompt
+        self._samples: Tensor | None = None  # [B, H_q, S, D], some of them, until a choice is made
         self._finders = [
-            [finder(settings.index, self._capacity, shape.key_dim) for _ in range(shape.kv_heads)]
+            [
+                finder(
+                    settings.index,
+                    self._capacity,
+                    shape.key_dim,
+                    tokens=settings.tokens,
+                    recall=settings.recall,
+                )
+                for _ in range(shape.kv_heads)
+            ]
             for _ in range(batch)
         ]
 
@@ -254,16 +272,21 @@ class HostSearch:
         self._asked = None
         if self._learned is not None:
             self._learned = self._learned[rows]
+        if self._samples is not None:
+            self._samples = self._samples[torch.from_numpy(rows).to(self._samples.device)]
         self._first = [self._first[row] for row in rows]
         self._finders = [self._finders[row] for row in rows.tolist()]
         self.tokens = 0  # a copy may be without keys: the next `extend` asks every finder
 
     def learn(self, queries: Tensor) -> None:
-        """Keeps some of a chunk's queries, where the index learns from them. Waits for the device.
+        """Keeps some of a chunk's queries, where the index learns from them, for which it waits for the device, or is chosen by them.
 
         Args:
             queries: [B, H_q, Q, D].
         """
+        if self.settings.index == "auto" and queries.shape[2] >= SAMPLES * SAMPLED_EVERY:
+            # A copy of a few, which nobody waits for.
+            self._samples = queries.detach()[:, :, -SAMPLES * SAMPLED_EVERY :: SAMPLED_EVERY].clone()  # fmt: skip
         batch, heads, count, dim = queries.shape
         groups = heads // self.shape.kv_heads
         wanted = -(-LEARNED // groups)
@@ -309,6 +332,28 @@ class HostSearch:
         self.settle()
         self._charge(pages)
         self._extend(pool, pages, first)
+        self._choose(pool)
+
+    def _choose(self, pool: Tensor) -> None:
+        """Has every finder choose how it searches, by what was kept of the prompt's queries."""
+        samples, self._samples = self._samples, None
+        if samples is None:
+            return
+        heads, rows, groups = self.shape.kv_heads, self._rows(pool), samples.shape[1] // self.shape.kv_heads  # fmt: skip
+        queries = samples.float().cpu().unflatten(1, (heads, groups)).numpy()
+
+        def choose(i: int, worker: int) -> None:
+            row, head = divmod(i, heads)
+            of_row = min(self._first[row], self.tokens)
+            self._finders[row][head].choose(rows(row, head), of_row, self.tokens, queries[row, head])  # fmt: skip
+
+        self._asked = None
+        self._shared.workers.run(choose, len(self._finders) * heads)
+
+    @property
+    def chosen(self) -> Counter[str]:
+        """What the finders of heads search with, and how many do."""
+        return Counter(one.name for of_row in self._finders for one in of_row)
 
     def _charge(self, pages: Ids) -> None:
         """Takes what an index of these pages needs from the host's budget.

@@ -162,6 +162,7 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
         'tokens = "auto"           # default\n'
         'row_cache = "auto"        # default\n'
         'index = "replica"         # default\n'
+        "recall = 0.95             # default\n"
         'threads = "auto"          # default\n'
         "\n"
         "[replica]\n"

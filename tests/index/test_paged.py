@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from offload.index import BACKENDS, scan, token_bytes
-from offload.index.finders import Finder, finder
+from offload.index.finders import Finder, Measured, PagedClusters, PagedFlat, finder
 from offload.index.grouped import GROUPED, PIECE, SEGMENT, SIZE, Groups, group
 from offload.index.paged import (
     BFLOAT16,
@@ -153,7 +153,7 @@ def test_votes_go_by_what_a_token_weighs_beside_the_best_of_its_query() -> None:
     assert (small[ids] > np.quantile(small, 0.9)).sum() >= 12
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [*BACKENDS, "auto"])
 @pytest.mark.parametrize("dimension", [64, 80, 128])
 def test_no_index_takes_more_than_is_planned(name: str, dimension: int) -> None:
     rows, plain = paged(64, dimension, 16, BFLOAT16)
@@ -196,6 +196,53 @@ def test_a_finder_that_grew_was_cut_and_copied_finds_what_a_new_one_does(
     logits = plain[:, :32] @ queries.T
     votes = (logits - logits.max(0)).max(1)
     assert len(np.intersect1d(found(new, 0), np.argsort(-votes)[:64])) >= least
+
+
+@pytest.mark.parametrize("structured", [True, False])
+def test_what_finds_enough_and_is_faster_is_chosen(structured: bool) -> None:
+    """Keys in heaps are found by a few clusters, keys all over the place are not."""
+    random = np.random.default_rng(5)
+    n, k, dimension = 8 * GROUPED, 32, 32
+    heaps = random.standard_normal((n // 64, dimension)).astype(np.float32) * 6
+    keys: Array = random.standard_normal((n, dimension)).astype(np.float32)
+    if structured:
+        keys = heaps[np.arange(n) // 64] + keys / 4
+    pool = np.concatenate([keys, keys], 1).reshape(-1, PAGE, 1, 2 * dimension)
+    rows = Rows(pool, FLOAT32, np.arange(len(pool)), 0, dimension)
+    samples = random.standard_normal((3, 4, dimension)).astype(np.float32)
+    scratch = Scratch.of(1, scan.BLOCK * dimension, dimension, dimension, 1)
+    one = finder("auto", n, dimension, tokens=k, recall=0.9)
+    assert isinstance(one, Measured)
+    one.extend(rows, 2 * k - 1, scratch, None)
+    assert not one.choose(rows, 0, 2 * k - 1, samples)  # too few to tell
+    one.extend(rows, n, scratch, None)
+    assert one.choose(rows, 70, n, samples)
+    assert not one.choose(rows, 70, n, samples)  # once
+    by = {(name, over): recall for name, over, recall, _ in one.trials}
+    clusters = [recall for (name, _), recall in by.items() if name == "clusters"]
+    assert by["flat", 4] >= 0.9
+    assert (clusters[-1] >= 0.9) == structured
+    assert all(recall < 0.9 for recall in clusters[:-1])
+    if not structured:
+        assert one.name == "flat"
+        assert len(clusters) == 4
+    # What it says of a choice is what that finds: the same ids, of copies too, and behind what was cut.
+    other = finder(one.name, n, dimension)
+    assert isinstance(other, PagedFlat | PagedClusters)
+    other.overfetch = one.used.overfetch
+    for each in (one, other):
+        each.extend(rows, n, scratch, None)
+        each.truncate(n - 3000)
+        each.extend(rows, n, scratch, None)
+    space = Scratch.of(3, one.scored(n, 3, k), dimension, dimension, one.candidates(3, k))
+    found = []
+    for each in (one, one.copy(), other):
+        ids, out = np.empty(k, np.int32), np.empty((3, dimension), np.float32)
+        each.attend(rows, 70, n, samples[:, 1].copy(), 0.0, space, ids, out, np.empty(3, np.float32))  # fmt: skip
+        found.append(np.sort(ids))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    assert one.nbytes == other.nbytes
 
 
 def test_every_token_is_in_one_cluster_near_its_centroid() -> None:
