@@ -34,6 +34,7 @@ from offload.index.paged import (
     attend_some,
     encode_blocks,
     gathered,
+    score_chosen,
 )
 from offload.index.scan import best
 
@@ -43,7 +44,8 @@ _OVERFETCH = {
     "clusters": 8,
 }  # keys that are scored exactly for each one that is attended to
 _TRIED = 2, 4, 8, 16  # of these, with clusters, what finds enough is looked for
-_AT_ONCE = 4096  # keys that are scored exactly at once, to know what should be found
+_ENOUGH = 8  # keys for each that is found, from which on it is measured
+_GROWN = 4  # times as many keys, from which on it is measured again
 
 
 class Finder(ABC):
@@ -90,7 +92,7 @@ class Finder(ABC):
             rows: Of `count` keys, all taken in.
             first: Keys before it are padding.
             count: Keys.
-            samples: float32 [G, S, D], S groups of queries like those of searches.
+            samples: float32 [G, S, D], the queries of S searches like those to come.
         """
         return False
 
@@ -298,10 +300,10 @@ class PagedClusters(Finder):
 
 
 class Measured(Finder):
-    """`clusters` or `flat`, whichever finds enough of this head's keys and is faster on this machine: measured, once.
+    """`clusters` or `flat`, whichever finds enough of this head's keys and is faster on this machine, as measured; else what finds more.
 
     Clusters until then. Of keys that have no structure, or of which many are wanted, only reading most clusters would find
-    enough.
+    enough. It is measured again once there are `_GROWN` times as many keys, or where most were cut off.
 
     Attributes:
         used: What searches.
@@ -312,6 +314,7 @@ class Measured(Finder):
         self._room = capacity, key_dim, tokens, recall
         self.used: PagedFlat | PagedClusters = PagedClusters(capacity, key_dim)
         self.trials: list[tuple[str, int, float, float]] = []
+        self._chosen_at = 0  # keys
 
     @property
     def name(self) -> str:
@@ -336,35 +339,43 @@ class Measured(Finder):
         self.used.extend(rows, count, scratch, learned)
 
     def choose(self, rows: Rows, first: int, count: int, samples: Floats) -> bool:
-        """See `Finder`. Only the first time, and once there are more keys than half are found of."""
+        """See `Finder`. Only where there are `_ENOUGH` keys for each that is found, and `_GROWN` times as many as the last time."""
         capacity, key_dim, tokens, recall = self._room
-        if self.trials or count - first < 2 * tokens:
+        if count - first < _ENOUGH * tokens or count < _GROWN * self._chosen_at:
             return False
         groups = samples.shape[0]
         wanted = _liked_most(rows, first, count, samples, tokens)
         width = self.scored(capacity, groups, tokens), key_dim, rows.pool.shape[-1] - key_dim
         scratch = Scratch.of(groups, *width, self.candidates(groups, tokens))
-        clusters, flat = self.used, PagedFlat(capacity, key_dim)
-        flat.extend(rows, count, Scratch.of(1, BLOCK * key_dim, *width[1:], 1), None)
+        space = Scratch.of(1, BLOCK * key_dim, *width[1:], 1)
+        clusters, flat = PagedClusters(capacity, key_dim), PagedFlat(capacity, key_dim)
+        if isinstance(self.used, PagedClusters):
+            clusters = self.used.copy()
+        for each in (clusters, flat):
+            each.extend(rows, count, space, None)
+        trials = []
         for one, name, values in ((clusters, "clusters", _TRIED), (flat, "flat", (flat.overfetch,))):  # fmt: skip
             for one.overfetch in values:
                 found, seconds = _tried(one, rows, first, count, samples, wanted, scratch)
-                self.trials.append((name, one.overfetch, found, seconds))
+                trials.append((name, one.overfetch, found, seconds))
                 if found >= recall:
                     break
-        (_, _, found, seconds), last = self.trials[-2:]
-        if found < recall or last[3] < seconds:
-            self.used = flat
+        (_, _, found, seconds), (_, _, by_flat, flat_s) = trials[-2:]
+        takes_flat = by_flat > found if min(by_flat, found) < recall else flat_s < seconds
+        self.trials, self._chosen_at = trials, count
+        self.used = flat if takes_flat else clusters
         return True
 
     def truncate(self, tokens: int) -> None:
         """See `Finder`."""
         self.used.truncate(tokens)
+        if _GROWN * tokens < self._chosen_at:
+            self._chosen_at = 0
 
     def copy(self) -> Measured:
         """See `Finder`."""
         other = Measured(*self._room)
-        other.used, other.trials = self.used.copy(), list(self.trials)
+        other.used, other.trials, other._chosen_at = self.used.copy(), list(self.trials), self._chosen_at  # fmt: skip
         return other
 
     @property
@@ -387,10 +398,10 @@ class Measured(Finder):
 def _liked_most(rows: Rows, first: int, count: int, samples: Floats, k: int) -> list[Ids]:
     """The k keys with the best votes (`offload.index.paged`) of each group of queries [G, S, D], exactly."""
     groups, n, dim = samples.shape
+    queries = np.ascontiguousarray(samples.reshape(-1, dim))
     scores = np.empty((groups * n, count - first), np.float32)
-    for start in range(first, count, _AT_ONCE):
-        stop = min(count, start + _AT_ONCE)
-        scores[:, start - first : stop - first] = samples.reshape(-1, dim) @ gathered(rows, start, stop).T  # fmt: skip
+    some = np.arange(first, count)
+    score_chosen(*rows, some, 0, len(some), queries, 0.0, scores, np.empty(dim, np.float32))
     scores -= scores.max(1, keepdims=True)
     votes = np.ascontiguousarray(scores.reshape(groups, n, -1).max(0))
     ids, counts = np.empty((n, k), np.int64), np.empty(2048, np.int32)
@@ -479,5 +490,6 @@ class Copied(Finder):
     ) -> None:  # fmt: skip
         """See `Finder`."""
         # Padding is indexed too, and must not take the places of others.
-        some = np.unique(self._index.search(queries, min(ids.shape[0] + first, count)).ids)
-        attend_some(rows, some[some >= first], queries, softcap, scratch, ids, out, lse)
+        found = self._index.search(queries, min(ids.shape[0] + first, count)).ids
+        some = np.unique(np.concatenate([of[of >= first][: ids.shape[0]] for of in found]))
+        attend_some(rows, some, queries, softcap, scratch, ids, out, lse)

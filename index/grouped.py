@@ -23,10 +23,11 @@ from offload.index.paged import (
     encode_values,
     fetch,
     gather,
+    largest,
     liked,
     turned,
 )
-from offload.index.scan import scan_blocks
+from offload.index.scan import SUB, scan_blocks
 
 SIZE = 16  # keys of a cluster, on average
 SEGMENT = 1024  # consecutive tokens that are clustered by themselves
@@ -150,8 +151,11 @@ def clusters_of(overfetch: int, tokens: int) -> int:
 
 
 def room(overfetch: int, tokens: int) -> int:
-    """Candidates that a search may have: twice as many as clusters hold on average, and those in none."""
-    return 2 * overfetch * tokens + SIZE + PIECE
+    """Candidates that a search may have: twice as many as clusters hold on average, and those in none.
+
+    Of these fewer than a segment: so many may be left where others were cut off.
+    """
+    return 2 * overfetch * tokens + SIZE + SEGMENT
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nnan", "nsz"})
@@ -281,6 +285,23 @@ def _group(
 
 
 @njit(nogil=True, cache=True)
+def _left_out(scores: Any, tops: Any, order: Any, starts: Any, first: int, begin: int, clusters: int) -> int:  # fmt: skip
+    """Has no query like clusters without tokens, or of padding alone; returns how many others there are from `begin` on."""
+    alive = clusters - begin
+    padded = begin + SEGMENT // SIZE if first > begin * SIZE else begin
+    for c in range(begin, clusters):
+        # Tokens of a cluster ascend.
+        if starts[c] < starts[c + 1] and (c >= padded or order[starts[c + 1] - 1] >= first):
+            continue
+        alive -= 1
+        sub = c // SUB
+        for g in range(scores.shape[0]):
+            scores[g, c] = -np.inf
+            tops[g, sub] = largest(scores, g, sub * SUB, min(clusters, (sub + 1) * SUB))
+    return alive
+
+
+@njit(nogil=True, cache=True)
 def members(
     codes: Any, lows: Any, steps: Any, bits: int, order: Any, starts: Any,
     first: int, count: int, queries: Any, wanted: int, room: int, scanned: bool,
@@ -309,9 +330,12 @@ def members(
                 scores,
                 tops,
             )
-        n = liked(
-            scores, tops, peaks, votes, chosen, ids, counts, begin, clusters, clusters, wanted
-        )
+        alive = _left_out(scores, tops, order, starts, first, begin, clusters)
+        n = 0
+        if alive > 0:
+            n = liked(
+                scores, tops, peaks, votes, chosen, ids, counts, begin, clusters, clusters, min(wanted, alive)
+            )  # fmt: skip
         lines = order.reshape(clustered // SIZE, SIZE)
         for i in range(n):  # they lie anywhere: on their way before the first is read
             fetch(lines, starts[chosen[i]] // SIZE, 0, 2 * SIZE)
@@ -321,6 +345,7 @@ def members(
                     ids[found] = order[at]
                     found += 1
     for token in range(max(first, clustered), count):
-        ids[found] = token
-        found += 1
+        if found < room:
+            ids[found] = token
+            found += 1
     return found

@@ -149,12 +149,11 @@ class Scratch(NamedTuple):
 
 def encode_blocks(rows: Rows, coded: Coded, first: int, stop: int, scratch: Scratch) -> None:
     """Writes the codes of blocks `first` to `stop` of `BLOCK` keys: what `offload.index.scan.encode` makes of them."""
-    width = (1, BLOCK, rows.key_dim)
     values = scratch.scores.reshape(-1)
     if values.size < BLOCK * rows.key_dim:
         values = np.empty(BLOCK * rows.key_dim, np.float32)
-    values = values[: BLOCK * rows.key_dim].reshape(width[1:])
-    _encode(*rows, *coded, first, stop, values)
+    block = values[: BLOCK * rows.key_dim].reshape(BLOCK, rows.key_dim)
+    _encode(*rows, *coded, first, stop, block)
 
 
 def attend_best(

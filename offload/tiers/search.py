@@ -38,10 +38,8 @@ from offload.tiers.rows import RowShape
 
 KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
 BACKGROUND = "offload-index"
-SAMPLES, SAMPLED_EVERY = (
-    4,
-    8,
-)  # groups of queries that a choice is made by, of a prompt's last chunk, and how far they lie apart
+SAMPLES = 4  # tokens of a chunk whose queries a choice is made by
+SAMPLED_EVERY = 8  # how far they lie apart, the last one at the end
 LEARNED = 1024  # queries of a KV head that an index learns from, where it does: of the last chunk with as many
 
 
@@ -214,7 +212,8 @@ class HostSearch:
         self._charged = 0
         self._asked: _Asked | None = None
         self._learned: Floats | None = None  # [B, H_kv, n, D], the newest queries of the prompt
-        self._samples: Tensor | None = None  # [B, H_q, S, D], some of them, until a choice is made
+        self._samples: Tensor | None = None  # [B, H_q, S, D], some of them, where they choose
+        self._choose_at = 0  # tokens from which on they do
         self._finders = [
             [
                 finder(
@@ -262,6 +261,7 @@ class HostSearch:
         if tokens >= self.tokens:
             return
         self.tokens = tokens
+        self._choose_at = min(self._choose_at, 2 * tokens)
         for heads in self._finders:
             for one in heads:
                 one.truncate(tokens)
@@ -279,14 +279,14 @@ class HostSearch:
         self.tokens = 0  # a copy may be without keys: the next `extend` asks every finder
 
     def learn(self, queries: Tensor) -> None:
-        """Keeps some of a chunk's queries, where the index learns from them, for which it waits for the device, or is chosen by them.
+        """Keeps some of a chunk's queries. Where the index learns from them this waits for the device; where they choose it, not.
 
         Args:
             queries: [B, H_q, Q, D].
         """
         if self.settings.index == "auto" and queries.shape[2] >= SAMPLES * SAMPLED_EVERY:
             # A copy of a few, which nobody waits for.
-            self._samples = queries.detach()[:, :, -SAMPLES * SAMPLED_EVERY :: SAMPLED_EVERY].clone()  # fmt: skip
+            self._samples = queries.detach()[:, :, SAMPLED_EVERY - 1 - SAMPLES * SAMPLED_EVERY :: SAMPLED_EVERY].clone()  # fmt: skip
         batch, heads, count, dim = queries.shape
         groups = heads // self.shape.kv_heads
         wanted = -(-LEARNED // groups)
@@ -336,8 +336,8 @@ class HostSearch:
 
     def _choose(self, pool: Tensor) -> None:
         """Has every finder choose how it searches, by what was kept of the prompt's queries."""
-        samples, self._samples = self._samples, None
-        if samples is None:
+        samples = self._samples
+        if samples is None or self.tokens < self._choose_at:
             return
         heads, rows, groups = self.shape.kv_heads, self._rows(pool), samples.shape[1] // self.shape.kv_heads  # fmt: skip
         queries = samples.float().cpu().unflatten(1, (heads, groups)).numpy()
@@ -349,6 +349,7 @@ class HostSearch:
 
         self._asked = None
         self._shared.workers.run(choose, len(self._finders) * heads)
+        self._choose_at = 2 * self.tokens
 
     @property
     def chosen(self) -> Counter[str]:

@@ -213,11 +213,11 @@ def test_what_finds_enough_and_is_faster_is_chosen(structured: bool) -> None:
     scratch = Scratch.of(1, scan.BLOCK * dimension, dimension, dimension, 1)
     one = finder("auto", n, dimension, tokens=k, recall=0.9)
     assert isinstance(one, Measured)
-    one.extend(rows, 2 * k - 1, scratch, None)
-    assert not one.choose(rows, 0, 2 * k - 1, samples)  # too few to tell
+    one.extend(rows, 8 * k - 1, scratch, None)
+    assert not one.choose(rows, 0, 8 * k - 1, samples)  # too few to tell
     one.extend(rows, n, scratch, None)
     assert one.choose(rows, 70, n, samples)
-    assert not one.choose(rows, 70, n, samples)  # once
+    assert not one.choose(rows, 70, n, samples)  # once, for as many
     by = {(name, over): recall for name, over, recall, _ in one.trials}
     clusters = [recall for (name, _), recall in by.items() if name == "clusters"]
     assert by["flat", 4] >= 0.9
@@ -243,6 +243,73 @@ def test_what_finds_enough_and_is_faster_is_chosen(structured: bool) -> None:
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
     assert one.nbytes == other.nbytes
+
+
+def test_a_choice_is_made_again_where_most_was_cut_off_or_much_came() -> None:
+    random = np.random.default_rng(8)
+    n, k, dimension = 4 * GROUPED, 16, 16
+    keys = random.standard_normal((n, dimension)).astype(np.float32)
+    rows = Rows(np.concatenate([keys, keys], 1).reshape(-1, PAGE, 1, 32), FLOAT32, np.arange(n // PAGE), 0, 16)  # fmt: skip
+    samples = random.standard_normal((2, 3, dimension)).astype(np.float32)
+    scratch = Scratch.of(1, scan.BLOCK * dimension, dimension, dimension, 1)
+    one = Measured(n, dimension, k, 0.9)
+    chosen = []
+    for tokens in (512, 1024, 2048, 8192, 2048, 2047, 8000):
+        one.truncate(tokens)
+        one.extend(rows, tokens, scratch, None)
+        chosen.append(one.choose(rows, 0, tokens, samples))
+        one.attend(rows, 0, tokens, samples[:, 0].copy(), 0.0, Scratch.of(2, n, 16, 16, one.candidates(2, k)), np.empty(k, np.int32), np.empty((2, 16), np.float32), np.empty(2, np.float32))  # fmt: skip
+    assert chosen == [True, False, True, True, False, True, False]
+
+
+@pytest.mark.parametrize("name", ["flat", "clusters", "auto"])
+def test_what_was_cut_off_is_searched_around_until_more_comes(name: str) -> None:
+    rows, plain = paged(40, 32, 16, FLOAT32)
+    one = finder(name, len(plain), 32, tokens=8)
+    one.extend(rows, len(plain), Scratch.of(1, scan.BLOCK * 32, 32, 16, 1), None)
+    queries = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    for tokens in (2400, 1984, 1030, 250, 1):
+        one.truncate(tokens)
+        for k in (8, 1):
+            scratch = Scratch.of(3, one.scored(len(plain), 3, k), 32, 16, one.candidates(3, k))
+            ids = np.full(k, -7, np.int32)
+            out, lse = np.empty((3, 16), np.float32), np.empty(3, np.float32)
+            one.attend(rows, 0, tokens, queries, 0.0, scratch, ids, out, lse)
+            found = ids[ids >= 0]
+            assert len(np.unique(found)) == min(k, tokens)
+            assert (found < tokens).all()
+            want, logs = attention(plain, 32, found, queries, 0.0)
+            np.testing.assert_allclose(out, want, atol=2e-5)
+            np.testing.assert_allclose(lse, logs, atol=2e-5)
+            logits = plain[:tokens, :32] @ queries.T
+            assert int(np.argmax((logits - logits.max(0)).max(1))) in found or name != "flat"
+
+
+@pytest.mark.parametrize("name", ["flat", "clusters"])
+@pytest.mark.parametrize("first", [0, 250, 896, 1500])
+def test_neither_padding_nor_clusters_without_tokens_take_places(name: str, first: int) -> None:
+    """Keys of which many are the same, and a query that likes padding, or the first key, best."""
+    random = np.random.default_rng(3)
+    some = random.standard_normal((40, 32)).astype(np.float32)
+    keys = some[random.integers(1, 40, 4 * SEGMENT)]
+    keys[: max(1, first)] = 9 * some[0]
+    rows = Rows(np.concatenate([keys, keys], 1).reshape(-1, PAGE, 1, 64), FLOAT32, np.arange(len(keys) // PAGE), 0, 32)  # fmt: skip
+    one = finder(name, len(keys), 32)
+    one.extend(rows, len(keys), Scratch.of(1, scan.BLOCK * 32, 32, 32, 1), None)
+    queries = (some[:1] + random.standard_normal((2, 32)) / 9).astype(np.float32)
+    for k in (1, 16, 64):
+        ids, out = np.full(k, -7, np.int32), np.empty((2, 32), np.float32)
+        lse = np.empty(2, np.float32)
+        scratch = Scratch.of(2, one.scored(len(keys), 2, k), 32, 32, one.candidates(2, k))
+        one.attend(rows, first, len(keys), queries, 0.0, scratch, ids, out, lse)
+        assert len(np.unique(ids)) == k
+        assert (ids >= first).all()
+        logits = keys @ queries.T
+        logits[:first] = -np.inf
+        votes = (logits - logits.max(0)).max(1)
+        best = np.sort(votes)[::-1][:k]
+        # What is found is nearly as good as the best.
+        assert np.sort(votes[ids])[::-1].mean() >= best.mean() - 0.5
 
 
 def test_every_token_is_in_one_cluster_near_its_centroid() -> None:
