@@ -295,6 +295,25 @@ def test_the_fidelity_table_of_the_readme_is_that_of_the_benchmark() -> None:
             assert abs(100 * row["same_top"] - float(same)) < 0.05
 
 
+def test_the_fidelity_table_of_the_host_path_is_that_of_the_benchmark() -> None:
+    file = ROOT / "benchmarks" / "fidelity_host.json"
+    if not file.is_file():
+        pytest.skip("benchmarks/fidelity_host.json is not in this checkout")
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    rows = {row["what"].rpartition(": ")[2]: row for row in record["rows"] if "kl_mean" in row}
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    start = page.index("## How faithful the host path is")
+    shown = tables(page[start : page.index("\n## ", start + 1)])[1:]
+    assert len(shown) == len(rows)
+    for (name, *cells), (setting, row) in zip(shown, rows.items(), strict=True):
+        index = setting.split(":")[2] if setting.count(":") == 2 else "the card"
+        assert index in name
+        mean, worst, same = cells
+        assert f"{row['kl_mean']:.1e}".replace("e-0", "e-") == mean
+        assert f"{row['kl_999']:.1e}".replace("e-0", "e-") == worst
+        assert f"{100 * row['same_top']:.0f} %" == same
+
+
 def test_the_reference_of_the_configuration_is_what_its_models_say() -> None:
     made = runpy.run_path(str(ROOT / "tools" / "reference.py"))["reference"]()
     shown = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
