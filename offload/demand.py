@@ -35,7 +35,7 @@ from offload.scheduler.rungs import (
 
 # Share of an index that a search reads. Of most what finds 95 of the best 100 of 8,000 keys, rounded up: it falls as
 # the context grows (benchmarks/index.json). With flat, choosing among all keys takes as long as reading their codes again;
-# auto is taken for clusters.
+# auto is taken for clusters, which are that share of what it may take.
 SEARCHED = {
     "replica": 0.0, "auto": 0.12, "flat": 2.3, "ivf": 0.3, "hnsw": 0.2, "graph": 0.15, "clusters": 1.0, "pages": 0.4,
 }  # fmt: skip

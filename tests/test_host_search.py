@@ -97,25 +97,32 @@ def test_what_is_found_does_not_depend_on_the_replica(device: str) -> None:
 
 
 @ON
-def test_what_searches_is_chosen_behind_the_prompt(device: str) -> None:
+def test_what_searches_is_chosen_behind_the_prompt(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys of random weights have no structure: few clusters find few of the best."""
+    tried: Any = finders._tried
+
+    def by_keys(one: Any, *args: Any) -> tuple[float, float]:
+        # What is faster must not depend on what else this machine does.
+        return tried(one, *args)[0], 100.0 if one.name == "flat" else float(one.overfetch)
+
+    monkeypatch.setattr(finders, "_tried", by_keys)
     model = build("llama", device)
     ids = prompts(2, 2 * N).to(device)
-    few = ALL | {"rung": "clusters", "retrieved": 64, "index": "auto"}
-    chosen, off = {}, {}
+    few = ALL | {"rung": "clusters", "retrieved": 32, "index": "auto"}
+    heads = 2 * 2 * model.config.num_hidden_layers
+    chosen = {}
     for recall in (0.01, 1.0):
         with offload.attach(model, **few, recall=recall) as runtime:
-            answer = runtime.generate(ids, **CALL)
+            runtime.generate(ids, **CALL)
             report = runtime.report()
-        heads = 2 * 2 * model.config.num_hidden_layers
+        chosen[recall] = report.index_heads
         assert sum(report.index_heads.values()) == heads
-        assert ("auto" in str(report)) == (f"{heads}" in str(report))
-        chosen[recall], off[recall] = report.index_heads, answer
-    assert chosen[1.0]["flat"] > chosen[0.01].get("flat", 0)
-    with offload.attach(model, **(few | {"index": "flat"})) as runtime:
-        want = runtime.generate(ids, **CALL)
-    if set(chosen[1.0]) == {"flat"}:
-        assert torch.equal(off[1.0], want)
+        for name, count in report.index_heads.items():
+            assert f"{name} in {count} heads" in str(report)
+    assert chosen[0.01] == {"clusters": heads}
+    assert chosen[1.0]["flat"] > 0
 
 
 @ON
