@@ -21,6 +21,8 @@ _ATTENTION_SHARE = {"hopper": 0.29, "other": 0.7}
 # Bytes per second of copies from pinned memory, by generation of PCIe and lanes.
 _PCIE = {"3x16": 12e9, "4x8": 12.5e9, "4x16": 25e9, "5x16": 53e9}
 
+RATES = "bytes_per_s", "gemm_flops", "attention_flops", "pcie", "host_bytes_per_s"  # of a profile
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
@@ -36,7 +38,8 @@ class Profile:
         pcie: Bytes per second of copies from pinned memory.
         host_bytes_per_s: At which all cores of a typical host read its memory.
         context: Bytes that the driver takes for a process.
-        basis: "data_sheet", or "calibrated" where rates were measured on such a card.
+        basis: "data_sheet", "calibrated" where whole runs were timed on such a card, or "measured" where all rates were on this machine.
+        measured: Rates that were measured on this machine, whatever the basis of the others.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Profile:
     context: int
     basis: str
     host_bytes_per_s: float = 40e9  # two channels of DDR4-3200, of 51 GB/s by the standard
+    measured: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Refuses entries that no machine has.
@@ -56,10 +60,13 @@ class Profile:
         Raises:
             InputError: An entry is negative or not a number, or a rate or a size is zero.
         """
-        rates = "bytes_per_s", "gemm_flops", "attention_flops", "pcie", "host_bytes_per_s"
-        for entry in ("memory", "host", *rates):
+        for entry in ("memory", "host", *RATES):
             self._require(entry, getattr(self, entry) > 0)
         self._require("context", self.context >= 0)
+
+    def source_of(self, rate: str) -> str:
+        """Where one of `RATES` comes from."""
+        return "measured" if rate in self.measured else self.basis
 
     def _require(self, entry: str, holds: bool) -> None:
         value = getattr(self, entry)

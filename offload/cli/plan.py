@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from offload.checkpoint import FileShape
     from offload.config import OffloadConfig
     from offload.plan import Machine, Plan
+    from offload.scheduler.profiles import Profile
 
 NOT_FITTING = 3
 _LINE = 64  # characters of a bar
@@ -181,7 +182,16 @@ def _as_object(machine: Machine, result: Plan) -> dict[str, Any]:
             "kl": result.fidelity.kl, "same_top": result.fidelity.same_top, "source": "measured",
         },
         "sources": {"device_bytes": "computed", "host_bytes": "computed", "times": machine.profile.basis},
+        "rates": _rates(machine.profile),
     }  # fmt: skip
+
+
+def _rates(profile: Profile) -> dict[str, Any]:
+    from offload.scheduler.profiles import RATES
+
+    return {
+        rate: {"value": getattr(profile, rate), "source": profile.source_of(rate)} for rate in RATES
+    }
 
 
 def _closeness(result: Plan) -> str:

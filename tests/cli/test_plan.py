@@ -278,6 +278,8 @@ def test_it_says_how_close_the_tokens_are_and_where_each_number_is_from(
     (found,) = json.loads(shown("--json"))["plans"]
     assert found["fidelity"] == {"kl": 2.6e-5, "same_top": 0.998, "source": "measured"}
     assert found["sources"] == {"device_bytes": "computed", "host_bytes": "computed", "times": "data_sheet"}  # fmt: skip
+    assert {rate["source"] for rate in found["rates"].values()} == {"data_sheet"}
+    assert found["rates"]["pcie"]["value"] == 25e9
 
 
 @pytest.mark.parametrize(("card", "change"), [("rtx4900", "Did you mean rtx4090?"), ("voodoo2", "Name one of these")])  # fmt: skip
