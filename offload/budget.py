@@ -27,8 +27,9 @@ from offload.demand import (
 from offload.errors import BudgetError, InputError
 from offload.hardware import DeviceMemory, device_memory, host_memory
 from offload.model import ModelShape
+from offload.probe import known_profile
 from offload.scheduler.layout import Demand, Layout, lay_out
-from offload.scheduler.profiles import Profile, profile_of
+from offload.scheduler.profiles import Profile
 from offload.scheduler.rungs import Rung
 from offload.tiers.pinned import HostBudget, PinBudget
 
@@ -98,7 +99,7 @@ class Budgets:
             return 0 if method is None else method(held)
 
         self.host = HostBudget(available=host_available)
-        self._profile = known_profile(shape.device)
+        self._profile = _profile_of(shape.device)
         memory = self._device()
         asked = self.device_budget()
         if asked > memory.total:
@@ -274,11 +275,11 @@ class Budgets:
         return free if asked.is_auto else min(free, asked.resolve(total=host.total, auto=0) - held)
 
 
-def known_profile(device: torch.device) -> Profile | None:
+def _profile_of(device: torch.device) -> Profile | None:
     """Rates of a card; None for others, and for cards that nothing is known of."""
     if device.type != "cuda":
         return None
     try:
-        return profile_of(torch.cuda.get_device_name(device))
+        return known_profile(torch.cuda.get_device_name(device))
     except InputError:
         return None

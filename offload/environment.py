@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **versions(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _processor(),
+        "cpu": processor(),
         "cpu_cores": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "card": None,
@@ -61,8 +61,8 @@ def environment() -> dict[str, Any]:
     return facts
 
 
-def _processor() -> str | None:
-    """The name that Linux has for it."""
+def processor() -> str | None:
+    """The processor's name, as Linux has it; None where it has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

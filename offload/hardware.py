@@ -6,6 +6,7 @@ of a container leaves, whichever is less.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ import psutil
 
 if TYPE_CHECKING:
     import torch
+
+    from offload.probe import Probe
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -153,6 +156,38 @@ def local_card() -> Card | None:
         return None
     finally:
         pynvml.nvmlShutdown()
+
+
+def free_for_us() -> int | None:
+    """Bytes of the first card that are free or that torch holds in this process; None without a card. Imports no torch."""
+    card = local_card()
+    return None if card is None else card.free + held_here()
+
+
+def held_here() -> int:
+    """Bytes that torch holds of its current card in this process; 0 where it is not loaded or has begun nothing."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.memory_reserved())
+
+
+def probe(*, measure: bool = True) -> Probe:
+    """What this machine can do: measured once, in some seconds, and kept for later.
+
+    What is kept is used again where card, driver, torch, processor and cores are the same and at least as much device memory
+    is free; otherwise it is measured anew.
+
+    Args:
+        measure: False: what is kept, or an error.
+
+    Raises:
+        InputError: Without `measure`: nothing is kept, or it is not of this machine as it is now.
+        BudgetError: The card or the host have too little free memory to measure.
+    """
+    from offload.probe import probe as probed  # late: it asks this module for the card
+
+    return probed(measure=measure)
 
 
 def _own_groups(cgroup: Path) -> list[Path]:

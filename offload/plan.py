@@ -15,17 +15,19 @@ from offload.config import OffloadConfig
 from offload.decisions import Card, Choice, choices
 from offload.demand import CUBLAS_WORKSPACE, Held, demand_of, other_demand, priced_shape, way_of
 from offload.errors import BudgetError, InputError, OffloadError
+from offload.probe import known_profile
 from offload.scheduler import cost
 from offload.scheduler.layout import REPLICA_WINDOW, Demand, Layout, lay_out
 from offload.scheduler.phases import Course, course
-from offload.scheduler.profiles import PROFILES, Profile, profile_of
+from offload.scheduler.profiles import PROFILES, Profile
 from offload.scheduler.rungs import Fidelity, fidelity_of
 from offload.units import GIB, gib
 
 FITS, SLOW, NOT = "fits", "fits but slow", "does not fit"
 SLOW_TOKEN_S = 0.1  # people read faster than ten tokens a second
 # Of the constants in `cost`, against `benchmarks/`: steps within 3 %, prefills within 15 % on the calibrated card.
-BAND = {"calibrated": 0.15, "data_sheet": 0.3}
+# With rates that were measured here launches are still those of that card: no narrower until a run says so.
+BAND = {"calibrated": 0.15, "measured": 0.3, "data_sheet": 0.3}
 _SUGGESTED = 3  # changes with which it would fit: more than that nobody reads
 _LONGEST = 2**24  # tokens that the search for the longest context ends at
 
@@ -69,7 +71,7 @@ class Plan:
         times: Likewise.
         phases: Where the run's tokens are as it grows; likewise.
         band: Share by which times may be off either way.
-        basis: Of the rates that times come from: "data_sheet" or "calibrated".
+        basis: Of the rates that times come from: "data_sheet", "measured" or "calibrated".
         missing: What does not fit, as an error says it; None where it does.
         largest: Tokens of the longest context that fits.
         fidelity: How close its tokens are to those of the stock cache; None where it does not fit, or where nobody
@@ -129,7 +131,7 @@ def local_machine(config: OffloadConfig) -> Machine | None:
     card = hardware.local_card()
     if card is None:
         return None
-    known = replace(profile_of(card.name), memory=card.total, host=hardware.host_memory().total)
+    known = replace(known_profile(card.name), memory=card.total, host=hardware.host_memory().total)
     return machine_of(known, config)
 
 
@@ -271,7 +273,9 @@ def _notes(
         "of its experts a token meets some: a prompt meets all, and times are rougher": shape.experts_met
         < 1,
         f"times on {profile.name} are predicted from its data sheet and have not been run": profile.basis
-        != "calibrated",
+        == "data_sheet",
+        f"times on {profile.name} are predicted from rates that were measured on it: none of a model was run": profile.basis
+        == "measured",
         "several sequences are not drafted: mode verified makes exact steps of them": config.mode
         == "verified"
         and batch > 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,6 +28,15 @@ settings.register_profile(
     "house", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("house")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_probe_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What whoever runs the tests has measured must not change what is predicted, nor be written over."""
+    file = tmp_path_factory.mktemp("no-probe") / "probe.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offload.probe.probe_file", lambda: file)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -111,8 +111,11 @@ def test_leaves_import_nothing_of_ours_but_each_other(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["offload", "offload.errors", "offload.units", "offload.config", "offload.scheduler"],
-)
+    [
+        "offload", "offload.errors", "offload.units", "offload.config", "offload.hardware", "offload.plan", "offload.probe",
+        "offload.scheduler",
+    ],
+)  # fmt: skip
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
     done = run("-c", f"import sys, {module}; print(*sys.modules)")
     assert not HEAVY & set(done.stdout.split())
