@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload import budget, hardware, measure, plan, probe
+from offload import budget, cli, hardware, measure, plan, probe
 from offload.config import OffloadConfig
 from offload.errors import BudgetError, InputError
 from offload.hardware import Card
@@ -508,3 +508,32 @@ def test_a_process_with_a_model_on_the_card_may_use_a_probe_made_without_it() ->
     model = torch.zeros(2 * GIB, dtype=torch.uint8, device="cuda")
     assert found.differences(probe.fingerprint(), hardware.free_for_us()) == []
     del model
+
+
+def test_the_doctor_measures_shows_and_keeps(
+    file: Path,
+    measurements: list[Probe],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("offload.doctor.local_card", lambda: None)
+    assert cli.main(["doctor", "--no-probe"]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert "has not been measured" in shown.err
+    assert cli.main(["doctor", "--probe"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (copies,) = [line for line in lines if "to the card, blocks of 64.0 MiB" in line]
+    assert copies.split()[-3:] == ["18.6", "GiB/s", "measured"]
+    (products,) = [line for line in lines if "matrix products, bfloat16" in line]
+    assert products.split()[-3:] == ["150.0", "TFLOP/s", "measured"]
+    assert lines[-1].startswith("ready")
+    assert cli.main(["doctor", "--probe"]) == 0  # asked for, it is measured again
+    assert len(measurements) == 2
+    capsys.readouterr()
+    assert cli.main(["doctor", "--no-probe", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["probe"]
+    assert printed["took_s"] == measurements[1].took_s
+    assert printed["host_stream"] == {"value": 50e9, "unit": "B/s", "source": "measured"}
+    assert cli.main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["probe"] is None
