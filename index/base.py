@@ -106,6 +106,22 @@ class Index(Protocol):
         ...
 
 
+class Nearest(Protocol):
+    """Finds the exactly best keys of queries: `offload.index.graph.nearest`, or the same on a card."""
+
+    def __call__(self, keys: Floats, queries: Vectors, n: int) -> Ids:
+        """Keys by inner product.
+
+        Args:
+            keys: float32 [N, D].
+            queries: float16 or float32 [M, D].
+            n: At most N.
+
+        Returns:
+            int64 [M, n]: of each query its best keys, best first.
+        """
+
+
 def checked_keys(keys: Any, dimension: int | None, *, what: str = "keys") -> Vectors:
     """Vectors as a backend may use them.
 

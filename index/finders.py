@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload.index import backend
-from offload.index.base import Floats, Ids
+from offload.index.base import Floats, Ids, Index, Nearest
 from offload.index.crew import CLUSTERS, FLAT
 from offload.index.grouped import (
     SEGMENT,
@@ -125,7 +125,9 @@ class Finder(ABC):
         """Finds keys and attends to them; arguments as of `offload.index.paged.attend_best`. `ids` are in no order."""
 
 
-def finder(name: str, capacity: int, key_dim: int, *, tokens: int = 64, recall: float = 0.95) -> Finder:  # fmt: skip
+def finder(
+    name: str, capacity: int, key_dim: int, *, tokens: int = 64, recall: float = 0.95, nearest: Nearest | None = None
+) -> Finder:  # fmt: skip
     """A finder without keys.
 
     Args:
@@ -134,6 +136,7 @@ def finder(name: str, capacity: int, key_dim: int, *, tokens: int = 64, recall: 
         key_dim: D.
         tokens: That a search finds. What the next one is about, of `auto`.
         recall: Share of the best so many keys that have to be found.
+        nearest: What a `graph` is built with.
     """
     if name == "auto":
         return Measured(capacity, key_dim, tokens, recall)
@@ -141,7 +144,7 @@ def finder(name: str, capacity: int, key_dim: int, *, tokens: int = 64, recall: 
         return PagedFlat(capacity, key_dim)
     if name == "clusters":
         return PagedClusters(capacity, key_dim)
-    return Copied(name)
+    return Copied(name, nearest)
 
 
 class PagedFlat(Finder):
@@ -434,11 +437,23 @@ def _describe(task: np.void, coded: Coded, tokens: int) -> None:
 
 
 class Copied(Finder):
-    """A backend that has a copy of the keys. What it finds for each query is put together."""
+    """A backend that has a copy of the keys. What it finds for each query is put together.
 
-    def __init__(self, name: str) -> None:
+    Attributes:
+        index: The backend.
+    """
+
+    def __init__(self, name: str, nearest: Nearest | None = None) -> None:
         self._name = name
-        self._index = backend(name)()
+        self._nearest = nearest
+        self.index = self._empty()
+
+    def _empty(self) -> Index:
+        if self._name == "graph":
+            from offload.index.graph import Graph
+
+            return Graph(nearest=self._nearest)
+        return backend(self._name)()
 
     @property
     def name(self) -> str:
@@ -448,7 +463,7 @@ class Copied(Finder):
     @property
     def nbytes(self) -> int:
         """See `Finder`."""
-        return self._index.nbytes
+        return self.index.nbytes
 
     def candidates(self, groups: int, k: int) -> int:
         """See `Finder`."""
@@ -460,7 +475,7 @@ class Copied(Finder):
 
     def extend(self, rows: Rows, count: int, scratch: Scratch, learned: Floats | None) -> None:
         """See `Finder`."""
-        there = len(self._index)
+        there = len(self.index)
         if count <= there:
             return
         keys = gathered(rows, there, count)
@@ -468,21 +483,21 @@ class Copied(Finder):
             keys = keys.astype(np.float16)
         try:
             if there or learned is None:
-                self._index.add(keys)
+                self.index.add(keys)
             else:
-                self._index.build(keys, learned)
+                self.index.build(keys, learned)
         except BaseException:  # what it holds then is not known
-            self._index = backend(self._name)()
+            self.index = self._empty()
             raise
 
     def truncate(self, tokens: int) -> None:
         """See `Finder`. No backend forgets a part: the next `extend` builds from what is left."""
-        if tokens < len(self._index):
-            self._index = backend(self._name)()
+        if tokens < len(self.index):
+            self.index = self._empty()
 
     def copy(self) -> Copied:
         """See `Finder`: without keys, which the next `extend` brings."""
-        return Copied(self._name)
+        return Copied(self._name, self._nearest)
 
     def attend(
         self, rows: Rows, first: int, count: int, queries: Floats, softcap: float, scratch: Scratch,
@@ -490,6 +505,6 @@ class Copied(Finder):
     ) -> None:  # fmt: skip
         """See `Finder`."""
         # Padding is indexed too, and must not take the places of others.
-        found = self._index.search(queries, min(ids.shape[0] + first, count)).ids
+        found = self.index.search(queries, min(ids.shape[0] + first, count)).ids
         some = np.unique(np.concatenate([of[of >= first][: ids.shape[0]] for of in found]))
         attend_some(rows, some, queries, softcap, scratch, ids, out, lse)

@@ -23,12 +23,15 @@ from numpy.typing import NDArray
 
 from offload.errors import ConfigError, InputError
 from offload.index import file, scan
-from offload.index.base import Floats, Found, Ids, Vectors, checked_keys, checked_search
+from offload.index.base import Floats, Found, Ids, Nearest, Vectors, checked_keys, checked_search
 from offload.index.growing import Growing, OverRows
 
 _HUBS = 32  # keys where a search begins; of 4, 8, 16 and 32 the most find most of Qwen2.5-Coder at equal work
-_LISTS = 32  # lists of one key that are merged: keys that all queries like are in thousands
+_LISTS = 4  # lists of one key that are merged: keys that all queries like are in thousands; 32 find no more
+_TEACHERS = 8192  # queries that are learned from, at most; of a quarter of them no less is found
+_TURNED = 64  # links to a key that are weighed against its own
 _NEAR = 64  # keys in view while one is linked that no list has
+_PROPOSED = 32  # keys that are proposed to such a one where its best ones are known exactly
 _EAGER = 10  # keys that are opened before votes count: until then the walk is on its way, and few keys have any
 _LIKING = 4  # lists whose keys are proposed to one that is added
 _KEPT = 1024  # teachers that are kept for it: what they take, and an addition, do not grow with the keys
@@ -50,12 +53,13 @@ class Graph(OverRows):
         self,
         *,
         links: int = 16,
-        reach: int = 100,
+        reach: int = 64,
         teachers: int | None = None,
         breadth: int = 200,
         votes: int = 2,
         follow: bool = False,
         seed: int = 0,
+        nearest: Nearest | None = None,
     ) -> None:
         """An index without keys.
 
@@ -64,13 +68,15 @@ class Graph(OverRows):
                 More find more and score more.
             reach: Best keys of a query that are linked among each other. More build longer.
             teachers: Queries that are learned from, at random where there are more; None for a quarter of the keys, at
-                least 1,024. More build longer.
+                least 1,024 and at most 8,192. More build longer.
             breadth: Keys that are kept in view in a search; never fewer than are asked for. More find more: for 95 % of the
                 best 100 at 8K SmolLM2 takes 200, Qwen2.5-Coder-0.5B 300.
             votes: Opened keys that point at a key before it is scored. More score less, and take a larger breadth.
             follow: A search begins also at what the last one of as many queries found. Consecutive steps of decoding
                 have much in common; results then depend on what was searched before.
             seed: Of the choice of teachers.
+            nearest: Finds the best keys of queries; None for `nearest` of this module. Where it is given, it is fast: keys that
+                no query likes are linked to their exactly best ones then, instead of what a walk finds. Better, too.
 
         Raises:
             ConfigError: A number is too small, or there are more votes than can be counted.
@@ -88,6 +94,7 @@ class Graph(OverRows):
         self.votes = votes
         self.follow = follow
         self.seed = seed
+        self._nearest = nearest
         self._rows: Growing | None = None
         self._links: Growing  # int32 [N, room]
         self._counts: Growing  # int32 [N]: links of each
@@ -127,11 +134,12 @@ class Graph(OverRows):
         if queries is not None:
             queries = checked_keys(queries, keys.shape[1], what="queries")
             taught = queries
-        most = self.teachers or max(1024, len(keys) // 4)
+        most = self.teachers or min(_TEACHERS, max(1024, len(keys) // 4))
         if len(taught) > most:
             chosen = np.random.default_rng(self.seed).choice(len(taught), most, replace=False)
             taught = taught[np.sort(chosen)]
-        self.build_from(keys, taught, nearest(values, taught, min(self.reach, len(keys))))
+        find = self._nearest or nearest
+        self.build_from(keys, taught, find(values, taught, min(self.reach, len(keys))))
 
     def build_from(self, keys: Vectors, queries: Vectors, lists: Ids) -> None:
         """`build`, where the best keys of queries are known already, as from a GPU.
@@ -162,6 +170,11 @@ class Graph(OverRows):
         links, counts = np.zeros((count, room), np.int32), np.zeros(count, np.int32)
         starts = _first(values, lists)
         _project(values, np.ascontiguousarray(lists), links, counts, self.links)
+        alone = np.flatnonzero(counts == 0)
+        if self._nearest is not None and len(alone):
+            # The best one of a key is itself, as a rule.
+            found = self._nearest(values, values[alone], min(_PROPOSED + 1, count))
+            _lead(values, links, counts, self.links, alone, found)
         marks = np.zeros(count, np.uint32)
         _connect(_raw(values), values, links, counts, self.links, starts, marks)
         marks[:] = 0
@@ -210,6 +223,33 @@ class Graph(OverRows):
             self._last = ids.copy()
         touched = scored * int(rows.strides[0]) + opened * (int(self._links.rows.strides[0]) + 4)
         return Found(ids, scores, scored / (groups * count), touched)
+
+    def repair(self, queries: Vectors) -> int:
+        """Links what walks of queries miss: a key of their best, at which none of the better ones points, to the nearest of these.
+
+        After NGFix (arXiv 2510.22316), instead of building anew when queries have become others. A walk with twice the breadth and one
+        vote says which keys are the best. More is found then and more is scored: a smaller breadth suffices, at the same share of keys
+        (`benchmarks/index.json`).
+
+        Args:
+            queries: [M, D], of the newest.
+
+        Returns:
+            Links that were added; fewer than are missing where keys have no room.
+
+        Raises:
+            InputError: See `Index`; or there are no keys.
+        """
+        if self._rows is None:
+            raise InputError("There are no keys to link", asked=len(queries), there=0, change="Build the index first.")  # fmt: skip
+        queries = checked_keys(queries, self.dimension, what="queries").astype(np.float32)
+        if not self._links.rows.flags.writeable:  # they are mapped from a file
+            self._links, self._counts = Growing(self._links.rows), Growing(self._counts.rows)
+        width = max(2 * self.breadth, self.reach)
+        return int(_mend(
+            _raw(self._rows.rows), self._links.rows, self._counts.rows, self._starts, queries, min(self.reach, len(self)),
+            self._marks.rows, self._rounds(len(queries)), np.empty(width, np.float32), np.empty(width, np.int64),
+        ))  # fmt: skip
 
     def save(self, path: Path) -> None:
         """See `Index`. What `follow` begins at is not kept."""
@@ -492,24 +532,77 @@ def _has(links: Any, counts: Any, v: int, i: int) -> bool:
 
 
 @njit(nogil=True, cache=True)
-def _back(values: Any, links: Any, counts: Any, i: int, most: int, out: Any) -> None:
-    """Links to key i from those that it is linked to; where one has too many, they are pruned."""
-    for j in range(counts[i]):
-        v = links[i, j]
-        if _has(links, counts, v, i):
-            continue
-        n = counts[v]
-        if n < most:
-            links[v, n] = i
-            counts[v] = n + 1
-            continue
-        some = np.empty(n + 1, np.int64)
-        for d in range(n):
-            some[d] = links[v, d]
-        some[n] = i
-        counts[v] = _prune(values, v, some, most, out)
-        for d in range(counts[v]):
-            links[v, d] = out[d]
+def _turn(values: Any, links: Any, counts: Any, most: int, mark: Any) -> None:
+    """Links every key to those that are linked to it; of too many, those are taken that `_prune` says.
+
+    All at once. One by one, as the graph that this is taken from does it, prunes a key as often as one is linked to it, and finds
+    no more.
+
+    Args:
+        values: float32 [N, D].
+        links: int32 [N, at least most].
+        counts: int32 [N].
+        most: Links of a key.
+        mark: int64 [N], to work with.
+    """
+    count = values.shape[0]
+    ends = np.zeros(count + 1, np.int64)
+    for i in range(count):
+        for j in range(counts[i]):
+            ends[links[i, j] + 1] += 1
+    for i in range(count):
+        ends[i + 1] += ends[i]
+    at, sources = ends[:-1].copy(), np.empty(ends[count], np.int64)
+    for i in range(count):
+        for j in range(counts[i]):
+            v = links[i, j]
+            sources[at[v]] = i
+            at[v] += 1
+    mark[:] = -1
+    some, out = np.empty(most + _TURNED, np.int64), np.empty(most, np.int64)
+    for i in range(count):
+        total = 0
+        for j in range(counts[i]):
+            some[total] = links[i, j]
+            mark[some[total]] = i
+            total += 1
+        held = ends[i + 1] - ends[i]
+        used = min(held, _TURNED)
+        for x in range(used):
+            o = sources[ends[i] + x * held // used]
+            if mark[o] != i:
+                mark[o] = i
+                some[total] = o
+                total += 1
+        n = total
+        if total > most:
+            n = _prune(values, i, some[:total], most, out)
+            some[:n] = out[:n]
+        counts[i] = n
+        for j in range(n):
+            links[i, j] = some[j]
+
+
+@njit(nogil=True, cache=True)
+def _lead(values: Any, links: Any, counts: Any, most: int, alone: Any, found: Any) -> None:
+    """Links keys without links to some of their best ones, and these to them as far as they have room.
+
+    Args:
+        values: float32 [N, D].
+        links: int32 [N, room].
+        counts: int32 [N].
+        most: Links of a key.
+        alone: int64 [n]: the keys.
+        found: int64 [n, m]: the best ones of each, itself among them perhaps.
+    """
+    out = np.empty(most, np.int64)
+    for x in range(alone.shape[0]):
+        i = alone[x]
+        counts[i] = _prune(values, i, found[x][found[x] != i], most, out)
+        for j in range(counts[i]):
+            links[i, j] = out[j]
+    for i in alone:
+        _back_into_room(links, counts, i)
 
 
 @njit(nogil=True, cache=True)
@@ -562,8 +655,7 @@ def _project(values: Any, lists: Any, links: Any, counts: Any, most: int) -> Non
         counts[i] = _prune(values, i, some[:total], most, out)
         for j in range(counts[i]):
             links[i, j] = out[j]
-    for i in range(count):
-        _back(values, links, counts, i, most, out)
+    _turn(values, links, counts, most, mark)
 
 
 @njit(nogil=True, cache=True)
@@ -647,6 +739,59 @@ def _connect(
         reached[next_] = True
         queue[tail] = next_
         tail += 1
+
+
+@njit(nogil=True, cache=True)
+def _mend(
+    raw: Any, links: Any, counts: Any, starts: Any, queries: Any, n: int, marks: Any, number: int, view_scores: Any, view_ids: Any,
+) -> int:  # fmt: skip
+    """See `Graph.repair`; returns how many links were added.
+
+    Args:
+        raw: Of `_raw`.
+        links: int32 [N, room].
+        counts: int32 [N].
+        starts: int64 [s].
+        queries: float32 [M, D].
+        n: Best keys of each, at most N and as many as views have room for.
+        marks: uint32 [N].
+        number: By which the first walk's marks are told.
+        view_scores: float32 [view], to work with.
+        view_ids: int64 [view], to work with.
+    """
+    size, room, added = queries.shape[1], links.shape[1], 0
+    none, row, near = np.empty(0, np.int64), np.empty(size, np.float32), np.empty((n, size), np.float32)  # fmt: skip
+    rank, best = np.full(raw.shape[0], -1, np.int32), np.empty(n, np.int64)
+    pointed = np.empty(n, np.bool_)
+    for q in range(queries.shape[0]):
+        there, _, _ = _walk(raw, links, counts, starts, none, queries[q], n, 1, marks, (number + q) << 8, view_scores, view_ids, row)  # fmt: skip
+        there = min(there, n)
+        for b in range(there):
+            best[b] = -1 - view_ids[b]
+            rank[best[b]] = b
+            _read(raw, best[b], near[b])
+            pointed[b] = b == 0
+        for b in range(there):
+            if not pointed[b]:
+                nearest_, least = -1, np.float32(np.inf)
+                for c in range(b):
+                    if counts[best[c]] < room:
+                        far = _apart(near[c], near[b])
+                        if far < least:
+                            nearest_, least = c, far
+                if nearest_ >= 0:
+                    v = best[nearest_]
+                    links[v, counts[v]] = best[b]
+                    counts[v] += 1
+                    added += 1
+            v = best[b]
+            for j in range(counts[v]):
+                at = rank[links[v, j]]
+                if at > b:
+                    pointed[at] = True
+        for b in range(there):
+            rank[best[b]] = -1
+    return added
 
 
 @njit(nogil=True, cache=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from offload.budget import Budgets
 from offload.cache import OffloadCache, stock_layers
 from offload.config import OffloadConfig
+from offload.demand import NEAREST_BYTES
 from offload.hardware import host_memory
 from offload.model import ModelShape, text_config
 from offload.recompute import Angles, Inputs, LayerSource, recipes
@@ -23,6 +24,7 @@ from offload.reread import Rereader
 from offload.scheduler.layout import AUTO_CHUNK, Demand, Layout
 from offload.scheduler.rungs import Rung, cached_rows
 from offload.tiers.hidden import HiddenForm
+from offload.tiers.nearest import CardNearest
 from offload.tiers.pinned import HostRegion, commit_regions
 from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
 from offload.tiers.search import HostSearch, Searchers, SearchSettings
@@ -71,6 +73,8 @@ class CacheMaker:
         self._inputs: Inputs | None = None  # of attention, where pages hold them
         threads = config.retrieval.threads
         self.searchers = Searchers(None if isinstance(threads, str) else threads)
+        draws = config.retrieval.index == "graph" and self.streams.on
+        self._nearest = CardNearest(shape.device, NEAREST_BYTES) if draws else None
         self._free_regions: dict[int, list[HostRegion]] = {}
         self._reserve = max(2**30, host_memory().total // max(1, len(shape.rows)))
 
@@ -321,6 +325,7 @@ class CacheMaker:
                 blocks=blocks,
                 page=limits.page,
                 host=self._budgets.host,
+                nearest=self._nearest,
             )
         path = DevicePath(
             self._shape.rows[index],

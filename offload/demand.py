@@ -51,6 +51,8 @@ ALLOCATOR_SLACK = 256 * 2**20
 DRIVER_GROWTH = 96 * 2**20
 # What cuBLAS keeps for every stream that it is called on, on Hopper; on others it is 8 MiB.
 CUBLAS_WORKSPACE = 32 * 2**20
+# What draws a graph on the card takes at most, once a prompt is read: a layer has its heads searched one by one.
+NEAREST_BYTES = 160 * 2**20
 # The stream of passes over drafts: for cuBLAS, and as much for cuBLASLt.
 _STREAM_WORKSPACE = 2 * CUBLAS_WORKSPACE
 
@@ -173,6 +175,7 @@ def demand_of(
         hidden = hidden_price(config, shape, held.flops_per_byte)
     again = _reread_bytes(config, shape, copies)
     captures = CUBLAS_WORKSPACE if held.on_card and fast and config.decode.capture else 0
+    draws = NEAREST_BYTES if held.on_card and fast and config.retrieval.index == "graph" else 0
     return Demand(
         batch=batch,
         copies=copies,
@@ -186,9 +189,10 @@ def demand_of(
         token_bytes=shape.token_bytes,
         weights=held.weights,
         overhead=overhead,
-        workspace=shape.workspace + captures,
+        workspace=shape.workspace + captures + draws,
         workspace_per_token=shape.workspace_per_token,
         least_workspace=captures
+        + draws
         + pass_bytes(
             shape,
             batch,

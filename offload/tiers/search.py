@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.index import token_bytes
-from offload.index.base import Floats, Ids
+from offload.index.base import Floats, Ids, Nearest
 from offload.index.crew import TASK, Crew, search_rows, spaces_of, staged
 from offload.index.finders import finder
 from offload.index.lanes import BLOCK
@@ -183,7 +183,7 @@ class HostSearch:
 
     def __init__(
         self, shape: RowShape, settings: SearchSettings, shared: Searchers, *, batch: int, blocks: int, page: int,
-        host: HostBudget,
+        host: HostBudget, nearest: Nearest | None = None,
     ) -> None:  # fmt: skip
         """An index without tokens.
 
@@ -195,6 +195,7 @@ class HostSearch:
             blocks: Pages of each sequence that there may be.
             page: Tokens of a page.
             host: What the index is charged to.
+            nearest: What a `graph` is built with.
         """
         self.shape = shape
         self.settings = settings
@@ -222,6 +223,7 @@ class HostSearch:
                     shape.key_dim,
                     tokens=settings.tokens,
                     recall=settings.recall,
+                    nearest=nearest,
                 )
                 for _ in range(shape.kv_heads)
             ]
@@ -276,7 +278,9 @@ class HostSearch:
             self._samples = self._samples[torch.from_numpy(rows).to(self._samples.device)]
         self._first = [self._first[row] for row in rows]
         self._finders = [self._finders[row] for row in rows.tolist()]
-        self.tokens = 0  # a copy may be without keys: the next `extend` asks every finder
+        self.tokens = (
+            0  # a copy may be without keys: the next `extend` asks every finder
+        )
 
     def learn(self, queries: Tensor) -> None:
         """Keeps some of a chunk's queries. Where the index learns from them this waits for the device; where they choose it, not.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from brute import brute, check, recall
@@ -9,7 +11,7 @@ from real import heads
 
 from offload.errors import InputError
 from offload.index import graph
-from offload.index.base import Ids, Vectors
+from offload.index.base import Floats, Ids, Vectors
 from offload.index.graph import Graph, nearest
 
 
@@ -218,3 +220,90 @@ def test_another_seed_learns_from_others() -> None:
         links.append(index._links.rows.copy())
     np.testing.assert_array_equal(links[0], links[1])
     assert (links[0] != links[2]).any()
+
+
+def test_keys_that_no_query_likes_are_linked_to_their_best_where_these_are_known() -> None:
+    keys, taught, queries = apart()
+    asked: list[tuple[int, int]] = []
+
+    def find(keys: Floats, queries: Vectors, n: int) -> Ids:
+        asked.append((len(queries), n))
+        return nearest(keys, queries, n)
+
+    walked, known = Graph(teachers=100, reach=20), Graph(teachers=100, reach=20, nearest=find)
+    walked.build(keys, taught)
+    known.build(keys, taught)
+    sound(known)
+    values = keys.astype(np.float32)
+    values -= values.mean(axis=0)
+    liked = np.unique(
+        nearest(
+            values, taught[np.sort(np.random.default_rng(0).choice(1000, 100, replace=False))], 20
+        )
+    )
+    alone = np.setdiff1d(np.arange(len(keys)), liked)
+    assert asked == [(100, 20), (len(alone), graph._PROPOSED + 1)]
+    best = nearest(values, values[alone], graph._PROPOSED + 1)
+    for i, proposed in zip(alone, best, strict=True):
+        own = known._links.rows[i, : min(known.links, known._counts.rows[i])]
+        # Links that others drew to it lie behind its own; only what keeps all reachable may have taken the last place.
+        assert np.isin(own[: known.links // 2], proposed).all()
+    scores = brute(keys, queries)
+    assert (
+        recall(known.search(queries, 50), scores)
+        >= recall(walked.search(queries, 50), scores) - 0.02
+    )
+
+
+def test_links_are_turned_and_none_has_too_many() -> None:
+    keys, taught, _ = apart(800)
+    index = Graph(links=6)
+    index.build(keys, taught)
+    links, counts = index._links.rows, index._counts.rows
+    assert counts.max() <= 9
+    sets = [set(row[:n].tolist()) for row, n in zip(links, counts, strict=True)]
+    assert all(len(one) == n and i not in one for i, (one, n) in enumerate(zip(sets, counts, strict=True)))  # fmt: skip
+    both = [i in sets[j] for i, one in enumerate(sets) for j in one]
+    assert np.mean(both) > 0.4  # as many as have room
+
+
+def test_repair_finds_more_for_queries_of_another_kind_and_keeps_what_was_there(
+    tmp_path: Path,
+) -> None:
+    keys, taught, _ = apart()
+    random = np.random.default_rng(5)
+    others = random.standard_normal((240, 32)).astype(np.float32) @ random.standard_normal(
+        (32, 32)
+    ).astype(np.float32)
+    index = Graph(breadth=60, votes=1)
+    index.build(keys, taught)
+    scores = brute(keys, others[200:])
+    before = recall(index.search(others[200:], 50), scores)
+    index.save(tmp_path / "graph")
+    loaded = Graph.load(tmp_path / "graph")  # whose links are mapped, and must not be written to
+    links = index._links.rows.copy()
+    for one in (index, loaded):
+        added = one.repair(others[:200])
+        assert added > 0
+        assert added == int(one._counts.rows.sum()) - int(
+            Graph.load(tmp_path / "graph")._counts.rows.sum()
+        )
+        assert one.repair(others[:200]) < added / 4  # what was missing is there
+        sound(one)
+        assert recall(one.search(others[200:], 50), scores) > before
+    np.testing.assert_array_equal(index._links.rows, loaded._links.rows)
+    old = Graph.load(tmp_path / "graph")
+    for i, n in enumerate(old._counts.rows):
+        assert (index._links.rows[i, :n] == links[i, :n]).all()
+
+
+def test_repair_needs_keys_and_queries_that_fit() -> None:
+    with pytest.raises(InputError, match="no keys"):
+        Graph().repair(np.zeros((1, 8), np.float32))
+    keys, taught, _ = apart(300)
+    index = Graph()
+    index.build(keys, taught)
+    with pytest.raises(InputError):
+        index.repair(np.zeros((1, 8), np.float32))
+    with pytest.raises(InputError):
+        index.repair(np.full((1, 32), np.nan, np.float32))
