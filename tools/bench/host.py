@@ -6,6 +6,7 @@ card, else from every token streamed.
 
 - `131072`: `Runtime.generate` after our own prefill, under a cap that no better rung fits; for each index, and with none
   (`replica`: the device selects by mean keys), what prefill takes longer. `build`: all cores index all heads and do nothing else;
+  of `graph` while the card finds the best keys of queries and of keys;
 - `524288`: the cache is filled with recorded keys, repeated, and random values instead of a prefill; then single steps,
   captured;
 - `search`: the search of one layer alone, and its stages (`offload.index.crew`), by threads;
@@ -29,6 +30,7 @@ from _vectors import places, played
 from decode import free, load_vectors, run_ours
 from generate import ALONE, CAP_BYTES, build_model, compare, dense_attention, run_dense
 from numba import njit
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -36,15 +38,19 @@ from transformers.masking_utils import AttentionMaskInterface
 import offload
 from offload.cache import CACHE
 from offload.decode import captured_steps
+from offload.demand import NEAREST_BYTES
 from offload.index.crew import TASK, Crew, search_rows, spaces_of, staged
-from offload.index.finders import finder
-from offload.index.paged import BFLOAT16, Rows, Scratch
+from offload.index.finders import Copied, Finder, finder
+from offload.index.graph import nearest
+from offload.index.paged import BFLOAT16, Rows, Scratch, gathered
 from offload.index.workers import Workers, cores
+from offload.tiers.nearest import CardNearest
 from offload.tiers.pinned import HostBudget, HostRegion, PinBudget, commit_regions
 from offload.tiers.rows import RowShape
 from offload.tiers.search import Found, HostSearch, Searchers, SearchSettings
 
 CHECKED = 8
+K, TEACHERS = 100, 8192  # keys that a graph is asked for, and queries that it learns from
 
 
 @njit(nogil=True, cache=True)
@@ -188,8 +194,8 @@ def measure_search(record: Record, vectors: dict[str, Any], tokens: int, args: a
 
 
 def measure_131072(
-    record: Record, model: Any, ids: Tensor, args: argparse.Namespace, settings: dict[str, Any]
-) -> None:
+    record: Record, model: Any, vectors: dict[str, Any], ids: Tensor, args: argparse.Namespace, settings: dict[str, Any]
+) -> None:  # fmt: skip
     """Each index after a prefill of ours, and dense attention to compare."""
     n, got = ids.shape[1], {}
     for index in args.index:
@@ -221,6 +227,64 @@ def measure_131072(
         record.row(f"build {index}, {heads} heads of {n}", seconds=built, share_of_dense_prefill=built / dense_s, error=0.0)  # fmt: skip
         if index == "flat":
             record.bars["flat_build_share"] = built / dense_s
+    drawn = draw_all(vectors, n, heads, args.threads, model.device)
+    record.row(f"build graph, {heads} heads of {n}", **drawn, share_of_dense_prefill=drawn["seconds"] / dense_s)  # fmt: skip
+    record.bars["build_share_of_prefill"] = drawn["seconds"] / dense_s
+
+
+def draw_all(
+    vectors: dict[str, Any], tokens: int, heads: int, threads: int | None, device: torch.device
+) -> dict[str, Any]:
+    """What `build_all` measures, of graphs: of recorded keys and queries, tiled, with noise so that none is there twice.
+
+    The card finds the best keys while all cores link them.
+    """
+    size, page, sets = 128, 64, min(8, heads)
+    generator = np.random.default_rng(0)
+    at = places(tokens, vectors["context"], vectors["keys"].shape[1])[:tokens]
+
+    def noisy(some: NDArray[Any], n: int) -> NDArray[np.float32]:
+        wide = np.tile(np.resize(some, (n, some.shape[1])).astype(np.float32), size // some.shape[1])  # fmt: skip
+        noise = generator.standard_normal(wide.shape, np.float32)
+        wide += np.float32(0.3) * wide.std(axis=0) * noise
+        return wide
+
+    pools, taught = [], []
+    for head in range(sets):
+        pool = np.zeros((tokens // page, page, 1, 2 * size), np.uint16)
+        keys = noisy(vectors["keys"][head].cpu().numpy()[at.cpu().numpy()], tokens)
+        pool[..., :size] = (keys.view(np.uint32) >> 16).astype(np.uint16).reshape(-1, page, 1, size)
+        pools.append(pool)
+        recorded = vectors["queries"][head].cpu().numpy()
+        taught.append(noisy(recorded.reshape(-1, recorded.shape[-1]), min(TEACHERS, tokens // 4)))
+    rows = [Rows(pool, BFLOAT16, np.arange(tokens // page), 0, size) for pool in pools]
+    near = CardNearest(device, NEAREST_BYTES)
+    scratch = Scratch.of(1, 128 * size, size, size, 1)
+    kept: list[Finder | None] = [None] * heads
+    workers = Workers(threads)
+
+    def draw(i: int, worker: int) -> None:
+        one = finder("graph", tokens, size, nearest=near)
+        one.extend(rows[i % sets], tokens, scratch, taught[i % sets])
+        kept[i] = one if i < sets else None
+
+    finder("graph", tokens, size, nearest=near).extend(rows[0], min(4096, tokens), scratch, taught[0][:1024])  # fmt: skip
+    began = time.perf_counter()
+    workers.run(draw, heads)
+    seconds = time.perf_counter() - began
+    workers.close()
+    recalls, shares = [], []
+    for one, of, queries in zip(kept, rows, taught, strict=False):
+        assert isinstance(one, Copied)
+        asked = queries[:: max(1, len(queries) // 16)] + 0.1 * queries.std() * generator.standard_normal(size, np.float32)  # fmt: skip
+        found = one.index.search(asked, K)
+        want = nearest(gathered(of, 0, tokens), asked, K)
+        recalls += [len(np.intersect1d(a, b)) / K for a, b in zip(found.ids, want, strict=True)]
+        shares.append(found.scanned)
+    return {
+        "seconds": seconds, "queries": len(taught[0]), "recall": statistics.mean(recalls), "scanned": statistics.mean(shares),
+        "error": "recall of the best 100, by brute force, for such queries as were learned from; benchmarks/index.json has others",
+    }  # fmt: skip
 
 
 def build_all(name: str, tokens: int, heads: int, threads: int | None) -> float:
@@ -235,7 +299,9 @@ def build_all(name: str, tokens: int, heads: int, threads: int | None) -> float:
     def build(i: int, worker: int) -> None:
         finders[i].extend(rows, tokens, Scratch.of(1, 128 * size, size, size, 1), None)
 
-    finder(name, 4096, size).extend(rows, 4096, Scratch.of(1, 128 * size, size, size, 1), None)
+    finder(name, 4096, size).extend(
+        rows, min(4096, tokens), Scratch.of(1, 128 * size, size, size, 1), None
+    )
     began = time.perf_counter()
     workers.run(build, heads)
     built = time.perf_counter() - began
@@ -364,7 +430,7 @@ def main() -> None:
         n = lengths["131072"]
         cap = {"gpu_memory": int(args.cap_gib * GIB)} if device.type == "cuda" else {}
         with played(model, vectors, n):
-            measure_131072(record, model, text[:, :n], args, base | cap)
+            measure_131072(record, model, vectors, text[:, :n], args, base | cap)
         record.write(args.out)
     if "524288" in args.only:
         cap = {"gpu_memory": CAP_BYTES} if device.type == "cuda" else {}

@@ -18,6 +18,12 @@ percentile, of the machine as it was.
 - `graph` learns from the queries of the later half of the context; `graph, of keys` has none; `graph, following` begins at what
   the last step found, where steps are as far apart as `--steps` leaves them, so farther than in decoding. The rows `at recall 0.95` hold what lies between the two settings next
   to that recall, `exact_share` the share of keys that are wanted at all.
+- `graph, walked`: keys that no query likes are linked to what a walk finds for them, as where no card finds their best ones;
+  `graph, repaired`: with links for 2,048 queries more.
+- `routes`: the floor of what learns from lists of earlier queries. Of 8,192 late queries each has a list of its best 200 keys. Lists
+  are read, of the most alike query first (`by_likeness`) or of that which brings most missing keys for each that it brings, which only
+  who knows the answer can tell (`by_an_oracle`), until 95 % of the best 100 of a decode query are there: the share of keys in
+  them, mean and median over queries.
 - `clusters, shared`: the queries of a group read the same clusters.
 - `fastscan`: FAISS product quantiser of 4 bits for two channels, four times over-fetched, rows scored again by us.
 
@@ -51,7 +57,7 @@ from offload.index import scan
 from offload.index.base import Found, Index
 from offload.index.clusters import Clusters
 from offload.index.flat import Flat
-from offload.index.graph import Graph
+from offload.index.graph import Graph, nearest
 from offload.index.hnsw import HNSW
 from offload.index.ivf import IVF
 from offload.index.pages import Pages
@@ -65,11 +71,13 @@ K = 100
 REACHED = 0.95
 SHARE = 0.03  # of the keys that a pair attends to exactly
 TAIL_BYTES = 0.11  # of keys and values, that the summaries of a pair may take
-PARTS = ["fastscan", "flat", "ivf", "hnsw", "graph", "clusters", "pages", "sample", "scan", "add"]
+ROUTES, ROUTE = 8192, 200  # lists of earlier queries, and keys of each
+REPAIRS = 2048  # queries
+PARTS = ["fastscan", "flat", "ivf", "hnsw", "graph", "clusters", "pages", "sample", "routes", "scan", "add"]  # fmt: skip
 TAILS: dict[str, type[Means | Codes]] = {"means": Means, "codes": Codes}
 # What learned from queries, and what it is compared with.
 COMPARED = {
-    "graph": ("graph", "graph, one vote", "graph, following"),
+    "graph": ("graph", "graph, one vote", "graph, following", "graph, walked", "graph, repaired"),
     "hnsw": ("hnsw", "hnsw, not centred"),
 }
 Array = NDArray[Any]
@@ -271,15 +279,68 @@ def settings(smoke: bool) -> Iterator[tuple[str, Callable[[], Index], str, list[
     yield "hnsw", HNSW, "breadth", breadths
     yield "hnsw, not centred", lambda: HNSW(centred=False), "breadth", breadths
     breadths = [200] if smoke else [100, 150, 200, 300, 400, 800]
-    yield "graph", Graph, "breadth", breadths
-    yield "graph, one vote", lambda: Graph(votes=1), "breadth", breadths
-    yield "graph, following", lambda: Graph(follow=True), "breadth", breadths
+    yield "graph", lambda: Graph(nearest=nearest), "breadth", breadths
+    yield "graph, one vote", lambda: Graph(votes=1, nearest=nearest), "breadth", breadths
+    yield "graph, following", lambda: Graph(follow=True, nearest=nearest), "breadth", breadths
+    yield "graph, repaired", lambda: Graph(nearest=nearest), "breadth", breadths
+    yield "graph, walked", Graph, "breadth", breadths
     yield "graph, of keys", Graph, "breadth", breadths
     fetches = [8] if smoke else [1, 2, 4, 8, 16, 32]
     yield "clusters", Clusters, "overfetch", fetches
     yield "clusters, shared", lambda: Clusters(shared=True), "overfetch", fetches
     yield "pages, boxes", Pages, "overfetch", fetches
     yield "pages, means", lambda: Pages(digest="mean"), "overfetch", fetches
+
+
+def routes(heads: list[Head]) -> dict[str, Any]:
+    """How many keys the lists of earlier queries hold that have REACHED of the best K of later ones between them."""
+    likeness, oracle = [], []
+    for seed, head in enumerate(heads):
+        random = np.random.default_rng(seed)
+        late = head.late[random.permutation(len(head.late))[:ROUTES]].astype(np.float32)
+        keys = head.keys.astype(np.float32)
+        keys -= keys.mean(axis=0)
+        lists = nearest(keys, late, min(ROUTE, len(keys)))
+        units = late / np.linalg.norm(late, axis=1, keepdims=True)
+        asked = head.queries.reshape(-1, keys.shape[1])
+        for query in asked[:: max(1, len(asked) // 32)]:
+            wanted = np.zeros(len(keys), np.bool_)
+            wanted[nearest(keys, query[None], K)] = True
+            need = int(np.ceil(REACHED * K))
+            likeness.append(_read_lists(lists, wanted, need, np.argsort(-(units @ query))) / len(keys))  # fmt: skip
+            oracle.append(_read_lists(lists, wanted, need, None) / len(keys))
+    return {
+        "by_likeness": [statistics.mean(likeness), statistics.median(likeness)],
+        "by_an_oracle": [statistics.mean(oracle), statistics.median(oracle)],
+        "queries": len(oracle),
+        "error": f"until {REACHED} of the best {K} of each query are there; all keys count where they never are",
+    }
+
+
+def _read_lists(lists: Array, wanted: Array, need: int, order: Array | None) -> int:
+    """Keys that are read until enough of the wanted ones are, list by list in an order, or the best list next."""
+    seen = np.zeros(len(wanted), np.bool_)
+    read = got = 0
+    for turn in range(len(lists)):
+        if order is not None:
+            chosen = lists[order[turn]]
+        else:
+            fresh = ~seen[lists]
+            brings = (wanted[lists] & fresh).sum(axis=1)
+            if not brings.any():
+                break
+            gain = brings / np.maximum(1, fresh.sum(axis=1))
+            gain[brings < max(1, (need - got) // 20)] = (
+                0  # not one key at a time, as long as many are missing
+            )
+            chosen = lists[gain.argmax() if gain.any() else brings.argmax()]
+        new = chosen[~seen[chosen]]
+        seen[new] = True
+        read += len(new)
+        got += int(wanted[new].sum())
+        if got >= need:
+            return read
+    return len(wanted)
 
 
 def at_recall(points: list[tuple[float, float]]) -> float | None:
@@ -326,6 +387,8 @@ def measure(
         seconds = (time.perf_counter() - began) / len(some)
         held = statistics.mean(index.nbytes for index in fast)
         record.row(f"fastscan, {at}", **of, build_s=seconds, nbytes=held, **searched(some, fast))
+    if "routes" in only:
+        record.row(f"routes, {at}", **of, **routes(some))
     at_reached: dict[str, float | None] = {}
     for name, make, setting, values in settings(smoke):
         if name.split()[0].rstrip(",") not in only:
@@ -337,6 +400,8 @@ def measure(
             began = time.perf_counter()
             learns = name.startswith("graph") and name != "graph, of keys"
             index.build(head.keys, head.late if learns else None)
+            if isinstance(index, Graph) and name == "graph, repaired":
+                index.repair(head.late[:: max(1, len(head.late) // REPAIRS)])
             times.append(time.perf_counter() - began)
             indexes.append(index)
         held = statistics.mean(index.nbytes for index in indexes)
@@ -416,6 +481,8 @@ def bars(rows: list[dict[str, Any]]) -> dict[str, float]:
         found["graph_over_hnsw_scanned"] = max(ratios)
     if shares:
         found["graph_scanned_at_recall95_32k"] = max(shares)
+    if adds := [row["mean_us"] for row in rows if ", add at " in row["what"]]:
+        found["add_us"] = max(adds)
     if best_pairs := of.get("best pair"):
         found["pair_error_ratio"] = max(row["ratio"] for row in best_pairs)
     return found
