@@ -312,6 +312,7 @@ def test_a_cache_that_is_collected_within_its_indexing_hangs_nobody(
 
     extend: Any = finders.PagedFlat.extend
     monkeypatch.setattr(finders.PagedFlat, "extend", slow)
+    monkeypatch.setattr(search, "AT_ONCE", 1)
     runtime = offload.attach(model, **ALL, index="flat", threads=1)
 
     def lose() -> None:
@@ -333,6 +334,35 @@ def test_a_cache_that_is_collected_within_its_indexing_hangs_nobody(
     finally:
         gc.enable()
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("at_once", [1, 300, 8192])
+def test_a_prompt_is_indexed_as_it_is_read_so_many_tokens_together(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    tasks = []
+
+    def seen(self: Any, rows: Any, count: int, *args: Any) -> None:
+        counts.append(count)
+        extend(self, rows, count, *args)
+
+    extend: Any = finders.PagedFlat.extend
+    model = build("llama", "cpu")
+    ids = prompts(1, 1400)
+    with offload.attach(model, **(ALL | {"chunk": 64}), index="flat", threads=1) as runtime:
+        want = runtime.generate(ids, max_new_tokens=4, do_sample=False)
+    monkeypatch.setattr(finders.PagedFlat, "extend", seen)
+    monkeypatch.setattr(search, "AT_ONCE", at_once)
+    with offload.attach(model, **(ALL | {"chunk": 64}), index="flat", threads=1) as runtime:
+        assert torch.equal(runtime.generate(ids, max_new_tokens=4, do_sample=False), want)
+        tasks = sorted(set(counts))
+    gaps = [b - a for a, b in zip([0, *tasks], tasks, strict=False)]
+    assert all(gap >= at_once for gap in gaps[:-1])  # the last is what is left at the first step
+    if at_once == 8192:
+        assert len(tasks) == 1
+    else:
+        assert len(tasks) >= min(1400 // (at_once + 64), 10)
 
 
 def test_padding_takes_no_places_of_what_is_found() -> None:

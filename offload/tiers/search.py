@@ -37,6 +37,7 @@ from offload.tiers.pinned import HostBudget
 from offload.tiers.rows import RowShape
 
 KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
+AT_ONCE = 8192  # tokens that are indexed together while a prompt is read: fewer, and threads mostly begin and end
 BACKGROUND = "offload-index"
 SAMPLES = 4  # tokens of a chunk whose queries a choice is made by
 SAMPLED_EVERY = 8  # how far they lie apart, the last one at the end
@@ -199,7 +200,7 @@ class HostSearch:
         """
         self.shape = shape
         self.settings = settings
-        self.tokens = 0
+        self.tokens = self._begun = 0
         self.searches = 0
         self.seconds = 0.0
         self._shared = shared
@@ -262,7 +263,7 @@ class HostSearch:
         tokens = columns * self._page
         if tokens >= self.tokens:
             return
-        self.tokens = tokens
+        self.tokens = self._begun = tokens
         self._choose_at = min(self._choose_at, 2 * tokens)
         for heads in self._finders:
             for one in heads:
@@ -278,7 +279,7 @@ class HostSearch:
             self._samples = self._samples[torch.from_numpy(rows).to(self._samples.device)]
         self._first = [self._first[row] for row in rows]
         self._finders = [self._finders[row] for row in rows.tolist()]
-        self.tokens = (
+        self.tokens = self._begun = (
             0  # a copy may be without keys: the next `extend` asks every finder
         )
 
@@ -305,7 +306,7 @@ class HostSearch:
         self._learned = some.numpy()
 
     def extend_later(self, pool: Tensor, pages: Ids, first: list[int], written: torch.cuda.Event | None) -> None:  # fmt: skip
-        """Begins to index what `extend` would, once it is written. Nothing for an index that learns from queries.
+        """Begins to index what `extend` would, once it is written and there is enough of it. Nothing for an index that learns from queries.
 
         Args:
             pool: As in `extend`, as the next two.
@@ -315,8 +316,11 @@ class HostSearch:
         """
         if self.learns:
             return
-        self.settle()
         self._charge(pages)
+        if min(pages.shape[1] * self._page, self._capacity) < self._begun + AT_ONCE:
+            return
+        self.settle()
+        self._begun = min(pages.shape[1] * self._page, self._capacity)
 
         def later() -> None:
             if written is not None:
@@ -336,6 +340,7 @@ class HostSearch:
         self.settle()
         self._charge(pages)
         self._extend(pool, pages, first)
+        self._begun = self.tokens
         self._choose(pool)
 
     def _choose(self, pool: Tensor) -> None:
