@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from offload import budget, cli, hardware, measure, plan, probe
+from offload import budget, cli, doctor, hardware, measure, plan, probe
 from offload.config import OffloadConfig
+from offload.demand import CUBLAS_WORKSPACE
 from offload.errors import BudgetError, InputError
 from offload.hardware import Card
 from offload.measure import dma_from
@@ -50,6 +51,7 @@ def of_machine(here: Fingerprint, **changed: Any) -> Probe:
 
 def use_card(monkeypatch: pytest.MonkeyPatch, card: Card | None) -> None:
     monkeypatch.setattr(hardware, "local_card", lambda: card)
+    monkeypatch.setattr(doctor, "local_card", lambda: card)
 
 
 @pytest.fixture
@@ -460,7 +462,8 @@ def test_a_card_is_as_fast_as_cards_are(caplog: pytest.LogCaptureFixture) -> Non
     torch.cuda.reset_peak_memory_stats()
     found = measure.measured(probe.fingerprint())
     assert found.took_s < 90  # with what is compiled
-    assert torch.cuda.memory_allocated() == allocated
+    # cuBLAS keeps what it works with.
+    assert torch.cuda.memory_allocated() <= allocated + CUBLAS_WORKSPACE
     assert torch.cuda.max_memory_reserved() - reserved < measure.DEVICE_BYTES
     assert [record for record in caplog.records if record.name.startswith("offload")] == []
     assert found.h2d is not None

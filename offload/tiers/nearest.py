@@ -11,11 +11,14 @@ from torch import Tensor
 from offload.index.base import Floats, Ids, Vectors
 
 
+_RUN = 32  # keys next to each other, of which one is looked at first
+
+
 class CardNearest:
     """An `offload.index.graph.Nearest` by matrix products on a device, in float32.
 
-    Keys are there in pieces of two fifths of the bytes, as are scores of some queries with a piece; the rest is for what the
-    best are sorted out with. Threads take turns.
+    Keys are there in pieces of a quarter of the bytes, as are scores of some queries with a piece; the rest is for what the best
+    are sorted out with. Threads take turns.
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
@@ -23,33 +26,35 @@ class CardNearest:
 
         Args:
             device: Where.
-            nbytes: That a search takes there at most, if it has room for a row of scores.
+            nbytes: That a search takes there at most, if it has room for a row of scores and for what is found.
         """
         self._device = device
-        self._values = max(1, 2 * nbytes // 5 // 4)
+        self._values = max(1, nbytes // 4 // 4)
         self._turn = threading.Lock()
 
     def __call__(self, keys: Floats, queries: Vectors, n: int) -> Ids:
         """See `offload.index.graph.nearest`. Of keys that score alike, any may be first."""
         best = np.empty((len(queries), n), np.int64)
         size = keys.shape[1]
+        # Each piece has as many keys as are asked for.
+        pieces = max(1, min(-(-len(keys) * size // self._values), len(keys) // max(1, n)))
+        cuts = np.linspace(0, len(keys), pieces + 1).astype(np.int64)
+        scores = np.empty((len(queries), n), np.float32) if pieces > 1 else None
         with self._turn, torch.inference_mode():
-            # Each piece has as many keys as are asked for.
-            pieces = max(1, min(-(-len(keys) * size // self._values), len(keys) // max(1, n)))
-            cuts = np.linspace(0, len(keys), pieces + 1).astype(np.int64)
-            scores = np.empty((len(queries), n), np.float32) if pieces > 1 else None
             for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
                 there = torch.from_numpy(keys[first:last]).to(self._device)
                 rows = max(1, self._values // (last - first))
-                for a in range(0, len(queries), rows):
-                    some = torch.from_numpy(queries[a : a + rows].astype(np.float32)).to(self._device)  # fmt: skip
-                    found = torch.topk(some @ there.T, n)
-                    values, ids = found.values, found.indices + first
+                most = rows * max(1, self._values // (4 * n * rows))  # what is found is brought together
+                for a in range(0, len(queries), most):
+                    some = torch.from_numpy(queries[a : a + most].astype(np.float32)).to(self._device)  # fmt: skip
+                    found = [_best(part @ there.T, n) for part in some.split(rows)]
+                    values, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
+                    ids += first
                     if scores is not None:
                         if first:
-                            values, ids = self._merged(values, ids, scores[a : a + rows], best[a : a + rows], n)  # fmt: skip
-                        scores[a : a + rows] = values.cpu().numpy()
-                    best[a : a + rows] = ids.cpu().numpy()
+                            values, ids = self._merged(values, ids, scores[a : a + most], best[a : a + most], n)  # fmt: skip
+                        scores[a : a + most] = values.cpu().numpy()
+                    best[a : a + most] = ids.cpu().numpy()
         return best
 
     def _merged(self, values: Tensor, ids: Tensor, scores: Floats, best: Ids, n: int) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -58,3 +63,30 @@ class CardNearest:
         ids = torch.cat([torch.from_numpy(best).to(self._device), ids], dim=1)
         found = torch.topk(values, n)
         return found.values, ids.gather(1, found.indices)
+
+
+def _best(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """`torch.topk`, which reads all scores several times; here they are read once, and few of them again.
+
+    The best n are in the n runs whose own best are best.
+
+    Args:
+        scores: float32 [rows, keys].
+        n: At most as many as there are keys.
+
+    Returns:
+        float32 [rows, n], best first, and int64 [rows, n]: which they are.
+    """
+    rows, keys = scores.shape
+    runs = keys // _RUN
+    if runs < 2 * n:  # most of them would be read again
+        found = torch.topk(scores, n)
+        return found.values, found.indices
+    whole = scores[:, : runs * _RUN].unflatten(1, (runs, _RUN))
+    chosen = torch.topk(whole.amax(dim=2), n, sorted=False).indices
+    some = whole.gather(1, chosen[:, :, None].expand(rows, n, _RUN)).flatten(1)
+    found = torch.topk(torch.cat([some, scores[:, runs * _RUN :]], dim=1), n)
+    # Where they were: in a run that was chosen, or behind all runs.
+    of_run = chosen.gather(1, (found.indices // _RUN).clamp(max=n - 1)) * _RUN + found.indices % _RUN
+    behind = found.indices - n * _RUN + runs * _RUN
+    return found.values, torch.where(found.indices < n * _RUN, of_run, behind)

@@ -13,7 +13,7 @@ from offload.tiers.nearest import CardNearest
 
 @pytest.mark.parametrize(
     ("count", "n", "nbytes"),
-    [(1000, 10, 2**30), (1000, 10, 40_000), (1000, 10, 1), (999, 500, 40_000), (999, 500, 9_000), (7, 7, 1), (1, 1, 1)],
+    [(1000, 10, 2**30), (1000, 10, 40_000), (1000, 10, 1), (999, 500, 40_000), (999, 500, 9_000), (7, 7, 1), (1, 1, 1), (1023, 3, 2**30), (2017, 9, 150_000), (64, 1, 2**20)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_the_same_keys_are_best_whether_all_fit_or_pieces(
