@@ -69,6 +69,14 @@ class Record:
         return path
 
 
+def keep(record: Record, earlier: dict[str, Any]) -> None:
+    """Puts the rows of an earlier record before those of this run; they say of which commit they are."""
+    fresh = {row["what"] for row in record.rows}
+    of = {"commit": earlier["environment"]["commit"]}
+    record.rows[:0] = [of | row for row in earlier["rows"] if row["what"] not in fresh]
+    record.settings["onto"] = earlier["settings"]
+
+
 def environment() -> dict[str, Any]:
     """Commit, versions, card and host."""
     return {"commit": os.environ.get("OFFLOAD_COMMIT") or _commit(), **machine()}

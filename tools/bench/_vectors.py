@@ -132,7 +132,7 @@ class _Embedding(nn.Module):
         return ones, torch.zeros_like(ones)
 
 
-class _Played(nn.Module):
+class Played(nn.Module):
     """A projection whose outcome is replaced by recorded vectors."""
 
     def __init__(
@@ -199,8 +199,8 @@ def played(model: Any, recorded: dict[str, Any], length: int) -> Iterator[None]:
         attention = layer.self_attn
         before.append((attention, attention.k_proj, attention.q_proj))
         all_keys, all_queries = made[i % sets]
-        attention.k_proj = _Played(attention.k_proj, all_keys, at, embedding)
-        attention.q_proj = _Played(attention.q_proj, all_queries, query_at, embedding)
+        attention.k_proj = Played(attention.k_proj, all_keys, at, embedding)
+        attention.q_proj = Played(attention.q_proj, all_queries, query_at, embedding)
     try:
         yield
     finally:

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from _record import Record, arguments, parse
 from decode import free
-from generate import CAP_BYTES, build_model
+from generate import CAP_BYTES, build_model, file_shape
 
-from offload.checkpoint import FileShape, describe
+from offload.checkpoint import describe
 from offload.cli.tune import measurer, predictor
 from offload.config import OffloadConfig
 from offload.errors import BudgetError, OffloadError, UnsupportedModelError
@@ -143,19 +143,11 @@ def measure_families(record: Record, kinds: list[str] | None) -> None:
     record.bars["plan_families_weights_same"] = len(same)
 
 
-def _shape_of(model: Any) -> FileShape:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.json"
-        file.write_text(model.config.to_json_string(use_diff=False))
-        dtype = str(model.dtype).removeprefix("torch.")
-        return describe(file, dtype=dtype)
-
-
 def measure_profile(record: Record, model: Any, contexts: list[int], mode: str) -> None:
     """Planned and measured, at the 8B shape."""
     settings = OffloadConfig.build(None, mode=mode, gpu_memory=CAP_BYTES)
     machine = Machine(profile=profile_of("h100"), device=CAP_BYTES, host=2**40)
-    shape = _shape_of(model)
+    shape = file_shape(model.config, str(model.dtype).removeprefix("torch."))
     errors, under, unaccounted, times = [0.0], 0, [0.0], [0.0]
     for context in contexts:
         ids = torch.randint(1, model.config.vocab_size, (1, context - OUTPUT), device=model.device)
@@ -193,7 +185,7 @@ def measure_largest(record: Record, model: Any, cap: int) -> None:
     host = 24 * 2**30
     settings = OffloadConfig.build(None, mode="exact", gpu_memory=cap, cpu_memory=host)
     machine = Machine(profile=profile_of("h100"), device=cap, host=host)
-    shape = _shape_of(model)
+    shape = file_shape(model.config, str(model.dtype).removeprefix("torch."))
     largest = plan(settings, shape, machine, context=8192, output=OUTPUT).largest
     more = plan(settings, shape, machine, context=largest + settings.cache.page, output=OUTPUT)
     fits, refused = 0, 2 * largest

@@ -15,8 +15,10 @@ from __future__ import annotations
 import gc
 import logging
 import statistics
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import offload
 from offload.cache import CACHE
+from offload.checkpoint import FileShape, describe
 from offload.kernels.attend import attend
 from offload.kernels.reference import merge
 from offload.tiers.pinned import HostRegion, PinBudget, commit_regions
@@ -55,6 +58,19 @@ def build_model(smoke: bool, device: torch.device) -> Any:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+def file_shape(config: Any, dtype: str) -> FileShape:
+    """What the files of a model would say of it, were they there.
+
+    Args:
+        config: Of transformers.
+        dtype: In which its weights are loaded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(config.to_json_string(use_diff=False))
+        return describe(file, dtype=dtype)
 
 
 class DenseLayer(CacheLayerMixin):

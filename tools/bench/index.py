@@ -47,7 +47,7 @@ from typing import Any, NamedTuple
 
 import faiss as _faiss
 import numpy as np
-from _record import Record, arguments, parse
+from _record import Record, arguments, keep, parse
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -534,14 +534,6 @@ def measure_add(record: Record, recorded: dict[str, Array], counts: list[int]) -
                 f"{name}, add at {count}", mean_us=statistics.mean(times), median_us=statistics.median(times), max_us=max(times),
                 error="1,024 tokens one by one; recorded keys, repeated to this length",
             )  # fmt: skip
-
-
-def keep(record: Record, earlier: dict[str, Any]) -> None:
-    """Puts the rows of an earlier record before those of this run; they say of which commit they are."""
-    fresh = {row["what"] for row in record.rows}
-    of = {"commit": earlier["environment"]["commit"]}
-    record.rows[:0] = [of | row for row in earlier["rows"] if row["what"] not in fresh]
-    record.settings["onto"] = earlier["settings"]
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:
