@@ -10,7 +10,6 @@ from torch import Tensor
 
 from offload.index.base import Floats, Ids, Vectors
 
-
 _RUN = 32  # keys next to each other, of which one is looked at first
 
 
@@ -44,7 +43,9 @@ class CardNearest:
             for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
                 there = torch.from_numpy(keys[first:last]).to(self._device)
                 rows = max(1, self._values // (last - first))
-                most = rows * max(1, self._values // (4 * n * rows))  # what is found is brought together
+                most = rows * max(
+                    1, self._values // (4 * n * rows)
+                )  # what is found is brought together
                 for a in range(0, len(queries), most):
                     some = torch.from_numpy(queries[a : a + most].astype(np.float32)).to(self._device)  # fmt: skip
                     found = [_best(part @ there.T, n) for part in some.split(rows)]
@@ -87,6 +88,8 @@ def _best(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
     some = whole.gather(1, chosen[:, :, None].expand(rows, n, _RUN)).flatten(1)
     found = torch.topk(torch.cat([some, scores[:, runs * _RUN :]], dim=1), n)
     # Where they were: in a run that was chosen, or behind all runs.
-    of_run = chosen.gather(1, (found.indices // _RUN).clamp(max=n - 1)) * _RUN + found.indices % _RUN
+    of_run = (
+        chosen.gather(1, (found.indices // _RUN).clamp(max=n - 1)) * _RUN + found.indices % _RUN
+    )
     behind = found.indices - n * _RUN + runs * _RUN
     return found.values, torch.where(found.indices < n * _RUN, of_run, behind)

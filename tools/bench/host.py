@@ -6,7 +6,7 @@ card, else from every token streamed.
 
 - `131072`: `Runtime.generate` after our own prefill, under a cap that no better rung fits; for each index, and with none
   (`replica`: the device selects by mean keys), what prefill takes longer. `build`: all cores index all heads and do nothing else;
-  of `graph` while the card finds the best keys of queries and of keys;
+- `graph`: all cores link the keys of all heads, while the card finds the best keys of queries and of keys;
 - `524288`: the cache is filled with recorded keys, repeated, and random values instead of a prefill; then single steps,
   captured;
 - `search`: the search of one layer alone, and its stages (`offload.index.crew`), by threads;
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _record import GIB, PeakMemory, Record, arguments, parse, synchronize
+from _record import GIB, PeakMemory, Record, arguments, keep, parse, synchronize
 from _vectors import places, played
 from decode import free, load_vectors, run_ours
 from generate import ALONE, CAP_BYTES, build_model, compare, dense_attention, run_dense
@@ -227,8 +228,18 @@ def measure_131072(
         record.row(f"build {index}, {heads} heads of {n}", seconds=built, share_of_dense_prefill=built / dense_s, error=0.0)  # fmt: skip
         if index == "flat":
             record.bars["flat_build_share"] = built / dense_s
+
+
+def measure_graph(
+    record: Record, model: Any, vectors: dict[str, Any], ids: Tensor, args: argparse.Namespace
+) -> None:
+    """All graphs of a model, against its dense prefill."""
+    n, config = ids.shape[1], model.config
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    dense_s = run_dense(model, ids, args.chunk, ids[:, :1], 1)["prefill_s"]
+    free()
     drawn = draw_all(vectors, n, heads, args.threads, model.device)
-    record.row(f"build graph, {heads} heads of {n}", **drawn, share_of_dense_prefill=drawn["seconds"] / dense_s)  # fmt: skip
+    record.row(f"build graph, {heads} heads of {n}", **drawn, dense_prefill_s=dense_s, share_of_dense_prefill=drawn["seconds"] / dense_s)  # fmt: skip
     record.bars["build_share_of_prefill"] = drawn["seconds"] / dense_s
 
 
@@ -392,21 +403,24 @@ def main() -> None:
     parser.add_argument("--retrieved", type=int, default=256, help="tokens per KV head")
     parser.add_argument("--threads", type=int, help="that search; default: one for each core")
     parser.add_argument("--gap-us", type=float, default=300.0, help="between two searches")
-    parser.add_argument("--only", nargs="*", default=["bandwidth", "search", "131072", "524288"])
+    parser.add_argument(
+        "--only", nargs="*", default=["bandwidth", "search", "131072", "graph", "524288"]
+    )
+    parser.add_argument("--onto", type=Path, help="a record whose other rows and bars are kept")
     args = parse(parser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lengths = {"131072": 131072, "524288": 524288}
     if args.smoke:
         args.new, args.chunk, args.retrieved = 12, 256, 64
         lengths = {"131072": 3072, "524288": 4096}
-    record = Record("host", settings={**vars(args), "vectors": Path(args.vectors).name, "out": None, "cap_bytes": CAP_BYTES})  # fmt: skip
+    record = Record("host", settings={**vars(args), "vectors": Path(args.vectors).name, "out": None, "onto": None, "cap_bytes": CAP_BYTES})  # fmt: skip
     if "bandwidth" in args.only:
         for heads in (8, 32):
             n = lengths["131072"]
             measure_bandwidth(record, n, 2 if args.smoke else heads, args.threads)
         record.write(args.out)
         gc.collect()
-    if not {"search", "131072", "524288"} & set(args.only):
+    if not {"search", "131072", "graph", "524288"} & set(args.only):
         return
     AttentionInterface.register(ALONE, dense_attention)
     AttentionMaskInterface.register(ALONE, lambda **kwargs: None)
@@ -416,7 +430,7 @@ def main() -> None:
             measure_search(record, vectors, n, args, device)
         record.write(args.out)
         gc.collect()
-    if not {"131072", "524288"} & set(args.only):
+    if not {"131072", "graph", "524288"} & set(args.only):
         return
     model = build_model(args.smoke, device)
     torch.manual_seed(1)
@@ -432,10 +446,18 @@ def main() -> None:
         with played(model, vectors, n):
             measure_131072(record, model, vectors, text[:, :n], args, base | cap)
         record.write(args.out)
+    if "graph" in args.only:
+        with played(model, vectors, lengths["131072"]):
+            measure_graph(record, model, vectors, text[:, : lengths["131072"]], args)
+        record.write(args.out)
     if "524288" in args.only:
         cap = {"gpu_memory": CAP_BYTES} if device.type == "cuda" else {}
         with played(model, vectors, lengths["524288"]):
             measure_filled(record, model, vectors, lengths["524288"], args, base | cap)
+    if args.onto:
+        earlier = json.loads(args.onto.read_text())
+        keep(record, earlier)
+        record.bars = earlier["bars"] | record.bars
     print(f"written to {record.write(args.out).name}")
 
 
