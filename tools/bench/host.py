@@ -48,10 +48,10 @@ from offload.index.workers import Workers, cores
 from offload.tiers.nearest import CardNearest
 from offload.tiers.pinned import HostBudget, HostRegion, PinBudget, commit_regions
 from offload.tiers.rows import RowShape
-from offload.tiers.search import Found, HostSearch, Searchers, SearchSettings
+from offload.tiers.search import LEARNED, Found, HostSearch, Searchers, SearchSettings
 
 CHECKED = 8
-K, TEACHERS = 100, 8192  # keys that a graph is asked for, and queries that it learns from
+K = 100  # keys that a graph is asked for
 
 
 @njit(nogil=True, cache=True)
@@ -238,14 +238,17 @@ def measure_graph(
     heads = config.num_hidden_layers * config.num_key_value_heads
     dense_s = run_dense(model, ids, args.chunk, ids[:, :1], 1)["prefill_s"]
     free()
-    drawn = draw_all(vectors, n, heads, args.threads, model.device)
-    record.row(f"build graph, {heads} heads of {n}", **drawn, dense_prefill_s=dense_s, share_of_dense_prefill=drawn["seconds"] / dense_s)  # fmt: skip
-    record.bars["build_share_of_prefill"] = drawn["seconds"] / dense_s
+    for queries in args.queries:
+        drawn = draw_all(vectors, n, heads, args.threads, model.device, min(queries, n // 4))
+        share = drawn["seconds"] / dense_s
+        record.row(f"build graph of {queries:,} queries, {heads} heads of {n}", **drawn, dense_prefill_s=dense_s, share_of_dense_prefill=share)  # fmt: skip
+        if queries == LEARNED:  # what `generate` learns from
+            record.bars["build_share_of_prefill"] = share
 
 
 def draw_all(
-    vectors: dict[str, Any], tokens: int, heads: int, threads: int | None, device: torch.device
-) -> dict[str, Any]:
+    vectors: dict[str, Any], tokens: int, heads: int, threads: int | None, device: torch.device, learned: int
+) -> dict[str, Any]:  # fmt: skip
     """What `build_all` measures, of graphs: of recorded keys and queries, tiled, with noise so that none is there twice.
 
     The card finds the best keys while all cores link them.
@@ -267,7 +270,7 @@ def draw_all(
         pool[..., :size] = (keys.view(np.uint32) >> 16).astype(np.uint16).reshape(-1, page, 1, size)
         pools.append(pool)
         recorded = vectors["queries"][head].cpu().numpy()
-        taught.append(noisy(recorded.reshape(-1, recorded.shape[-1]), min(TEACHERS, tokens // 4)))
+        taught.append(noisy(recorded.reshape(-1, recorded.shape[-1]), learned))
     rows = [Rows(pool, BFLOAT16, np.arange(tokens // page), 0, size) for pool in pools]
     near = CardNearest(device, NEAREST_BYTES)
     scratch = Scratch.of(1, 128 * size, size, size, 1)
@@ -406,6 +409,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", default=["bandwidth", "search", "131072", "graph", "524288"]
     )
+    parser.add_argument("--queries", nargs="*", type=int, default=[LEARNED, 8192], help="that graphs learn from")  # fmt: skip
     parser.add_argument("--onto", type=Path, help="a record whose other rows and bars are kept")
     args = parse(parser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
