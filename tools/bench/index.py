@@ -456,6 +456,25 @@ def pairs_of(
     return found
 
 
+def join(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> None:
+    """Puts what earlier rows say of backends that were not run again into the rows that compare backends.
+
+    Args:
+        rows: Of this run; those `at recall` and `best pair` are changed.
+        earlier: Of the record that they come onto.
+    """
+    before = {row["what"]: row for row in earlier}
+    ran = {row["what"] for row in rows}
+    for row in rows:
+        there = before.get(row["what"])
+        if there is None:
+            continue
+        if row["what"].startswith("at recall "):
+            row["scanned"] = there["scanned"] | row["scanned"]
+        elif row["what"].startswith("best pair, ") and there["index"] not in ran and there["ratio"] < row["ratio"]:  # fmt: skip
+            row.update({key: there[key] for key in ("ratio", "index", "tail")})
+
+
 def bars(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Bars of all rows: of the longest context of each model, the worst model's."""
     longest: dict[tuple[str, str], dict[str, Any]] = {}
@@ -574,7 +593,9 @@ def main() -> None:
     if "add" in args.only:
         measure_add(record, recorded, [1024] if args.smoke else [8192, 524288])
     if args.onto:
-        keep(record, json.loads(args.onto.read_text()))
+        earlier = json.loads(args.onto.read_text())
+        join(record.rows, earlier["rows"])
+        keep(record, earlier)
     record.bars = bars(record.rows)
     print(f"written to {record.write(args.out).name}")
 
