@@ -17,6 +17,7 @@ from offload.demand import (
     ALLOCATOR_SLACK,
     CUBLAS_WORKSPACE,
     DRIVER_GROWTH,
+    NEAREST_BYTES,
     Held,
     activation_bytes,
     demand_of,
@@ -76,6 +77,18 @@ def as_it_ran(tokens: int, planned: dict[str, int]) -> Any:
     window: dict[str, Any] = {"window": 512} if tokens == 32768 else {}
     config = OffloadConfig.build(chunk=2048, **window)
     return demand_of(config, SHAPE, held, batch=1, tokens=tokens + 544, prompt=tokens)
+
+
+@pytest.mark.parametrize("on_card", [True, False])
+def test_what_draws_a_graph_on_a_card_is_planned(on_card: bool) -> None:
+    held = Held(total=24 * 2**30, weights=2**34, overhead=0, on_card=on_card)
+    demands = {
+        index: demand_of(OffloadConfig.build(mode="fast", index=index), SHAPE, held, batch=1, tokens=32768, prompt=32000)
+        for index in ("graph", "hnsw")
+    }  # fmt: skip
+    more = NEAREST_BYTES if on_card else 0
+    assert demands["graph"].workspace == demands["hnsw"].workspace + more
+    assert demands["graph"].least_workspace == demands["hnsw"].least_workspace + more
 
 
 @pytest.mark.parametrize("tokens", [8192, 32768, 131072, 262144])
