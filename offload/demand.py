@@ -51,7 +51,7 @@ ALLOCATOR_SLACK = 256 * 2**20
 DRIVER_GROWTH = 96 * 2**20
 # What cuBLAS keeps for every stream that it is called on, on Hopper; on others it is 8 MiB.
 CUBLAS_WORKSPACE = 32 * 2**20
-# What draws a graph on the card takes at most, once a prompt is read: a layer has its heads searched one by one.
+# What draws a graph on the card takes at most, once a prompt is read: heads have their turns.
 NEAREST_BYTES = 160 * 2**20
 # The stream of passes over drafts: for cuBLAS, and as much for cuBLASLt.
 _STREAM_WORKSPACE = 2 * CUBLAS_WORKSPACE
@@ -175,7 +175,9 @@ def demand_of(
         hidden = hidden_price(config, shape, held.flops_per_byte)
     again = _reread_bytes(config, shape, copies)
     captures = CUBLAS_WORKSPACE if held.on_card and fast and config.decode.capture else 0
-    draws = NEAREST_BYTES if held.on_card and fast and config.retrieval.index == "graph" else 0
+    draws = 0
+    if held.on_card and fast and config.retrieval.index == "graph":
+        draws = NEAREST_BYTES + CUBLAS_WORKSPACE  # of the thread that does it
     return Demand(
         batch=batch,
         copies=copies,

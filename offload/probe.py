@@ -143,7 +143,7 @@ class Probe:
             InputError: There is one.
         """
         for name, value in (("took_s", self.took_s), ("free_bytes", self.free_bytes or 0)):
-            if not math.isfinite(value) or value < 0:
+            if not 0 <= value < 2**63:
                 raise InputError(
                     f"An entry of the probe is not what it should be: {name}",
                     asked=value,
@@ -227,7 +227,7 @@ def probe(*, measure: bool = True, file: Path | None = None) -> Probe:
     except InputError as error:
         if not measure:
             raise
-        if file.exists():
+        if os.path.exists(file):  # likewise
             logger.warning("%s It is measured anew.", str(error).removesuffix(_AGAIN).strip())
     return renewed(file)
 
@@ -396,7 +396,7 @@ def _profile_by(found: Probe, name: str) -> Profile | None:
 def _kept_of(name: str) -> Probe | None:
     """What was measured with this card; None where nothing was, or, with a warning, where it cannot be used."""
     file = probe_file()
-    if not file.is_file():
+    if not os.path.isfile(file):  # that of a path raises where a folder may not be read
         return None
     try:
         found = kept(file)

@@ -6,6 +6,7 @@ import gc
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cards import DEVICES
@@ -14,6 +15,9 @@ from families import FAMILIES, PAD, left_padded, prompts
 import offload
 from offload.index import BACKENDS, finders, paged
 from offload.tiers import search
+from offload.tiers.pinned import HostBudget
+from offload.tiers.rows import RowShape
+from offload.tiers.search import HostSearch, Searchers, SearchSettings
 
 N = 700
 CALL: dict[str, Any] = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": None}
@@ -363,6 +367,45 @@ def test_a_prompt_is_indexed_as_it_is_read_so_many_tokens_together(
         assert len(tasks) == 1
     else:
         assert len(tasks) >= min(1400 // (at_once + 64), 10)
+
+
+def test_what_was_indexed_before_an_error_is_not_kept_for_other_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    extend: Any = finders.PagedFlat.extend
+    calls = []
+
+    def fails(self: Any, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # of the second head
+            raise MemoryError("no room")
+        extend(self, *args)
+
+    def searched() -> HostSearch:
+        row = RowShape(kv_heads=2, key_dim=32, value_dim=32, dtype=torch.float32)
+        host = HostBudget(available=lambda _: 10**12)
+        return HostSearch(row, SearchSettings(index="flat", tokens=8), Searchers(1), batch=1, blocks=16, page=64, host=host)  # fmt: skip
+
+    monkeypatch.setattr(search, "AT_ONCE", 256)
+    monkeypatch.setattr(finders.PagedFlat, "extend", fails)
+    pool = torch.randn((16, 64, 2, 64), generator=torch.Generator().manual_seed(0))
+    pages = np.arange(16, dtype=np.int64)[None]
+    one, other = searched(), searched()
+    one.extend_later(pool, pages[:, :8], [0], None)
+    one.truncate(4)
+    pool[4:] = torch.randn((12, 64, 2, 64), generator=torch.Generator().manual_seed(1))
+    one.extend_later(pool, pages[:, :9], [0], None)
+    assert one._building is not None  # it begins again
+    for each in (one, other):
+        each.extend(pool, pages[:, :9], [0])
+    for head, want in zip(one._finders[0], other._finders[0], strict=True):
+        assert isinstance(head, finders.PagedFlat)
+        assert isinstance(want, finders.PagedFlat)
+        assert head._blocks == want._blocks == 4
+        for mine, theirs in zip(head._coded.arrays, want._coded.arrays, strict=True):
+            np.testing.assert_array_equal(mine[:4], theirs[:4])
+    for each in (one, other):
+        each._shared.close()
 
 
 def test_padding_takes_no_places_of_what_is_found() -> None:

@@ -93,6 +93,29 @@ def test_a_probe_is_read_as_it_was_written(file: Path) -> None:
     assert read(file) == without
 
 
+def test_memory_that_no_machine_has_is_refused(file: Path) -> None:
+    found = keep(file)
+    file.write_text(json.dumps(asdict(found) | {"free_bytes": 10**400}))
+    with pytest.raises(InputError, match="free_bytes"):
+        read(file)
+
+
+def test_a_folder_that_may_not_be_read_is_one_without_a_probe(
+    file: Path, monkeypatch: pytest.MonkeyPatch, measurements: list[Probe]
+) -> None:
+    keep(file)
+
+    def refused(self: Path, **_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    def unread(self: Path, **_: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", refused)
+    monkeypatch.setattr(Path, "read_text", unread)
+    assert known_profile(CARD.name) == profile_of(CARD.name)
+
+
 def test_it_is_measured_once(file: Path, measurements: list[Probe]) -> None:
     first = hardware.probe()
     assert hardware.probe() == first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ _RUN = 32  # keys next to each other, of which one is looked at first
 class CardNearest:
     """An `offload.index.graph.Nearest` by matrix products on a device, in float32.
 
-    Keys are there in pieces of a quarter of the bytes, as are scores of some queries with a piece; the rest is for what the best
-    are sorted out with. Threads take turns.
+    Keys are there in pieces of a quarter of the bytes, as are scores of some queries with a piece; the rest is for queries, and for
+    what is found. One thread does it all, whoever asks: cuBLAS keeps a workspace for each that calls it.
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
@@ -29,27 +29,30 @@ class CardNearest:
         """
         self._device = device
         self._values = max(1, nbytes // 4 // 4)
-        self._turn = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "offload-nearest")
 
     def __call__(self, keys: Floats, queries: Vectors, n: int) -> Ids:
         """See `offload.index.graph.nearest`. Of keys that score alike, any may be first."""
+        return self._thread.submit(self._find, keys, queries, n).result()
+
+    def _find(self, keys: Floats, queries: Vectors, n: int) -> Ids:
         best = np.empty((len(queries), n), np.int64)
         size = keys.shape[1]
         # Each piece has as many keys as are asked for.
         pieces = max(1, min(-(-len(keys) * size // self._values), len(keys) // max(1, n)))
         cuts = np.linspace(0, len(keys), pieces + 1).astype(np.int64)
         scores = np.empty((len(queries), n), np.float32) if pieces > 1 else None
-        with self._turn, torch.inference_mode():
+        # Of a query: itself, and what is found, numbers and scores, six times where pieces are put together.
+        most = max(1, self._values // (size + 18 * n))
+        with torch.inference_mode():
             for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
                 there = torch.from_numpy(keys[first:last]).to(self._device)
-                rows = max(1, self._values // (last - first))
-                most = rows * max(
-                    1, self._values // (4 * n * rows)
-                )  # what is found is brought together
+                rows = max(1, min(most, self._values // (last - first)))
                 for a in range(0, len(queries), most):
                     some = torch.from_numpy(queries[a : a + most].astype(np.float32)).to(self._device)  # fmt: skip
                     found = [_best(part @ there.T, n) for part in some.split(rows)]
                     values, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
+                    del found
                     ids += first
                     if scores is not None:
                         if first:

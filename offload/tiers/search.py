@@ -261,10 +261,11 @@ class HostSearch:
         self.settle(quietly=True)  # what was not indexed is when a step is next published
         self._asked = None
         tokens = columns * self._page
-        if tokens >= self.tokens:
-            return
-        self.tokens = self._begun = tokens
-        self._choose_at = min(self._choose_at, 2 * tokens)
+        if tokens < self.tokens:
+            self.tokens = tokens
+            self._choose_at = min(self._choose_at, 2 * tokens)
+        self._begun = self.tokens
+        # Where indexing failed, some heads may have more than all have.
         for heads in self._finders:
             for one in heads:
                 one.truncate(tokens)
