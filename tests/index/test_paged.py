@@ -440,8 +440,13 @@ def test_an_interrupt_ends_a_batch_and_its_helpers_are_waited_for() -> None:
             time.sleep(0.2)
         ended.append(worker)
 
-    with pytest.raises(KeyboardInterrupt):
-        workers.run(slow, 3)
+    # Who began this process may have had it ignore interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            workers.run(slow, 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(ended) == 3
     ended.clear()
     interrupts.clear()
