@@ -532,6 +532,33 @@ def _has(links: Any, counts: Any, v: int, i: int) -> bool:
 
 
 @njit(nogil=True, cache=True)
+def _where(lists: Any, counts: Any, count: int) -> Any:
+    """In which lists each key is.
+
+    Args:
+        lists: int32 or int64 [M, n]: keys.
+        counts: int32 [M]: of each list.
+        count: Keys that there are.
+
+    Returns:
+        int64 [count + 1] and [all]: those with key i, in order, are all[ends[i] : ends[i + 1]].
+    """
+    ends = np.zeros(count + 1, np.int64)
+    for a in range(lists.shape[0]):
+        for b in range(counts[a]):
+            ends[lists[a, b] + 1] += 1
+    for i in range(count):
+        ends[i + 1] += ends[i]
+    at, where = ends[:-1].copy(), np.empty(ends[count], np.int64)
+    for a in range(lists.shape[0]):
+        for b in range(counts[a]):
+            i = lists[a, b]
+            where[at[i]] = a
+            at[i] += 1
+    return ends, where
+
+
+@njit(nogil=True, cache=True)
 def _turn(values: Any, links: Any, counts: Any, most: int, mark: Any) -> None:
     """Links every key to those that are linked to it; of too many, those are taken that `_prune` says.
 
@@ -546,18 +573,7 @@ def _turn(values: Any, links: Any, counts: Any, most: int, mark: Any) -> None:
         mark: int64 [N], to work with.
     """
     count = values.shape[0]
-    ends = np.zeros(count + 1, np.int64)
-    for i in range(count):
-        for j in range(counts[i]):
-            ends[links[i, j] + 1] += 1
-    for i in range(count):
-        ends[i + 1] += ends[i]
-    at, sources = ends[:-1].copy(), np.empty(ends[count], np.int64)
-    for i in range(count):
-        for j in range(counts[i]):
-            v = links[i, j]
-            sources[at[v]] = i
-            at[v] += 1
+    ends, sources = _where(links, counts, count)
     mark[:] = -1
     some, out = np.empty(most + _TURNED, np.int64), np.empty(most, np.int64)
     for i in range(count):
@@ -627,18 +643,7 @@ def _project(values: Any, lists: Any, links: Any, counts: Any, most: int) -> Non
         most: Links of a key.
     """
     count, (m, n) = values.shape[0], lists.shape
-    ends = np.zeros(count + 1, np.int64)
-    for a in range(m):
-        for b in range(n):
-            ends[lists[a, b] + 1] += 1
-    for i in range(count):
-        ends[i + 1] += ends[i]
-    at, where = ends[:-1].copy(), np.empty(m * n, np.int64)
-    for a in range(m):
-        for b in range(n):
-            i = lists[a, b]
-            where[at[i]] = a
-            at[i] += 1
+    ends, where = _where(lists, np.full(m, n, np.int32), count)
     mark, some, out = np.full(count, -1, np.int64), np.empty(_LISTS * n, np.int64), np.empty(most, np.int64)  # fmt: skip
     for i in range(count):
         held = ends[i + 1] - ends[i]

@@ -280,9 +280,8 @@ class HostSearch:
             self._samples = self._samples[torch.from_numpy(rows).to(self._samples.device)]
         self._first = [self._first[row] for row in rows]
         self._finders = [self._finders[row] for row in rows.tolist()]
-        self.tokens = self._begun = (
-            0  # a copy may be without keys: the next `extend` asks every finder
-        )
+        # A copy may be without keys: the next `extend` asks every finder.
+        self.tokens = self._begun = 0
 
     def learn(self, queries: Tensor) -> None:
         """Keeps some of a chunk's queries. Where the index learns from them this waits for the device; where they choose it, not.
@@ -318,10 +317,11 @@ class HostSearch:
         if self.learns:
             return
         self._charge(pages)
-        if min(pages.shape[1] * self._page, self._capacity) < self._begun + AT_ONCE:
+        count = self._count(pages)
+        if count < self._begun + AT_ONCE:
             return
         self.settle()
-        self._begun = min(pages.shape[1] * self._page, self._capacity)
+        self._begun = count
 
         def later() -> None:
             if written is not None:
@@ -366,13 +366,17 @@ class HostSearch:
         """What the finders of heads search with, and how many do."""
         return Counter(one.name for of_row in self._finders for one in of_row)
 
+    def _count(self, pages: Ids) -> int:
+        """Tokens of a sequence in these pages that there is room for."""
+        return min(pages.shape[1] * self._page, self._capacity)
+
     def _charge(self, pages: Ids) -> None:
         """Takes what an index of these pages needs from the host's budget.
 
         Raises:
             BudgetError: There is not as much.
         """
-        tokens = min(pages.shape[1] * self._page, self._capacity) * pages.shape[0]
+        tokens = self._count(pages) * pages.shape[0]
         each = self.shape.kv_heads * token_bytes(self.settings.index, self.shape.key_dim)
         more = tokens * each - self._charged
         if more > 0:
@@ -393,7 +397,7 @@ class HostSearch:
 
     def _extend(self, pool: Tensor, pages: Ids, first: list[int]) -> None:
         self._pages, self._first, self._asked = pages, first, None
-        count = min(pages.shape[1] * self._page, self._capacity)
+        count = self._count(pages)
         if count <= self.tokens:
             return
         for i, of_row in enumerate(self._finders):
