@@ -9,7 +9,7 @@ queries are left out. RetrievalAttention (arXiv 2409.10516), and the graph that 
   against 87 % with 8.6 % and 32 links where only the best is one.
 - Proposals are pruned by distance, not by inner product, which is no metric: 87 % against 86 %.
 - A key is scored only when two opened ones point at it. Links say for nothing part of what a score would: over all heads
-  95 % take scores of 9.2 % of the keys instead of 11.0 (`benchmarks/index.json`). Three votes gain nothing over two.
+  95 % take scores of 9.9 % of the keys instead of 10.3 (`benchmarks/index.json`). Three votes gain nothing over two.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Graph(OverRows):
             teachers: Queries that are learned from, at random where there are more; None for a quarter of the keys, at
                 least 1,024 and at most 8,192. More build longer.
             breadth: Keys that are kept in view in a search; never fewer than are asked for. More find more: for 95 % of the
-                best 100 at 8K SmolLM2 takes 200, Qwen2.5-Coder-0.5B 300.
+                best 100 at 8K SmolLM2 takes 250, Qwen2.5-Coder-0.5B 400.
             votes: Opened keys that point at a key before it is scored. More score less, and take a larger breadth.
             follow: A search begins also at what the last one of as many queries found. Consecutive steps of decoding
                 have much in common; results then depend on what was searched before.
