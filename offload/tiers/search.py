@@ -368,7 +368,7 @@ class HostSearch:
 
     def _count(self, pages: Ids) -> int:
         """Tokens of a sequence in these pages that there is room for."""
-        return min(pages.shape[1] * self._page, self._capacity)
+        return min(int(pages.shape[1]) * self._page, self._capacity)
 
     def _charge(self, pages: Ids) -> None:
         """Takes what an index of these pages needs from the host's budget.
