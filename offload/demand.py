@@ -52,7 +52,7 @@ DRIVER_GROWTH = 96 * 2**20
 # What cuBLAS keeps for every stream that it is called on, on Hopper; on others it is 8 MiB.
 CUBLAS_WORKSPACE = 32 * 2**20
 # What draws a graph on the card takes at most, once a prompt is read: heads have their turns.
-NEAREST_BYTES = 160 * 2**20
+NEAREST_BYTES = 256 * 2**20
 # The stream of passes over drafts: for cuBLAS, and as much for cuBLASLt.
 _STREAM_WORKSPACE = 2 * CUBLAS_WORKSPACE
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from offload.index.base import Floats, Ids, Vectors
 
-_RUN = 32  # keys next to each other, of which one is looked at first
+_RUN = 32  # keys that are a run, of which the best one is looked at first; they lie evenly over all keys
 
 
 class CardNearest:
     """An `offload.index.graph.Nearest` by matrix products on a device, in float32.
 
-    Keys are there in pieces of a quarter of the bytes, as are scores of some queries with a piece; the rest is for queries, and for
-    what is found. One thread does it all, whoever asks: cuBLAS keeps a workspace for each that calls it.
+    Keys are there in pieces of a quarter of the bytes. An eighth is for queries and for what is found, the rest for scores of some
+    queries with a piece. One thread does it all, whoever asks: cuBLAS keeps a workspace for each that calls it.
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
@@ -28,7 +28,7 @@ class CardNearest:
             nbytes: That a search takes there at most, if it has room for a row of scores and for what is found.
         """
         self._device = device
-        self._values = max(1, nbytes // 4 // 4)
+        self._values = max(1, nbytes // 4)
         self._thread = ThreadPoolExecutor(1, "offload-nearest")
 
     def __call__(self, keys: Floats, queries: Vectors, n: int) -> Ids:
@@ -39,15 +39,17 @@ class CardNearest:
         best = np.empty((len(queries), n), np.int64)
         size = keys.shape[1]
         # Each piece has as many keys as are asked for.
-        pieces = max(1, min(-(-len(keys) * size // self._values), len(keys) // max(1, n)))
+        pieces = max(1, min(-(-len(keys) * size * 4 // self._values), len(keys) // max(1, n)))
         cuts = np.linspace(0, len(keys), pieces + 1).astype(np.int64)
         scores = np.empty((len(queries), n), np.float32) if pieces > 1 else None
         # Of a query: itself, and what is found, numbers and scores, six times where pieces are put together.
-        most = max(1, self._values // (size + 18 * n))
+        most = max(1, self._values // 8 // (size + 18 * n))
         with torch.inference_mode():
             for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
                 there = torch.from_numpy(keys[first:last]).to(self._device)
-                rows = max(1, min(most, self._values // (last - first)))
+                # Scores, the best of each run, and those of the best runs three times.
+                each = (last - first) * (_RUN + 1) // _RUN + 3 * _RUN * n
+                rows = max(1, min(most, self._values * 5 // 8 // each))
                 for a in range(0, len(queries), most):
                     some = torch.from_numpy(queries[a : a + most].astype(np.float32)).to(self._device)  # fmt: skip
                     found = [_best(part @ there.T, n) for part in some.split(rows)]
@@ -86,13 +88,11 @@ def _best(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
     if runs < 2 * n:  # most of them would be read again
         found = torch.topk(scores, n)
         return found.values, found.indices
-    whole = scores[:, : runs * _RUN].unflatten(1, (runs, _RUN))
-    chosen = torch.topk(whole.amax(dim=2), n, sorted=False).indices
-    some = whole.gather(1, chosen[:, :, None].expand(rows, n, _RUN)).flatten(1)
+    whole = scores[:, : runs * _RUN].unflatten(1, (_RUN, runs))
+    chosen = torch.topk(whole.amax(dim=1), n, sorted=False).indices
+    some = whole.gather(2, chosen[:, None, :].expand(rows, _RUN, n)).flatten(1)
     found = torch.topk(torch.cat([some, scores[:, runs * _RUN :]], dim=1), n)
     # Where they were: in a run that was chosen, or behind all runs.
-    of_run = (
-        chosen.gather(1, (found.indices // _RUN).clamp(max=n - 1)) * _RUN + found.indices % _RUN
-    )
+    of_run = found.indices // n * runs + chosen.gather(1, found.indices % n)
     behind = found.indices - n * _RUN + runs * _RUN
     return found.values, torch.where(found.indices < n * _RUN, of_run, behind)
