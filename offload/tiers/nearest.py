@@ -37,31 +37,39 @@ class CardNearest:
 
     def _find(self, keys: Floats, queries: Vectors, n: int) -> Ids:
         best = np.empty((len(queries), n), np.int64)
-        size = keys.shape[1]
         # Each piece has as many keys as are asked for.
-        pieces = max(1, min(-(-len(keys) * size * 4 // self._values), len(keys) // max(1, n)))
+        pieces = max(1, min(-(-keys.size * 4 // self._values), len(keys) // max(1, n)))
         cuts = np.linspace(0, len(keys), pieces + 1).astype(np.int64)
         scores = np.empty((len(queries), n), np.float32) if pieces > 1 else None
-        # Of a query: itself, and what is found, numbers and scores, six times where pieces are put together.
-        most = max(1, self._values // 8 // (size + 18 * n))
         with torch.inference_mode():
             for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-                there = torch.from_numpy(keys[first:last]).to(self._device)
-                # Scores, the best of each run, and those of the best runs three times.
-                each = (last - first) * (_RUN + 1) // _RUN + 3 * _RUN * n
-                rows = max(1, min(most, self._values * 5 // 8 // each))
-                for a in range(0, len(queries), most):
-                    some = torch.from_numpy(queries[a : a + most].astype(np.float32)).to(self._device)  # fmt: skip
-                    found = [_best(part @ there.T, n) for part in some.split(rows)]
-                    values, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
-                    del found
-                    ids += first
-                    if scores is not None:
-                        if first:
-                            values, ids = self._merged(values, ids, scores[a : a + most], best[a : a + most], n)  # fmt: skip
-                        scores[a : a + most] = values.cpu().numpy()
-                    best[a : a + most] = ids.cpu().numpy()
+                self._look(keys[first:last], first, queries, best, scores)
         return best
+
+    def _look(self, keys: Floats, first: int, queries: Vectors, best: Ids, scores: Floats | None) -> None:  # fmt: skip
+        """Puts the best of a piece among the best of those before it; first: its first key."""
+        (count, size), n = keys.shape, best.shape[1]
+        # Of a query: itself, and what is found, numbers and scores, six times where pieces are put together.
+        most = max(1, self._values // 8 // (size + 18 * n))
+        # Of a query: scores, the best of each run, and those of the best runs three times.
+        rows = max(1, min(most, self._values * 9 // 16 // (count * (_RUN + 1) // _RUN + 3 * _RUN * n)))  # fmt: skip
+        there = torch.from_numpy(keys).to(self._device)
+        # One for all: between others that come and go, the allocator finds no room for it again.
+        held = torch.empty((rows, count), device=self._device)
+        for a in range(0, len(queries), most):
+            some = torch.from_numpy(queries[a : a + most].astype(np.float32)).to(self._device)
+            found = [
+                _best(torch.mm(part, there.T, out=held[: len(part)]), n)
+                for part in some.split(rows)
+            ]
+            values, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
+            del found
+            ids += first
+            if scores is not None:
+                if first:
+                    values, ids = self._merged(values, ids, scores[a : a + most], best[a : a + most], n)  # fmt: skip
+                scores[a : a + most] = values.cpu().numpy()
+            best[a : a + most] = ids.cpu().numpy()
 
     def _merged(self, values: Tensor, ids: Tensor, scores: Floats, best: Ids, n: int) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The best n of those found and those of the pieces before."""
