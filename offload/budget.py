@@ -20,7 +20,6 @@ from offload.demand import (
     Held,
     demand_of,
     other_demand,
-    pass_bytes,
     priced_shape,
     way_of,
 )
@@ -181,11 +180,6 @@ class Budgets:
         if other is not None:  # as the device was: by now the run may have taken its memory
             other = replace(other, weights=demand.weights, overhead=demand.overhead)
         return choices(config, demand, layout, budget=budget, card=card, other=other, output=output)
-
-    def pass_bytes(self, batch: int, rows: int) -> int:
-        """Device bytes of a pass that gives logits of every row; see `offload.demand`."""
-        ahead = self._on_card and self._config.decode.look_ahead is not False
-        return pass_bytes(self._shape, batch, rows, beside=ahead)
 
     def lay_out(self, demand: Demand, *, idle_host: int = 0) -> Layout:
         """Divides a run between the tiers.

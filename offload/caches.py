@@ -385,21 +385,18 @@ class CacheMaker:
         """
         layout = cache.layout
         stores = cache.layer_stores
-        # A CPU's copy would be no nearer, and an explicit window says what shall be on the device.
-        wanted = self.streams.on and isinstance(self._config.cache.window, str)
-        if layout is None or layout.host_blocks is not None:
-            return  # tokens that are read again need that memory
-        if not wanted or not stores or not stores[0].columns:
+        # A CPU's copy would be no nearer.
+        if not self.streams.on or layout is None or not stores or not stores[0].columns:
             return
-        torch.cuda.empty_cache()
-        needed = self._budgets.pass_bytes(stores[0].batch, rows)
-        spare = max(0, layout.device["workspace"] - needed)
-        spare += int(
+        spare = layout.idle_bytes + int(
             layout.resident_share
             * layout.host_tokens
             * stores[0].batch
             * sum(self._shape.token_bytes)
         )
+        if layout.host_blocks is not None or not spare:
+            return  # tokens that are read again need that memory
+        torch.cuda.empty_cache()
         per_column = sum(
             store.column_bytes * (1 if store.shared_columns else store.batch) for store in stores
         )

@@ -178,6 +178,11 @@ def demand_of(
     draws = 0
     if held.on_card and fast and config.retrieval.index == "graph":
         draws = NEAREST_BYTES + CUBLAS_WORKSPACE  # of the thread that does it
+    rows = _decoded_rows(config, exact=exact)
+    ahead = held.on_card and config.decode.look_ahead is not False
+    decoding = captures + draws + pass_bytes(shape, batch, rows, beside=ahead)
+    # A CPU's copy would be no nearer, and an explicit window says what shall be on the device.
+    keeps = held.on_card and isinstance(window, str)
     return Demand(
         batch=batch,
         copies=copies,
@@ -193,14 +198,8 @@ def demand_of(
         overhead=overhead,
         workspace=shape.workspace + captures + draws,
         workspace_per_token=shape.workspace_per_token,
-        least_workspace=captures
-        + draws
-        + pass_bytes(
-            shape,
-            batch,
-            _decoded_rows(config, exact=exact),
-            beside=held.on_card and config.decode.look_ahead is not False,
-        ),
+        least_workspace=decoding,
+        step_workspace=decoding if keeps else None,
         other_kv=batch * shape.other_kv_bytes(tokens),
         rungs=_rungs(config, shape, on_card=held.on_card) if fast else (),
         ladder=_ladder(config, shape, errors, on_card=held.on_card) if fast and errors else (),

@@ -19,6 +19,11 @@ from offload.scheduler.profiles import Profile
 _LAYER_S = 24e-6
 # Further, where layers are not compiled: some twenty small kernels more (`benchmarks/cli_card.json`).
 EAGER_S = 71e-6
+# Where a step is not captured, Python launches a layer's kernels in this time, and each piece of its attention beyond one in the
+# other; it does so beside the card and the link. Of an 8B Llama by transformers on the host of that H100
+# (`benchmarks/scheduler.json`), whose Python takes up to a third longer from minute to minute.
+_LAUNCHED_LAYER_S = 0.92e-3
+_LAUNCHED_PIECE_S = 0.29e-3
 # The device path of a layer besides its bytes: scan and selection until the tail is under way.
 _PATH_S = 39e-6
 _PATH_TOKEN_S = 3e-11  # for each token of the replica
@@ -41,7 +46,7 @@ _HAND_OFFS_S = 50e-6  # of a layer to the host and back
 _SEARCH_ROW_BYTES = (
     2900  # what could be read in order in the time that one row takes, which lies anywhere
 )
-LINK, PASSES = "PCIe", "passes"
+LINK, PASSES, LAUNCHING = "PCIe", "passes", "launching"
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a sum over layers is kept
@@ -96,7 +101,7 @@ class Times:
     Attributes:
         prefill: Seconds until the first token.
         token: Seconds of a token.
-        parts: Of these, by what they go into; the link overlaps with the others.
+        parts: Of these, by what they go into; `LINK` and `LAUNCHING` overlap with the others and with each other.
         limit: The part that is the largest.
     """
 
@@ -120,12 +125,13 @@ def times(layout: Layout, shape: Shape, profile: Profile, way: Way) -> Times:
     parts, device, token = dict(busy.device), busy.computes, busy.seconds
     if busy.link:
         parts[LINK] = busy.link
+    if busy.launching:
+        parts[LAUNCHING] = busy.launching
     if way.mode == "verified" and layout.rungs and way.batch == 1:
         token = verified(layout, shape.work, profile, way, step_s=device)
         parts[PASSES] = token - device
-    limit = max(parts, key=lambda part: parts[part])
-    if busy.link >= device:
-        limit = LINK
+    largest = max(device, busy.link, busy.launching)
+    limit = busy.limit if largest > device else max(parts, key=lambda part: parts[part])
     return Times(prefill=first, token=token, parts=parts, limit=limit)
 
 
@@ -172,6 +178,7 @@ def placement_of(layout: Layout, shape: Shape, way: Way, *, tokens: int | None =
         resident=held,
         read=layout.device["other KV"],
         compiled=way.compiled,
+        pieces=0.0 if way.mode == "exact" or (streams and away) else None,
     )
     gone = layout.dropped_tokens if tokens is None else layout.dropped(tokens, prompt=way.prompt)
     if gone:  # read again in pieces, the sinks before them too
@@ -185,8 +192,12 @@ def placement_of(layout: Layout, shape: Shape, way: Way, *, tokens: int | None =
     if streams:
         # What is left of the budget keeps rows of host tokens.
         host_bytes = grown * layout.host["pages"] if layout.host_tokens else batch * away * kv
-        copied = (1.0 - layout.resident_share) * host_bytes
-        resident = held + layout.resident_share * batch * away
+        kept = layout.kept_share(away, sequences=batch, token_bytes=kv)
+        copied = (1.0 - kept) * host_bytes
+        resident = held + kept * batch * away
+        if shape.layers:  # each that is staged, and those that are kept
+            pieces = -(-copied // (len(shape.layers) * max(1, layout.staging_bytes)))
+            where = replace(where, pieces=pieces + (kept > 0))
         if hidden is None:
             return replace(where, resident=resident, fetched=copied / kv)
         pages = copied / sum(hidden.page_bytes)
@@ -387,6 +398,7 @@ class Placement:
         staging: Bytes in which the dropped ones are read again, a group of sequences at a time.
         link_share: Of the link's rate that copies reach, if it is not that of pinned memory.
         compiled: Whether the layers of a step are compiled.
+        pieces: In which a layer attends, beyond the one of what never left the device; None where steps are captured.
     """
 
     sequences: int
@@ -406,6 +418,7 @@ class Placement:
     staging: int = 1
     link_share: float = _STREAM_SHARE
     compiled: bool = True
+    pieces: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,12 +430,14 @@ class Busy:
         link: Seconds of PCIe.
         bytes_in: That are copied to the device.
         bytes_out: That are copied to the host.
+        launching: Seconds of Python, where the step is not captured.
     """
 
     device: dict[str, float]
     link: float
     bytes_in: float
     bytes_out: float
+    launching: float = 0.0
 
     @property
     def computes(self) -> float:
@@ -432,11 +447,13 @@ class Busy:
     @property
     def seconds(self) -> float:
         """Of the step: the engines overlap."""
-        return max(self.computes, self.link)
+        return max(self.computes, self.link, self.launching)
 
     @property
     def limit(self) -> str:
         """What takes longest."""
+        if self.launching > max(self.computes, self.link):
+            return LAUNCHING
         if self.link >= self.computes:
             return LINK
         return max(self.device, key=lambda part: self.device[part])
@@ -457,6 +474,7 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
     search     layers that choose · 58 µs for a hand-off each way + bytes / (host's memory rate · 0.5): the device waits. The
                half is what is aimed at and has not been measured beside a card
 
+    Of Python, where the step is not captured: layers · 0.92 ms + layers that keep every token · pieces · 0.29 ms.
     Of the link: bytes / (PCIe rate · share reached), the larger of both ways, or their sum over 1.5.
 
     Args:
@@ -491,7 +509,11 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
         device["replica"] = where.replica / rate
     come = where.fetched * shape.kv_bytes + where.rebuilt * shape.input_bytes + where.bytes_in
     link = copying(come, where.bytes_out, profile, share=where.link_share)
-    return Busy(device, link, come, where.bytes_out)
+    launching = 0.0
+    if where.pieces is not None:
+        launching = work.layers * _LAUNCHED_LAYER_S
+        launching += len(shape.layers) * where.pieces * _LAUNCHED_PIECE_S
+    return Busy(device, link, come, where.bytes_out, launching)
 
 
 def copying(

@@ -109,6 +109,8 @@ class Demand:
         workspace: Device bytes of activations that do not depend on the chunk.
         workspace_per_token: Further device bytes per token of the chunk and sequence.
         least_workspace: Device bytes of activations at least, however small the chunk: of passes while decoding.
+        step_workspace: Of the activations, device bytes that a step of decoding needs, where host pages are kept in the place of
+            the others; None where none are.
         other_kv: Device bytes of the layers that are not offloaded.
         rungs: Replicas that may be kept of offloaded tokens, best first; none for exact mode.
         ladder: Rungs that single layers may have, with what that costs each; none where nobody knows. Only where
@@ -145,6 +147,7 @@ class Demand:
     workspace: int
     workspace_per_token: int
     least_workspace: int = 0
+    step_workspace: int | None = None
     other_kv: int = 0
     rungs: tuple[RungPrice, ...] = ()
     ladder: tuple[RungPrice, ...] = ()
@@ -183,6 +186,7 @@ class Layout:
         page: Tokens of a block.
         hidden: What pages hold instead of keys and values; None where they hold these.
         resident_share: Of the host's tokens, those of which the device keeps rebuilt rows while it decodes.
+        idle_bytes: Of the activations, device bytes that only prefill needs: while decoding, host pages are kept there.
         host_blocks: Blocks of a sequence that the host holds at most, where older ones are then dropped and read again
             from their ids; None: it holds all that leave the device.
         dropped_tokens: Tokens per sequence that are nowhere at the end, where the length is known.
@@ -204,6 +208,7 @@ class Layout:
     page: int = 1
     hidden: HiddenPrice | None = None
     resident_share: float = 0.0
+    idle_bytes: int = 0
     host_blocks: int | None = None
     dropped_tokens: int = 0
 
@@ -250,6 +255,20 @@ class Layout:
         more = max(0, blocks - max(read, self.window_blocks))
         together = max(1, self.window_blocks // 2) if self.rungs else 1
         return (there + -(-more // together) * together) * self.page
+
+    def kept_share(self, away: float, *, sequences: int, token_bytes: float) -> float:
+        """Of the tokens on the host, the share that the device keeps too while it decodes without a replica.
+
+        Args:
+            away: Tokens of a sequence on the host.
+            sequences: That are decoded.
+            token_bytes: Of a token's keys and values in all layers.
+        """
+        if not away or self.host_blocks is not None:  # what is read again needs that memory
+            return 0.0
+        column = sequences * self.page * token_bytes
+        kept = (self.idle_bytes + self.resident_share * away * sequences * token_bytes) // column
+        return min(1.0, max(self.resident_share, kept * self.page / away))
 
     @property
     def device_bytes(self) -> int:
@@ -731,6 +750,9 @@ def _price(demand: Demand, staging: int, window_blocks: int, chunk: int) -> Layo
         whole=whole,
         page=demand.page,
         hidden=hidden,
+        idle_bytes=0
+        if demand.step_workspace is None
+        else max(0, workspace_bytes(demand, chunk) - demand.step_workspace),
     )
 
 

@@ -119,7 +119,8 @@ def test_drafts_are_as_long_as_makes_tokens_come_fastest() -> None:
         asked = decided("drafts", mode="verified", draft=length)
         assert asked.why == "decode.draft is set"
         assert (best.cost or 0) <= (asked.cost or 0)
-        assert asked.instead_cost == best.instead_cost
+        # Memory that a longer draft's pass needs keeps no pages.
+        assert asked.instead_cost == pytest.approx(best.instead_cost, rel=0.02)
 
 
 def test_a_chunk_that_shrank_says_what_a_whole_one_would_take() -> None:
@@ -150,9 +151,11 @@ def test_the_oldest_tokens_are_dropped_where_the_host_ends_and_not_before() -> N
     assert short.phases.p2 == short.phases.p1 + short.layout.host_blocks * 64
     assert short.phases.dropped_share == pytest.approx(short.layout.dropped_tokens / 65_536, abs=1e-3)  # fmt: skip
     assert "on III, at the end" in str(short.phases)
-    # The card computes more and the link copies less; a chunk that is read needs the dropped ones too.
+    # The card computes more; a chunk that is read needs the dropped ones too. The link copies all that the host has, where
+    # else memory that only prefill needs keeps a part of it.
     assert short.times.parts["prefix"] > 0
-    assert short.times.parts["PCIe"] < roomy.times.parts["PCIe"]
+    a_byte = roomy.times.parts["PCIe"] / (needed - roomy.layout.idle_bytes)
+    assert short.times.parts["PCIe"] == pytest.approx(a_byte * short.layout.host_bytes, rel=0.01)
     assert short.times.prefill > roomy.times.prefill
     (choice,) = [c for c in short.decisions if c.what == "the oldest tokens"]
     assert choice.cost == short.layout.host_bytes < choice.instead_cost

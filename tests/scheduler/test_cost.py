@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.scheduler.cost import (
+    LAUNCHING,
     LINK,
     Heads,
     Placement,
@@ -133,7 +134,7 @@ def test_inputs_are_rebuilt_at_the_price_of_a_placement() -> None:
         assert busy.device[part] == pytest.approx(seconds), part
     assert busy.link == pytest.approx(by_hand.link)
     found = times(layout, MHA, H100, EXACT)
-    assert found.parts == busy.device | {LINK: busy.link}
+    assert found.parts == busy.device | {LINK: busy.link, LAUNCHING: busy.launching}
     assert found.token == busy.seconds
 
 
@@ -230,3 +231,35 @@ def test_the_share_that_is_rebuilt_is_the_fastest_of_all_that_a_page_can_have() 
     best = min(found, key=lambda n: found[n])
     # The formula counts the products alone; a step has weights and attention to do besides.
     assert found[round(share * PAGE)] <= 1.05 * found[best]
+
+
+def test_a_step_that_is_not_captured_takes_no_less_than_python_needs_to_launch_it() -> None:
+    whole = laid_out(demand(MHA, tokens=8192), 20 * 2**30)
+    busy = step(whole, MHA, H100, replace(EXACT, prompt=8000))
+    assert (busy.link, busy.limit) == (0, LAUNCHING)
+    assert busy.seconds == busy.launching == pytest.approx(32 * 0.92e-3)
+    assert step(whole, MHA, H100, replace(FAST, prompt=8000)).launching == 0
+    # Each layer's pages come in pieces of a staging buffer: smaller ones are more, until Python is what a step waits for.
+    asked = replace(demand(MHA), staging=4 * MIB)
+    small, large = (laid_out(one, 13 * 2**30) for one in (asked, replace(asked, staging=64 * MIB)))
+    few, many = (step(layout, MHA, H100, EXACT) for layout in (large, small))
+    assert (few.limit, many.limit) == (LINK, LAUNCHING)
+    pieces = -(-many.bytes_in // (32 * 4 * MIB))
+    assert many.launching == pytest.approx(32 * (0.92e-3 + pieces * 0.29e-3))
+
+
+def test_pages_are_kept_in_memory_that_only_prefill_needs_and_are_not_streamed() -> None:
+    asked = replace(demand(MHA, batch=2), workspace=2**30, step_workspace=2**20)
+    layout = laid_out(asked, 10 * 2**30)
+    assert layout.idle_bytes == layout.device["workspace"] - 2**20
+    way = replace(EXACT, batch=2)
+    busy, where = step(layout, MHA, H100, way), placement_of(layout, MHA, way)
+    column = 2 * PAGE * MHA.kv_bytes
+    kept = layout.idle_bytes // column * column
+    assert kept > 2**29
+    assert busy.bytes_in == pytest.approx(layout.host_bytes - kept)
+    none = placement_of(replace(layout, idle_bytes=0), MHA, way)
+    assert where.resident - none.resident == pytest.approx(kept / MHA.kv_bytes)
+    # While few tokens are on the host, all of them are.
+    first = step(layout, MHA, H100, way, tokens=layout.most_on_device + 1)
+    assert (first.link, first.bytes_in) == (0, 0)
