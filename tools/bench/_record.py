@@ -142,10 +142,15 @@ class PeakMemory:
 
     Between two readings memory can rise and fall unseen; torch's own peak of reserved bytes, which misses
     nothing, is taken too, and the larger of both counts (context and other holders added to it).
+
+    Attributes:
+        nbytes: So far; 0 without a card.
+        resting: Set while steps are timed: a reading holds up their launches. One is taken at the end.
     """
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self.resting = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -162,9 +167,14 @@ class PeakMemory:
         if torch.cuda.is_available():
             self._stop.set()
             self._thread.join()
+            self._read()
             self.nbytes = max(self.nbytes, self._others + torch.cuda.max_memory_reserved())
 
     def _watch(self) -> None:
         while not self._stop.wait(0.005):
-            free, total = torch.cuda.mem_get_info()
-            self.nbytes = max(self.nbytes, total - free)
+            if not self.resting:
+                self._read()
+
+    def _read(self) -> None:
+        free, total = torch.cuda.mem_get_info()
+        self.nbytes = max(self.nbytes, total - free)

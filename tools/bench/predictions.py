@@ -4,7 +4,7 @@
   The layout is the one that the runtime chose, its price `offload.scheduler.cost.times`, as `offload plan` prints it. Measured
   is the time from token to token of `Runtime.generate`, median behind some; in mode verified, whose tokens come in bursts, the
   mean behind some. Layers are not compiled. The planned bytes are those of the layout, the measured ones the most that
-  the driver counted in use from before `attach` to the last token.
+  the driver counted in use from before `attach` to the last token; it is not asked while steps are timed, which it holds up.
 - `plan`: milliseconds of `offload.plan.plan`, median of some calls, of several models up to 1M tokens.
 
 Modes fast and verified attend with keys and queries recorded from a real model (`_vectors.py`), as the costs' constants were
@@ -231,7 +231,7 @@ def predicted(bench: Bench, runtime: Any, layout: Any, setting: Setting) -> dict
     }  # fmt: skip
 
 
-def ran(bench: Bench, runtime: Any, cache: Any, setting: Setting, ids: Tensor) -> dict[str, Any]:
+def ran(bench: Bench, runtime: Any, cache: Any, setting: Setting, ids: Tensor, peak: PeakMemory) -> dict[str, Any]:  # fmt: skip
     """What a run took."""
     warm, counted = bench.new_tokens(setting)
     began = time.perf_counter()
@@ -239,11 +239,17 @@ def ran(bench: Bench, runtime: Any, cache: Any, setting: Setting, ids: Tensor) -
     if setting.batch * setting.tokens > (1000 if bench.smoke else READ):
         filled = max(0, setting.tokens - 1 - 2 * cache.layout.chunk)
         fill(bench.model, cache, ids, filled)
-    filled_s, watch = time.perf_counter() - began, Watch()
+    filled_s = time.perf_counter() - began
+
+    def rest(tokens: int) -> None:
+        peak.resting = tokens >= setting.batch * warm
+
+    watch = Watch(rest)
     runtime.generate(
         ids, attention_mask=torch.ones_like(ids), cache=cache, streamer=watch, max_new_tokens=warm + counted,
         do_sample=False, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
+    peak.resting = False
     report = runtime.report()
     # Of all sequences together, one of which is counted.
     bursts = [(at, made / setting.batch) for at, made in watch.bursts if made / setting.batch >= warm]  # fmt: skip
@@ -276,7 +282,7 @@ def measured(bench: Bench, setting: Setting) -> dict[str, Any]:
             cache.start(setting.batch)
             said = predicted(bench, runtime, cache.layout, setting)
             with agreeing(setting, cache.layout) as agreement:
-                found = ran(bench, runtime, cache, setting, ids)
+                found = ran(bench, runtime, cache, setting, ids, peak)
             cache.close("it was measured")
     row = {
         "mode": setting.mode, "rung": setting.rung, "tokens": tokens, "batch": setting.batch, "cap_bytes": setting.cap,
