@@ -88,9 +88,9 @@ def merge_two_triton(a: Part, b: Part, out: Tensor, lse: Tensor) -> None:
     block_d = triton.next_power_of_2(head_size)
     block_rows = max(1, 4096 // block_d)  # 32 rows of 128: one decode step is one program
     grid = (triton.cdiv(n_rows, block_rows),)
-    with (
-        torch.cuda.device(out.device) if out.is_cuda else nullcontext()
-    ):  # Triton asks for the current one
+    # Triton asks for the current device.
+    other = out.is_cuda and out.device.index != torch.cuda.current_device()
+    with torch.cuda.device(out.device) if other else nullcontext():
         _merge_kernel[grid](
             a.out, a.lse, b.out, b.lse, out, lse, n_rows, n_heads, n_queries,
             *a.out.stride()[:3], *b.out.stride()[:3], *out.stride()[:3],

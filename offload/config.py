@@ -412,8 +412,8 @@ class DecodeConfig(_Table):
     capture: bool = Field(
         default=True,
         strict=True,
-        description="Whether the step of one token is captured as a CUDA graph and replayed, in fast "
-        "mode on a CUDA device.",
+        description="Whether the step of one token is captured and replayed, on a CUDA device: as one CUDA graph in fast mode, as "
+        "one between every two layers' attention where every token is streamed.",
         json_schema_extra=_unit("true or false"),
     )
     compile: _AutoOrSwitch = Field(

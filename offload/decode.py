@@ -6,7 +6,8 @@ whoever calls the model, transformers' `generate` first of all, replays the grap
 
 The first step of one token runs as it is (compiled, where that is wanted), the second is captured, later ones are
 replayed. A graph is captured anew when an address that it has kept changed, when the first block went to the host, or
-when host pages could no longer be pinned: then it is split at every layer, whose rows the host gathers.
+when host pages could no longer be pinned: then it is split at every layer, whose rows the host gathers. Where every token is
+streamed it is split at every layer from the start: the host launches its attention, and the graphs hold what lies between.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ class CapturedStep:
         self._others: dict[str, Any] = {}
         self._output: Any = None
         self._key: tuple[Any, ...] | None = None
-        # Which layers had tokens on the host, and which of these pages that are not pinned, in steps that ran.
+        # The kinds of layers, in steps that ran.
         self._warm: set[tuple[tuple[bool, bool], ...]] = set()
-        self.reason = _why_not(cache)
+        self._padded: bool | None = None  # whether any token is padding; None: not known yet
+        self.reason = _why_not(cache) or _hooked(model)
         self.not_compiled: str | None = None
         self.replays = 0
         self.seconds = 0.0
@@ -82,7 +84,9 @@ class CapturedStep:
             return self._first_step(args, kwargs)
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         self._cache.begin_pass(ids, mask)
+        visible = self._visible(mask)
         for store in self._stores:
+            store.visible = visible
             store.before_step()
         try:
             if self._key != self._addresses(kwargs) and not self._capture(kwargs):
@@ -101,6 +105,14 @@ class CapturedStep:
             raise
         self._cache.end_pass()
         return self._output
+
+    def _visible(self, mask: Tensor | None) -> Tensor | None:
+        """Boolean [B, length + 1], False where a streamed token is padding; None where none is. Steps bring no padding."""
+        if mask is None or all(store.path is not None for store in self._stores):
+            return None
+        if self._padded is None:
+            self._padded = not bool(mask.all())
+        return mask.bool() if self._padded else None
 
     def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a step as it is, compiled if that is wanted and works."""
@@ -142,9 +154,13 @@ class CapturedStep:
         if strangers:
             self.reason = f"a graph does not know its inputs {', '.join(strangers)}"
             return False
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            self.reason = "its attention mask is not one of padding"
+            return False
         if ids.shape[0] != self._stores[0].batch:
             return False
-        return all(s.path is not None and s.path.can_step_now(s.columns) for s in self._stores)
+        return all(s.path is None or s.path.can_step_now(s.columns) for s in self._stores)
 
     def _addresses(self, kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """What a graph has kept: it is void when any of it changes."""
@@ -418,8 +434,8 @@ class Flags:
 
 
 def _kind(store: LayerStore) -> tuple[bool, bool]:
-    """Whether a layer has tokens on the host, and whether kernels cannot read them there."""
-    on_host = store.columns > 0
+    """Whether a layer's kernels read tokens on the host, and whether the host has to gather them."""
+    on_host = store.path is not None and store.columns > 0
     return on_host, on_host and not store.all_pinned
 
 
@@ -434,10 +450,19 @@ def _why_not(cache: OffloadCache) -> str | None:
         return f"its cache has layers that a graph cannot replay ({', '.join(sorted(strangers))})"
     if any(store.region.device.type != "cuda" for store in cache.layer_stores):
         return "graphs are captured on CUDA devices only"
-    if any(store.path is None for store in cache.layer_stores):
-        return "its tokens are streamed"
+    if any(store.rereads for store in cache.layer_stores):
+        return "tokens that were dropped may have to be read again"
     if not all(store.path.has_kernels for store in cache.layer_stores if store.path is not None):
         return f"its heads are larger than {LARGEST_HEAD}, which no kernel knows"
+    return None
+
+
+def _hooked(model: Any) -> str | None:
+    for name, module in model.named_modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        # Ours tell the cache what `CapturedStep` tells it.
+        if not all(getattr(hook, "__module__", "").startswith("offload.") for hook in hooks):
+            return f"no graph calls the hooks of {name or type(module).__name__}"
     return None
 
 

@@ -174,7 +174,8 @@ def demand_of(
     if hides and tokens is not None and shape.rows:
         hidden = hidden_price(config, shape, held.flops_per_byte)
     again = _reread_bytes(config, shape, copies)
-    captures = CUBLAS_WORKSPACE if held.on_card and fast and config.decode.capture else 0
+    capturing = config.decode.capture and config.scheduler.recompute != "prefix"
+    captures = CUBLAS_WORKSPACE if held.on_card and capturing else 0
     draws = 0
     if held.on_card and fast and config.retrieval.index == "graph":
         draws = NEAREST_BYTES + CUBLAS_WORKSPACE  # of the thread that does it
@@ -305,6 +306,7 @@ def way_of(config: OffloadConfig, *, batch: int, prompt: int, output: int) -> Wa
         drafts=Drafts.of(config.decode.draft),
         looks_ahead=ahead is not False,
         compiled=config.compiles(output),
+        captured=config.decode.capture,
     )
 
 

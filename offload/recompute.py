@@ -214,12 +214,15 @@ class LayerSource:
         """
         self._inputs, self._layer, self._angles = inputs, layer, angles
 
-    def take(self, first: int) -> Tensor:
+    def take(self) -> tuple[Tensor, Callable[[int], None]]:
         """As of `Source`."""
         hidden, angles = self._inputs.take(self._layer)
-        if self._layer == 0:
-            self._angles.put(first, angles)
-        return hidden
+
+        def note(first: int) -> None:
+            if self._layer == 0:
+                self._angles.put(first, angles)
+
+        return hidden, note
 
     def rebuild(
         self, inputs: Tensor, positions: Tensor, sequence: int | None

@@ -556,6 +556,8 @@ class Runtime:
                 cache.batch_repeat_interleave(prompt.copies)
             undrafted = self._undrafted(prompt, kwargs)
             fast = cache.decodes_fast and not prompt.is_beams and undrafted is None
+            # Whether every step is exact and of one token; beams change the order of sequences between steps.
+            streams = not cache.decodes_fast and not prompt.is_beams
             drafts = None
             if fast:
                 self._check_replica(cache)
@@ -578,8 +580,9 @@ class Runtime:
             captured = None
             if prompt.is_assisted:
                 stack.enter_context(first_forward_skips_cached(self.model, cache))
-            elif fast and self._streams.on and self.config.decode.capture:
-                compiles = self._wants_compiled(prompt.final_length - total)
+            elif self._streams.on and self.config.decode.capture and (fast or streams):
+                # Compiled layers round otherwise: exact steps are those of the stock cache.
+                compiles = fast and self._wants_compiled(prompt.final_length - total)
                 captured = stack.enter_context(captured_steps(self.model, cache, compiles=compiles))
                 takes_loop = prompt.is_plain and "custom_generate" not in call
                 if captured.reason is None and takes_loop and drafts is None:

@@ -19,11 +19,13 @@ from offload.scheduler.profiles import Profile
 _LAYER_S = 24e-6
 # Further, where layers are not compiled: some twenty small kernels more (`benchmarks/cli_card.json`).
 EAGER_S = 71e-6
-# Where a step is not captured, Python launches a layer's kernels in this time, and each piece of its attention beyond one in the
-# other; it does so beside the card and the link. Of an 8B Llama by transformers on the host of that H100
-# (`benchmarks/scheduler.json`), whose Python takes up to a third longer from minute to minute.
+# Where tokens are streamed, Python launches a layer's attention between two graphs in the first of these times, and each piece of it
+# beyond one in the last; where steps are not captured, a whole layer of an 8B Llama by transformers takes it the second. It does
+# so beside the card and the link. On the hosts of such an H100 (`benchmarks/scheduler.json`), whose Python takes half as long again
+# on one as on another.
+_ATTENDING_LAYER_S = 0.15e-3
 _LAUNCHED_LAYER_S = 0.92e-3
-_LAUNCHED_PIECE_S = 0.29e-3
+_LAUNCHED_PIECE_S = 0.22e-3
 # The device path of a layer besides its bytes: scan and selection until the tail is under way.
 _PATH_S = 39e-6
 _PATH_TOKEN_S = 3e-11  # for each token of the replica
@@ -83,6 +85,7 @@ class Way:
         drafts: How long drafts are; None: as is fastest.
         looks_ahead: Whether a draft goes on beside its pass.
         compiled: Whether the layers of a step are compiled.
+        captured: Whether steps are captured, if they can be.
     """
 
     mode: str
@@ -92,6 +95,7 @@ class Way:
     drafts: Drafts | None = None
     looks_ahead: bool = True
     compiled: bool = True
+    captured: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +183,7 @@ def placement_of(layout: Layout, shape: Shape, way: Way, *, tokens: int | None =
         read=layout.device["other KV"],
         compiled=way.compiled,
         pieces=0.0 if way.mode == "exact" or (streams and away) else None,
+        captured=way.captured and not (way.mode == "verified" and batch > 1 and layout.rungs),
     )
     gone = layout.dropped_tokens if tokens is None else layout.dropped(tokens, prompt=way.prompt)
     if gone:  # read again in pieces, the sinks before them too
@@ -398,7 +403,8 @@ class Placement:
         staging: Bytes in which the dropped ones are read again, a group of sequences at a time.
         link_share: Of the link's rate that copies reach, if it is not that of pinned memory.
         compiled: Whether the layers of a step are compiled.
-        pieces: In which a layer attends, beyond the one of what never left the device; None where steps are captured.
+        pieces: In which Python lets a layer attend, beyond the one of what never left the device; None where it has no hand in it.
+        captured: Whether graphs hold what lies between.
     """
 
     sequences: int
@@ -419,6 +425,7 @@ class Placement:
     link_share: float = _STREAM_SHARE
     compiled: bool = True
     pieces: float | None = None
+    captured: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +437,7 @@ class Busy:
         link: Seconds of PCIe.
         bytes_in: That are copied to the device.
         bytes_out: That are copied to the host.
-        launching: Seconds of Python, where the step is not captured.
+        launching: Seconds of Python, where it launches attention or all of a step.
     """
 
     device: dict[str, float]
@@ -474,7 +481,8 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
     search     layers that choose · 58 µs for a hand-off each way + bytes / (host's memory rate · 0.5): the device waits. The
                half is what is aimed at and has not been measured beside a card
 
-    Of Python, where the step is not captured: layers · 0.92 ms + layers that keep every token · pieces · 0.29 ms.
+    Of Python, where it has a hand in a step: layers · 0.15 ms, 0.92 where it is not captured, + layers that keep every token · pieces
+    · 0.22 ms.
     Of the link: bytes / (PCIe rate · share reached), the larger of both ways, or their sum over 1.5.
 
     Args:
@@ -511,7 +519,7 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
     link = copying(come, where.bytes_out, profile, share=where.link_share)
     launching = 0.0
     if where.pieces is not None:
-        launching = work.layers * _LAUNCHED_LAYER_S
+        launching = work.layers * (_ATTENDING_LAYER_S if where.captured else _LAUNCHED_LAYER_S)
         launching += len(shape.layers) * where.pieces * _LAUNCHED_PIECE_S
     return Busy(device, link, come, where.bytes_out, launching)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import prompts
+from families import left_padded, prompts
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import offload
@@ -88,6 +88,83 @@ def test_resident_pages_change_no_token_and_save_their_bytes() -> None:
         second = runtime.generate(longer, past_key_values=cache, max_new_tokens=16, do_sample=False)
     assert torch.equal(got, want)
     assert torch.equal(second, model.generate(longer, max_new_tokens=16, do_sample=False))
+
+
+@pytest.mark.parametrize("recompute", ["off", "hidden"])
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_exact_steps_are_replayed_and_give_the_tokens_of_the_stock_cache(
+    recompute: str, padded: bool
+) -> None:
+    model = wide_llama(torch.float32)
+    ids, mask = left_padded(2, 1500, pads=(0, 130) if padded else (0, 0))
+    ids, mask = ids.cuda(), mask.cuda()
+    tiers: dict[str, Any] = {"page": 64, "window": 256, "chunk": 512, "scheduler": {"recompute": recompute}}  # fmt: skip
+    ways: list[dict[str, Any]] = [{"do_sample": False}, {"do_sample": True, "top_k": 20}]
+    for call in ways:
+        call |= {"max_new_tokens": 150, "attention_mask": mask}
+        torch.manual_seed(5)
+        want = model.generate(ids, **call)
+        made = {}
+        for capture in (True, False):
+            with offload.attach(model, mode="exact", capture=capture, **tiers) as runtime:
+                torch.manual_seed(5)
+                made[capture] = runtime.generate(ids, **call)
+                report = runtime.report()
+                assert report.replayed_steps == (149 if capture else 0)
+                assert report.notes == []
+        assert torch.equal(made[True], made[False])
+        assert torch.equal(made[True], want)
+
+
+def test_a_replayed_exact_run_ends_where_the_stock_one_does_and_goes_on() -> None:
+    model = wide_llama(torch.float32)
+    ids = prompts(1, 1500).cuda()
+    call: dict[str, Any] = {"max_new_tokens": 120, "do_sample": False}
+    free = model.generate(ids, **call)
+    # The last of some tokens that have not come before, wherever it stands in a page.
+    end = next(int(free[0, at]) for at in range(1590, 1500, -1) if int(free[0, at]) not in free[0, 1500:at])  # fmt: skip
+    want = model.generate(ids, eos_token_id=end, **call)
+    assert 1500 < want.shape[1] < free.shape[1]
+    with offload.attach(model, mode="exact", window=256, chunk=512) as runtime:
+        cache = runtime.new_cache(2400)
+        got = runtime.generate(ids, past_key_values=cache, eos_token_id=end, **call)
+        assert torch.equal(got, want)
+        longer = torch.cat([got, prompts(1, 300, seed=1).cuda()], dim=1)
+        second = runtime.generate(longer, past_key_values=cache, **call)
+        assert runtime.report().replayed_steps == 119
+    assert torch.equal(second, model.generate(longer, **call))
+
+
+def test_an_exception_between_graphs_leaves_a_cache_that_goes_on() -> None:
+    model = wide_llama(torch.float32)
+    ids = prompts(1, 1500).cuda()
+    # A padding token would be masked where an answer has it.
+    call: dict[str, Any] = {"do_sample": False, "pad_token_id": None}
+    want = model.generate(ids, max_new_tokens=60, **call)
+    with offload.attach(model, mode="exact", window=256, chunk=512) as runtime:
+        cache = runtime.new_cache(2400)
+        call["past_key_values"] = cache
+        made = runtime.generate(ids, max_new_tokens=10, **call)
+        store: Any = cache.layer_stores[5]
+        kept = store._attend_and_take_in
+        left = [25]
+
+        def breaks(*args: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                raise RuntimeError("in the middle of a step")
+            return kept(*args)
+
+        store._attend_and_take_in = breaks
+        with pytest.raises(RuntimeError, match="in the middle"):
+            runtime.generate(made, max_new_tokens=40, **call)
+        assert left == [0]
+        del store._attend_and_take_in
+        length = cache.get_seq_length()
+        assert len({layer.get_seq_length() for layer in cache.layers}) == 1
+        got = runtime.generate(want[:, : length + 1], max_new_tokens=1559 - length, **call)
+        assert runtime.report().reused_tokens == length
+    assert torch.equal(got, want)
 
 
 def test_a_budget_below_the_weights_is_refused_before_anything_is_allocated() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import offload
 from offload.errors import ConfigError, UnsupportedModelError
+from offload.graph import StepGraph
 from offload.scheduler.cost import hidden_share
 
 _SIZES: dict[str, Any] = {
@@ -146,3 +148,36 @@ def test_copies_and_products_end_together() -> None:
     assert hidden_share(values, inputs, itemsize, 1e9) == 1.0
     assert hidden_share(values // 4, inputs, itemsize, flops_per_byte) == 0.0
     assert hidden_share(values, inputs, itemsize, None) == 1.0
+
+
+@pytest.mark.parametrize("recompute", ["off", "hidden"])
+def test_a_captured_step_leaves_attention_to_the_host_in_every_replay(
+    recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU captures nothing: what the host does between two graphs is done at once here."""
+
+    class Split(StepGraph):
+        def _split(self, action: Callable[[], None]) -> None:
+            splits.append(action)
+            action()
+
+    splits: list[Callable[[], None]] = []
+    model, ids = build("llama"), prompts(2, 400) % 190 + 2
+    with torch.no_grad(), offload.attach(model, scheduler={"recompute": recompute}, **_TIERS) as runtime:  # fmt: skip
+        stepped, usual = (runtime.new_cache(max_tokens=500) for _ in range(2))
+        for cache in (stepped, usual):
+            model(input_ids=ids[:, :300], past_key_values=cache)
+        graph = Split(torch.device("cpu"))
+        for at in range(300, 340):  # blocks leave the window on the way
+            one, where = ids[:, at : at + 1], torch.full((2, 1), at)
+            want = model(input_ids=one, position_ids=where, past_key_values=usual).logits
+            stepped.begin_pass(one, None)
+            with stepped.capturing(), monkeypatch.context() as patched:
+                patched.setattr(StepGraph, "_capturing", graph)
+                got = model(input_ids=one, position_ids=where, past_key_values=stepped).logits
+            stepped.end_pass()
+            assert torch.equal(got, want)
+        assert stepped.get_seq_length() == usual.get_seq_length() == 340
+    assert len(splits) == 40 * 3
+    # One query, key, value and result for all layers, and an input where pages hold these.
+    assert len(graph._kept) == (5 if recompute == "hidden" else 4)

@@ -10,6 +10,7 @@ have to rebuild: every page has the same mix, so that both end together in every
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,11 +24,11 @@ from offload.tiers.rows import RowShape
 class Source(Protocol):
     """Knows the inputs of one layer's new tokens, and how keys and values come of them."""
 
-    def take(self, first: int) -> Tensor:
-        """The inputs [B, Q, E] of the tokens that are attended with now.
+    def take(self) -> tuple[Tensor, Callable[[int], None]]:
+        """The inputs [B, Q, E] of the tokens that are attended with now, and what is to be told where they are.
 
-        Args:
-            first: The position of the first of them in the sequences.
+        Returns:
+            The inputs; and to be called with the position of the first of them in the sequences, before any is rebuilt.
         """
 
     def rebuild(

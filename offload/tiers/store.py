@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.errors import CacheError
+from offload.graph import by_host, kept
 from offload.kernels.attend import attend
 from offload.kernels.merge import RunningMerge
 from offload.scheduler.layout import REBUILT_TOKENS
@@ -99,6 +100,15 @@ class Held:
     tail_length: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _How:
+    """Arguments of `attend` that are those of a layer."""
+
+    scale: float
+    softcap: float | None
+    sink_logits: Tensor | None
+
+
 class LayerStore:
     """One layer's keys and values.
 
@@ -109,6 +119,7 @@ class LayerStore:
         busy: Between `attend`'s start and the end of its eviction.
         damaged: Tokens were being taken in when an exception came: what the layer holds is not known.
         capturing: A graph is being captured: `attend` makes the step's launches and changes nothing else.
+        visible: Boolean [B, length + 1] where a replayed step is not to see all tokens; set before it, where tokens are streamed.
         written: The event behind the last copy to a host page.
         left: When the first block left the device; None while all tokens are there.
         dropped: Blocks behind the sinks that are nowhere, and are read again in every pass.
@@ -150,6 +161,7 @@ class LayerStore:
         self.busy = False
         self.damaged = False
         self.capturing = False
+        self.visible: Tensor | None = None
         self.written: torch.cuda.Event | None = None
         self.left: Change | None = None
         self.dropped = 0
@@ -330,10 +342,13 @@ class LayerStore:
         Returns:
             [B, Q, H_q, D_v], contiguous, in the dtype of `query`.
         """
+        key, value = key.detach(), value.detach()  # what is kept must not keep a graph
+        how = _How(scale=scale, softcap=softcap, sink_logits=sink_logits)
         if self.capturing:
+            if self.path is None:
+                return self._attend_by_host(query, key, value, how)
             return self.step(query, key, value, scale=scale, softcap=softcap, sink_logits=sink_logits)  # fmt: skip
         self.busy = True
-        key, value = key.detach(), value.detach()  # what is kept must not keep a graph
         alone = query.shape[2] == 1
         if alone and self.path is not None and self.path.can_step(visible, self.columns):
             try:
@@ -347,14 +362,45 @@ class LayerStore:
                 raise
             self.busy = False
             return out
-        held = self.held(self.length)
-        inputs = None if self._hidden is None else self._hidden.source.take(self.length).detach()
+        inputs = None
+        if self._hidden is not None:
+            inputs, note = self._hidden.source.take()
+            note(self.length)
+            inputs = inputs.detach()
+        return self._attend_and_take_in(query, key, value, inputs, visible, how)
+
+    def _attend_by_host(self, query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
+        """`attend` with one new token between two graphs: the host launches it, in every replay anew."""
+        like = query.new_empty((self.batch, 1, query.shape[1], self.shape.value_dim))
+        now = {"query": query, "key": key, "value": value, "out": like}
+        note: Callable[[int], None] | None = None
+        if self._hidden is not None:
+            now["inputs"], note = self._hidden.source.take()
+        there = kept(**now)
+
+        def attend_now() -> None:
+            self.busy = True
+            if note is not None:
+                note(self.length)
+            out = self._attend_and_take_in(
+                there["query"], there["key"], there["value"], there.get("inputs"), self.visible, how
+            )
+            there["out"].copy_(out)
+
+        by_host(attend_now)
+        return there["out"]
+
+    def _attend_and_take_in(
+        self, query: Tensor, key: Tensor, value: Tensor, inputs: Tensor | None,
+        visible: Tensor | None, how: _How,
+    ) -> Tensor:  # fmt: skip
+        """`attend` where every token is streamed; inputs: [B, Q, E] where pages hold these."""
+        alone, held = query.shape[2] == 1, self.held(self.length)
         if alone:  # its row is where it will stay: one attention call less
             self._write_rows(self._tail, self._tail_length, key, value, inputs)
             held = replace(held, tail_length=held.tail_length + 1)
-        out = self._attend_to_all(
-            query, None if alone else (key, value), held, scale, visible, softcap, sink_logits
-        )
+        new = None if alone else (key, value)
+        out = self._attend_to_all(query, new, held, visible, how)
         self._take_in(key, value, inputs)
         if self.path is not None and self.path.search is not None and not alone:
             self._index_later(self.path.search, query)
@@ -408,7 +454,8 @@ class LayerStore:
         Returns:
             As `attend`.
         """
-        out = self._attend_to_all(query, (key, value), held, scale, visible, softcap, sink_logits)
+        how = _How(scale=scale, softcap=softcap, sink_logits=sink_logits)
+        out = self._attend_to_all(query, (key, value), held, visible, how)
         self._reader.prefetch()
         return out
 
@@ -417,10 +464,8 @@ class LayerStore:
         query: Tensor,
         new: tuple[Tensor, Tensor] | None,
         held: Held,
-        scale: float,
         visible: Tensor | None,
-        softcap: float | None,
-        sink_logits: Tensor | None,
+        how: _How,
     ) -> Tensor:
         """Attends to every key exactly, those on the host streamed; result and arguments as of `attend`.
 
@@ -430,13 +475,13 @@ class LayerStore:
         if n_new > self._most_rows:
             self.drop_resident()  # a prefill: its activations need the memory
         merge = RunningMerge()
-        sinks = sink_logits  # of the first part alone
+        sinks = how.sink_logits  # of the first part alone
 
         def add(keys: Tensor, values: Tensor, mask: Tensor | None, *, causal: bool = False) -> None:
             nonlocal sinks
             part = attend(
                 query, keys, values,
-                scale=scale, causal=causal, mask=mask, softcap=softcap, sink_logits=sinks,
+                scale=how.scale, causal=causal, mask=mask, softcap=how.softcap, sink_logits=sinks,
             )  # fmt: skip
             merge.add(part)
             sinks = None
@@ -500,15 +545,16 @@ class LayerStore:
     # A step of one token on the device path, in three: what a captured graph replays is the middle one.
 
     def before_step(self) -> None:
-        """Makes room for one more token and lets the device path see all there is.
+        """Makes room for one more token and lets the device path see all there is; where tokens are streamed, `attend` does.
 
         Raises:
             BudgetError: No more host memory.
         """
+        if self.path is None:
+            return
         closes = self._tail_length + 1 == self.limits.page
         if closes and self._used == self.limits.device_blocks:
             self._make_room(self._evicted_together)
-        assert self.path is not None
         if not (self._published and self.path.is_published):
             self._publish()
 
@@ -564,8 +610,9 @@ class LayerStore:
         torch.index_select(pool, 0, places.flatten(), out=rows.flatten(0, 2))
 
     def after_step(self) -> None:
-        """Counts the token that a step has written, and moves a full block on."""
-        assert self.path is not None
+        """Counts the token that a step on the device path has written, and moves a full block on."""
+        if self.path is None:
+            return
         self.path.steps += 1
         self.length += 1
         self._tail_length += 1
@@ -625,6 +672,11 @@ class LayerStore:
     def all_pinned(self) -> bool:
         """Whether kernels can read every host page."""
         return self._region.pinned >= self._table.capacity * self.page_bytes
+
+    @property
+    def rereads(self) -> bool:
+        """Whether tokens may be dropped, and are read again."""
+        return self._reread is not None
 
     @property
     def address(self) -> int:

@@ -120,6 +120,10 @@ class Streams:
             self._beside = torch.cuda.Stream(self.device)
         return self._beside
 
+    def compute(self) -> torch.cuda.Stream | None:
+        """The stream that kernels are launched on now; asking for it takes as long as launching one."""
+        return torch.cuda.current_stream(self.device) if self.on else None
+
     def event(self) -> torch.cuda.Event | None:
         """A new event, or None on a CPU."""
         return torch.cuda.Event() if self.on else None
@@ -177,12 +181,20 @@ class HostReader:
         self._last: Chunk | None = None  # the chunk issued last: what follows it is prefetched
         self._free = deque([0, 1])
         self._bounce: _Bounce | None = None
+        self._plans: dict[int, tuple[tuple[int, ...], list[Chunk]]] = {}  # by the identity of pages
 
     def plan(self, pages: Pages) -> list[Chunk]:
         """The chunks of a layer's pages, in order, resident ones left out. Each fits into one buffer."""
-        chunks: list[Chunk] = []
         first = pages.resident_columns
         shared = max(first, pages.shared_columns)
+        asked = (pages.version, pages.batch, first, shared, pages.columns)
+        known = self._plans.get(id(pages))
+        if known is None or known[0] != asked or (known[1] and known[1][0].pages is not pages):
+            known = self._plans[id(pages)] = asked, self._planned(pages, first, shared)
+        return known[1]
+
+    def _planned(self, pages: Pages, first: int, shared: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
         for rows, begin, end in ((1, first, shared), (pages.batch, shared, pages.columns)):
             most = max(1, self.buffer_bytes // (rows * pages.page_bytes))
             # Of about one size: beside a short chunk the next long one would have to wait for its buffer. In eights, so
@@ -204,6 +216,7 @@ class HostReader:
         Yields:
             The chunk and uint8 [rows * columns * page_bytes], the pages of a sequence side by side.
         """
+        compute = self._streams.compute()
         for chunk in self.plan(pages):
             if not self._staged or self._staged[0][0] != chunk:
                 self._discard()
@@ -211,14 +224,14 @@ class HostReader:
             entry = self._staged[0]
             slot = entry[1]
             self._top_up()
-            self._streams.wait(self._ready[slot])
+            self._streams.wait(self._ready[slot], compute)
             nbytes = chunk.rows * (chunk.stop - chunk.start) * pages.page_bytes
             try:
                 yield chunk, self._buffers[slot][:nbytes]
             finally:
                 # Also when the reader's caller raised: the buffer must not stay taken.
                 if self._staged and self._staged[0] is entry:
-                    self._streams.record(self._freed[slot])
+                    self._streams.record(self._freed[slot], compute)
                     self._staged.popleft()
                     self._free.append(slot)
             self._top_up()
@@ -260,6 +273,7 @@ class HostReader:
         """
         self._streams.synchronize()
         self.order = order
+        self._plans.clear()
         self._discard()
         self._free = deque([0, 1])
         self._last = None

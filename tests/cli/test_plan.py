@@ -148,7 +148,7 @@ def test_the_phases_are_those_of_the_layout(model: str, capsys: pytest.CaptureFi
     assert cli.main([*exact, "128K"]) == 0
     shown = capsys.readouterr().out
     assert (
-        f"phases       I up to {said['p1']:,} tokens; then II, at the end 60.7% on the host"
+        f"phases       I up to {said['p1']:,} tokens; then II, at the end 60.9% on the host"
         in shown
     )
     assert cli.main([*exact, "8K"]) == 0
