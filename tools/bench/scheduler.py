@@ -32,6 +32,7 @@ from generate import CAP_BYTES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import offload
+from offload.decode import captured_steps
 from offload.errors import BudgetError
 from offload.scheduler.layout import REPLICA_WINDOW
 
@@ -127,7 +128,9 @@ def random_model(kind: str, smoke: bool) -> Any:
 def exact_steps(
     model: Any, ids: torch.Tensor, total: int, steps: int, **settings: Any
 ) -> dict[str, Any]:
-    """Milliseconds of steps behind a prompt, and their logits [B, steps, V]; the first two are not counted.
+    """Milliseconds of steps behind a prompt, and their logits [B, steps, V]; the first three are not counted.
+
+    They are captured, as those of `generate` are.
 
     Args:
         model: Not attached.
@@ -151,20 +154,26 @@ def exact_steps(
         seconds = time.perf_counter() - began
         times, logits = [], []
         before = runtime.report().h2d_bytes
-        for at in range(prompt, prompt + steps):
-            begun = time.perf_counter()
-            made = model(
-                input_ids=ids[:, at : at + 1], past_key_values=cache, logits_to_keep=1
-            ).logits
-            if on_card:
-                torch.cuda.synchronize()
-            times.append(1000 * (time.perf_counter() - begun))
-            logits.append(made.float().cpu())
+        with captured_steps(model, cache, compiles=False) as captured:
+            for at in range(prompt, prompt + steps):
+                begun = time.perf_counter()
+                where = torch.full((ids.shape[0], 1), at, device=ids.device)
+                made = model(
+                    input_ids=ids[:, at : at + 1],
+                    position_ids=where,
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                ).logits
+                if on_card:
+                    torch.cuda.synchronize()
+                times.append(1000 * (time.perf_counter() - begun))
+                logits.append(made.float().cpu())
+            replays, why = captured.replays, captured.reason
         report = runtime.report()
         layout = cache.layout
         assert layout is not None
         found = {
-            "step_ms": statistics.median(times[2:]), "all_ms": times, "prefill_s": seconds,
+            "step_ms": statistics.median(times[3:]), "replays": replays, "not_captured": why, "all_ms": times, "prefill_s": seconds,
             "h2d_bytes_per_step": (runtime.report().h2d_bytes - before) / steps,
             "resident_bytes": report.bytes["resident"], "window_bytes": report.bytes["window"],
             "device_bytes_planned": layout.device_bytes, "host_bytes": layout.host_bytes,
