@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import offload
 from offload.errors import BudgetError
+from offload.tiers.transfer import EvenCopies
 
 pytestmark = pytest.mark.gpu
 
@@ -114,6 +115,34 @@ def test_exact_steps_are_replayed_and_give_the_tokens_of_the_stock_cache(
                 assert report.notes == []
         assert torch.equal(made[True], made[False])
         assert torch.equal(made[True], want)
+
+
+def test_pages_of_several_sequences_come_in_one_copy_and_give_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = wide_llama(torch.float32)
+    ids = prompts(5, 900).cuda()
+    copies: list[bool] = []
+    copy = EvenCopies.copy
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> bool:
+        copies.append(copy(self, *args, **kwargs))
+        return copies[-1]
+
+    monkeypatch.setattr(EvenCopies, "copy", counted)
+    made = []
+    for at_once in (True, False):
+        with monkeypatch.context() as patched:
+            if not at_once:
+                patched.setattr(EvenCopies, "copy", lambda *args, **kwargs: False)
+            with offload.attach(model, mode="exact", page=16, window=128, chunk=128, staging="2MiB") as runtime:  # fmt: skip
+                made.append(runtime.generate(ids, max_new_tokens=80, do_sample=False))
+                made.append(torch.tensor(runtime.report().decode_h2d_bytes))
+    assert len(copies) > 8 * 80
+    assert all(copies)
+    assert torch.equal(made[0], made[2])
+    assert made[1] == made[3]
+    assert torch.equal(made[0], model.generate(ids, max_new_tokens=80, do_sample=False))
 
 
 def test_a_replayed_exact_run_ends_where_the_stock_one_does_and_goes_on() -> None:

@@ -139,6 +139,27 @@ class PageTable:
         """The pages of columns [start, stop) of one sequence."""
         return self._ids[row, start:stop]
 
+    def even(self, rows: int, start: int, stop: int, edges: list[int]) -> tuple[int, int] | None:
+        """Whether columns [start, stop) of the first sequences are runs of one length that begin equally far apart.
+
+        Args:
+            rows: Sequences, two or more.
+            start: First column.
+            stop: One past the last column.
+            edges: Page numbers between which all of it has to lie.
+
+        Returns:
+            The first page of the first sequence, and pages from one sequence's first to the next one's; else None.
+        """
+        ids = self._ids[:rows, start:stop]
+        first, apart = int(ids[0, 0]), int(ids[1, 0] - ids[0, 0])
+        there = first + apart * np.arange(rows)[:, None] + np.arange(stop - start)
+        if apart < stop - start or (ids != there).any():
+            return None
+        if any(first < edge <= int(ids[-1, -1]) for edge in edges):
+            return None
+        return first, apart
+
     def runs(self, row: int, start: int, stop: int, edges: list[int]) -> list[Run]:
         """Columns [start, stop) of one sequence as few runs as possible.
 

@@ -236,6 +236,11 @@ class LayerStore:
         edges = [edge // self.page_bytes for edge in self._region.edges]
         return self._table.runs(row, start, stop, edges)
 
+    def even(self, rows: int, start: int, stop: int) -> tuple[int, int] | None:
+        """Where pages of several sequences begin, if equally far apart and between borders of pinned memory."""
+        edges = [edge // self.page_bytes for edge in self._region.edges]
+        return self._table.even(rows, start, stop, edges)
+
     def host_view(self, run: Run) -> Tensor:
         """The bytes of a run, uint8."""
         return self._region.view(run.page * self.page_bytes, run.count * self.page_bytes)

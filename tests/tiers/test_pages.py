@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import hypothesis.strategies as st
@@ -68,6 +69,37 @@ def test_runs_cover_the_columns_in_order_and_cross_no_edge(
     assert covered == list(enumerate(ids))
     for run in runs:
         assert not any(run.page < edge < run.page + run.count for edge in edges)
+
+
+@given(
+    order=st.permutations(range(4)),
+    batch=st.integers(2, 4),
+    grown=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    room=st.integers(0, 6),
+    edges=st.lists(st.integers(0, 40), max_size=2),
+    data=st.data(),
+)
+def test_pages_are_even_exactly_where_runs_of_all_sequences_begin_equally_far_apart(
+    order: list[int], batch: int, grown: list[int], room: int, edges: list[int], data: Any
+) -> None:
+    table = PageTable(batch, batch * room)
+    for columns in grown:
+        table.grow(table.capacity + table.missing(columns))
+        table.append(columns)
+    table.select(np.array([row for row in order if row < batch]))
+    start = data.draw(st.integers(0, table.columns - 1))
+    stop = data.draw(st.integers(start + 1, table.columns))
+    runs = [table.runs(row, start, stop, sorted(edges)) for row in range(batch)]
+    firsts = [of[0].page for of in runs]
+    apart = firsts[1] - firsts[0]
+    last = firsts[-1] + stop - start - 1
+    wanted = (
+        all(len(of) == 1 for of in runs)
+        and apart >= stop - start
+        and all(b - a == apart for a, b in pairwise(firsts))
+        and not any(firsts[0] < edge <= last for edge in edges)
+    )
+    assert table.even(batch, start, stop, edges) == ((firsts[0], apart) if wanted else None)
 
 
 def test_a_fresh_tables_sequences_are_one_run_each() -> None:
