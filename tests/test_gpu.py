@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import offload
 from offload.errors import BudgetError
 from offload.tiers.transfer import EvenCopies
+from offload.trace import Watch
 
 pytestmark = pytest.mark.gpu
 
@@ -49,19 +50,24 @@ def budget_of(model: Any, **sizes: Any) -> int:
         return runtime.budget_for(**sizes)
 
 
-def test_device_bytes_stay_under_the_budget_at_every_step() -> None:
+@pytest.mark.parametrize("replayed", [True, False], ids=["replayed", "hooked"])
+def test_device_bytes_stay_under_the_budget_at_every_step(replayed: bool) -> None:
     model = wide_llama(torch.bfloat16)
     ids = prompts(1, 8192).cuda()
     budget = budget_of(model, kv_share=0.25, prompt_tokens=8192, new_tokens=80)
     seen: list[int] = []
-    model.register_forward_hook(lambda *_: seen.append(driver_bytes()))
+    if not replayed:
+        model.register_forward_hook(lambda *_: seen.append(driver_bytes()))
+    watch = Watch(lambda _: seen.append(driver_bytes()))
     torch.cuda.empty_cache()
     with offload.attach(model, mode="exact", gpu_memory=budget) as runtime:
         torch.cuda.reset_peak_memory_stats()
-        runtime.generate(ids, max_new_tokens=80, do_sample=False)
+        runtime.generate(ids, max_new_tokens=80, do_sample=False, streamer=watch)
         report = runtime.report()
         others = driver_bytes() - torch.cuda.memory_reserved()
-    assert len(seen) > 80
+    assert report.replayed_steps == (79 if replayed else 0)
+    assert any("hooks of LlamaForCausalLM" in note for note in report.notes) == (not replayed)
+    assert len(seen) >= 80
     assert max(seen) <= budget
     assert torch.cuda.max_memory_reserved() + others <= budget  # between the hooks, too
     assert report.tokens_on_host > 4096
