@@ -27,6 +27,7 @@ from offload.errors import BudgetError, InputError
 from offload.hardware import DeviceMemory, device_memory, host_memory
 from offload.model import ModelShape
 from offload.probe import known_profile
+from offload.scheduler.cost import Times, times
 from offload.scheduler.layout import Demand, Layout, lay_out
 from offload.scheduler.profiles import Profile
 from offload.scheduler.rungs import Rung
@@ -165,14 +166,7 @@ class Budgets:
         """
         exact = self._config.keeps_replica and not demand.rungs
         config = OffloadConfig.build(self._config, mode="exact") if exact else self._config
-        card = None
-        if self._profile is not None:
-            itemsize = max((row.dtype.itemsize for row in self._shape.rows), default=2)
-            weights = self._shape.weights
-            # As if every weight were multiplied with: embeddings are a few hundredths.
-            shape = priced_shape(self._shape, weights=weights, parameters=weights / itemsize)
-            way = way_of(config, batch=demand.batch, prompt=demand.prompt, output=output or 0)
-            card = Card(shape=shape, profile=self._profile, way=way)
+        card = self._card(config, batch=demand.batch, prompt=demand.prompt, output=output or 0)
         other = other_demand(
             config, self._shape, self._holds(),
             batch=demand.batch, tokens=demand.tokens, copies=demand.copies, prompt=demand.prompt,
@@ -180,6 +174,34 @@ class Budgets:
         if other is not None:  # as the device was: by now the run may have taken its memory
             other = replace(other, weights=demand.weights, overhead=demand.overhead)
         return choices(config, demand, layout, budget=budget, card=card, other=other, output=output)
+
+    def predicted(
+        self, layout: Layout, *, batch: int, prompt: int, output: int, captured: bool
+    ) -> Times | None:
+        """What a run was expected to take, by the price that plans have; None where the card is not known.
+
+        Args:
+            layout: Of the run.
+            batch: Sequences.
+            prompt: Tokens of each.
+            output: Of the answer.
+            captured: Whether its steps were.
+        """
+        card = self._card(self._config, batch=batch, prompt=prompt, output=output)
+        if card is None:
+            return None
+        way = replace(card.way, captured=captured)
+        return times(layout, card.shape, card.profile, way)
+
+    def _card(self, config: OffloadConfig, *, batch: int, prompt: int, output: int) -> Card | None:
+        if self._profile is None:
+            return None
+        itemsize = max((row.dtype.itemsize for row in self._shape.rows), default=2)
+        weights = self._shape.weights
+        # As if every weight were multiplied with: embeddings are a few hundredths.
+        shape = priced_shape(self._shape, weights=weights, parameters=weights / itemsize)
+        way = way_of(config, batch=batch, prompt=prompt, output=output)
+        return Card(shape=shape, profile=self._profile, way=way)
 
     def lay_out(self, demand: Demand, *, idle_host: int = 0) -> Layout:
         """Divides a run between the tiers.

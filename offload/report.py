@@ -83,6 +83,9 @@ class Report:
         new_tokens: Generated per sequence.
         prefill_s: Seconds of the prefill.
         decode_s: Seconds from the end of the prefill to the last token.
+        predicted_ms: Of a token, by the price that `offload plan` and all decisions have, capturing left out; None where the card is
+            not known, or steps were of a kind that has no price (beams, an assistant, models of which nothing is captured).
+        predicted_parts: Milliseconds of it by what they go into; the link and Python's launching overlap with the others.
         h2d_bytes: KV bytes copied to the device since the runtime was attached.
         d2h_bytes: KV bytes copied to the host.
         bounced_bytes: Of h2d_bytes, through a bounce buffer because pages are not pinned.
@@ -144,6 +147,8 @@ class Report:
     bounced_bytes: int
     discarded_bytes: int
     decode_h2d_bytes: int
+    predicted_ms: float | None = None
+    predicted_parts: dict[str, float] = field(default_factory=dict)
     rung: str | None = None
     lifted_layers: int = 0
     whole_layers: int = 0
@@ -183,9 +188,18 @@ class Report:
         """Milliseconds per generated token; 0 before the first."""
         return 1000 * self.decode_s / self.new_tokens if self.new_tokens else 0.0
 
+    @property
+    def prediction_error(self) -> float | None:
+        """By what share a token was predicted faster (below zero) or slower than it came; None where either is not known."""
+        ms = 1000 * (self.decode_s - self.capture_s) / max(1, self.new_tokens)
+        if self.predicted_ms is None or self.new_tokens < 2 or ms <= 0:
+            return None
+        return self.predicted_ms / ms - 1
+
     def to_dict(self) -> dict[str, Any]:
-        """All fields and ms_per_token as plain values."""
-        return asdict(self) | {"ms_per_token": self.ms_per_token}
+        """All fields, ms_per_token and prediction_error as plain values."""
+        more = {"ms_per_token": self.ms_per_token, "prediction_error": self.prediction_error}
+        return asdict(self) | more
 
     def __str__(self) -> str:
         """The summary, bytes by purpose, and decisions."""
@@ -217,6 +231,11 @@ class Report:
             f"  decode  {self.decode_s:>9.2f} s  {self.new_tokens:,} tokens,"
             f" {self.ms_per_token:.1f} ms each, {gib(self.decode_h2d_bytes)} from the host",
         ]
+        if self.prediction_error is not None:
+            largest = max(self.predicted_parts, key=lambda part: self.predicted_parts[part])
+            lines.append(
+                f"  predict {self.predicted_ms:>9.1f} ms a token ({self.prediction_error:+.0%}), most of it {largest}"
+            )
         if self.phases:
             reached = "-".join(["I", *(c.phase for c in self.phases if c.tokens is not None)])
             lines.append(f"  phases  {reached:>10}  {'; '.join(map(str, self.phases))}")

@@ -57,6 +57,7 @@ from offload.prompt import (
 from offload.report import Notes, PhaseChange, Report
 from offload.reread import require_rereadable
 from offload.scheduler import phases
+from offload.scheduler.cost import Times
 from offload.scheduler.layout import Layout, budget_for
 from offload.scheduler.pace import TRIAL, Drafts, Tally
 from offload.scheduler.rungs import Rung
@@ -122,6 +123,7 @@ class _LastRun:
     decode_h2d_bytes: int = 0
     capture_s: float = 0.0
     replayed_steps: int = 0
+    predicted: Times | None = None
     tally: Tally = field(default_factory=Tally)
     selected_bytes: int = 0
     fetched_bytes: int = 0
@@ -373,6 +375,10 @@ class Runtime:
             skipped_mass=last.skipped_mass,
             error_estimate=last.error_estimate,
             replayed_steps=last.replayed_steps,
+            predicted_ms=None if last.predicted is None else 1000 * last.predicted.token,
+            predicted_parts={}
+            if last.predicted is None
+            else {part: 1000 * s for part, s in last.predicted.parts.items()},
             capture_s=last.capture_s,
             phases=last.phases,
             decisions=[*last.decisions, *self._measured()],
@@ -612,6 +618,13 @@ class Runtime:
                 self._notes.tell(f"decode steps run eagerly: {captured.reason}")
             if captured.not_compiled is not None:
                 self._notes.tell(f"layers are not compiled: {captured.not_compiled}")
+        replayed = captured is not None and captured.reason is None
+        last.predicted = None
+        if (streams and not prompt.is_assisted) or (fast and replayed):
+            last.predicted = self.budgets.predicted(
+                cache.layout, batch=prompt.input_ids.shape[0] * prompt.copies, prompt=total,
+                output=last.new_tokens, captured=replayed,
+            )  # fmt: skip
         if fast:
             self._note_masses(cache)
         undrafted = undrafted or last.tally.undrafted

@@ -203,3 +203,31 @@ def test_drafts_of_a_run_are_weighed_as_they_were_measured() -> None:
     assert drafts.instead_cost == pytest.approx(1000 * report.verify_s / report.verify_passes)
     (steps,) = [choice for choice in report.decisions if choice.what == "steps"]
     assert (steps.unit, steps.instead_cost) == (STEP_BYTES, report.planned_host)
+
+
+def test_a_report_has_the_plans_price_of_a_token_beside_what_it_took() -> None:
+    model = build("llama")
+    ids = prompts(2, 400) % 190 + 2
+    call: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+    with offload.attach(model, mode="exact", page=16, sinks=16, window=64, chunk=96) as runtime:
+        runtime.generate(ids, **call)
+        unknown = runtime.report()
+        assert (unknown.predicted_ms, unknown.predicted_parts) == (None, {})
+        assert "predict" not in str(unknown)
+        runtime.budgets._profile = PROFILES["h100"]
+        cache = runtime.new_cache(max_tokens=500)
+        runtime.generate(ids, cache=cache, **call)
+        report, layout = runtime.report(), cache.layout
+        assert layout is not None
+        # A CPU captures nothing.
+        want = runtime.budgets.predicted(layout, batch=2, prompt=400, output=20, captured=False)
+        assert want is not None
+        assert report.predicted_ms == 1000 * want.token
+        assert report.predicted_parts == {part: 1000 * s for part, s in want.parts.items()}
+        ms = 1000 * (report.decode_s - report.capture_s) / 20
+        assert report.prediction_error == pytest.approx(report.predicted_ms / ms - 1)
+        assert report.to_dict()["prediction_error"] == report.prediction_error
+        assert f"{report.predicted_ms:.1f} ms a token ({report.prediction_error:+.0%}), most of it launching" in str(report)  # fmt: skip
+        # Beams have no price.
+        runtime.generate(ids, num_beams=2, **call)
+        assert runtime.report().predicted_ms is None
