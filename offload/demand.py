@@ -461,6 +461,11 @@ def _ladder(
     prices = []
     for rung in ladder_rungs(config):
         as_used = replace(rung, tokens=rung.selected(config.retrieval.tokens))
-        price = _priced(as_used, config, shape, on_card=on_card)
-        prices.append(replace(price, errors=tuple(errors[rung])))
+        price = replace(
+            _priced(as_used, config, shape, on_card=on_card), errors=tuple(errors[rung])
+        )
+        prices.append(price)
+        if any(price.row_bytes) and isinstance(config.retrieval.row_cache, str):
+            none = (0,) * len(price.row_bytes)
+            prices.append(replace(price, rung=replace(as_used, caches=False), row_bytes=none))
     return tuple(prices)

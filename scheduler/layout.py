@@ -422,7 +422,8 @@ def _lifted(
 def _climbed(layout: Layout, demand: Demand, budget: int) -> Layout | None:
     """Gives each layer the rung that costs least fidelity for the bytes there are; None where that cannot be.
 
-    Above all rungs a layer can keep its tokens as they are, which costs none.
+    Above all rungs a layer can keep its tokens as they are, which costs none. Rows are cached, which is only faster, where what is
+    left then allows it.
 
     Args:
         layout: With one rung for all layers.
@@ -441,10 +442,13 @@ def _climbed(layout: Layout, demand: Demand, budget: int) -> Layout | None:
     beside = demand.batch * max(0, -(-demand.tokens // page) * page - on_device)
     best: tuple[float, list[RungPrice | None]] | None = None
     # Layers whose steps write other parts share no scratch: fewer kinds of rungs leave more for replicas.
-    kinds = sorted({price.rung.scratch for price in demand.ladder})
+    plain = [price for price in demand.ladder if not price.rung.caches]
+    costly = {price.rung.scratch for price in plain}  # those that need not cache rows
+    offered = plain + [price for price in demand.ladder if price.rung.caches and price.rung.scratch not in costly]  # fmt: skip
+    kinds = sorted({price.rung.scratch for price in offered})
     for n in range(1, len(kinds) + 1):
         for used in combinations(kinds, n):
-            prices = [price for price in demand.ladder if price.rung.scratch in used]
+            prices = [price for price in offered if price.rung.scratch in used]
             options = []
             for layer in layers:
                 sizes = [
@@ -472,6 +476,15 @@ def _climbed(layout: Layout, demand: Demand, budget: int) -> Layout | None:
     demand = replace(demand, whole=whole, rungs=(highest,))
     again = _price(demand, layout.staging_bytes, layout.window_blocks, layout.chunk)
     now = [highest if price is None else price for price in best[1]]
+    found = _with_rungs(again, demand, now)
+    spare = budget - found.device_bytes
+    caching = {replace(price.rung, caches=False): price for price in demand.ladder if price.rung.caches}  # fmt: skip
+    for layer, price in enumerate(now):
+        cached = None if price.rung.caches else caching.get(price.rung)
+        if cached is None or layer in whole or spare < demand.batch * cached.row_bytes[layer]:
+            continue
+        spare -= demand.batch * cached.row_bytes[layer]
+        now[layer] = cached
     return _with_rungs(again, demand, now)
 
 

@@ -313,6 +313,43 @@ def test_a_ladder_gives_bits_to_the_layers_that_need_them_and_stays_within_the_b
     assert error(layout) <= error(uniform) + max(errors) * 8.0**-2
 
 
+@given(
+    errors=st.lists(st.floats(1e-9, 1e-3), min_size=6, max_size=6),
+    spare=st.integers(0, 900 * MIB),
+    rows=st.integers(1, 40),
+)
+def test_cached_rows_cost_no_layer_its_bits_and_take_what_is_left(
+    errors: list[float], spare: int, rows: int
+) -> None:
+    faithful = [price for price in LADDER if price.rung.bits and not price.rung.clustered]
+    plain = tuple(
+        replace(
+            price, rung=replace(price.rung, caches=False), row_bytes=(0,) * 6,
+            errors=tuple(error * 8.0**-price.rung.bits for error in errors),
+        )
+        for price in faithful
+    )  # fmt: skip
+    cached = tuple(
+        replace(price, rung=replace(price.rung, caches=True), row_bytes=(rows * MIB,) * 6)
+        for price in plain
+    )
+    low = replace(FAST, rungs=LADDER[2:3], streams=False)
+    budget = least_budget(low) + spare
+    demand = replace(FAST, rungs=tuple(LADDER[:3]), streams=False)
+    without, both = (
+        lay_out(replace(demand, ladder=ladder), device_budget=budget, host_budget=PLENTY)
+        for ladder in (plain, cached + plain)
+    )
+    assert [replace(rung, caches=False) for rung in both.rungs] == list(without.rungs)
+    assert both.whole == without.whole
+    assert both.device_bytes <= budget
+    layers = [layer for layer in range(6) if layer not in both.whole]
+    n = sum(both.rungs[layer].caches for layer in layers)
+    more = demand.batch * rows * MIB
+    assert both.device_bytes - without.device_bytes == n * more
+    assert n == len(layers) or budget - both.device_bytes < more
+
+
 @given(matters=st.integers(0, 5), batch=st.integers(1, 3))
 def test_the_layer_that_matters_most_keeps_its_tokens_as_they_are(matters: int, batch: int) -> None:
     errors = [1e-3 if layer == matters else 1e-9 for layer in range(6)]
