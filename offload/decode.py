@@ -29,6 +29,9 @@ from offload.tiers.store import LayerStore
 
 # Inputs of a step that a graph reads from fixed addresses; others must be the same objects in every step.
 _STATIC = ("input_ids", "position_ids")
+# Where hooks come from that a graph may leave out: ours tell the cache what `CapturedStep` tells it, transformers' collect hidden states
+# where these are asked for, and what torch's compute is captured.
+_KNOWN_HOOKS = ("offload.", "transformers.", "torch.")
 # What says only how long the past is, which the stores know.
 _DROPPED = ("attention_mask",)
 
@@ -460,8 +463,7 @@ def _why_not(cache: OffloadCache) -> str | None:
 def _hooked(model: Any) -> str | None:
     for name, module in model.named_modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        # Ours tell the cache what `CapturedStep` tells it.
-        if not all(getattr(hook, "__module__", "").startswith("offload.") for hook in hooks):
+        if not all(getattr(hook, "__module__", "").startswith(_KNOWN_HOOKS) for hook in hooks):
             return f"no graph calls the hooks of {name or type(module).__name__}"
     return None
 

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import offload
 from offload.cache import stock_layers
-from offload.decode import decode
+from offload.decode import _hooked, decode
 from offload.errors import BudgetError, ConfigError, InputError
 from offload.scheduler.layout import lay_out
 from offload.tiers import replica
@@ -632,3 +632,19 @@ def test_a_greedy_run_gives_the_same_tokens_a_hundred_times(
             assert runtime.report().replayed_steps > 250
             cache.crop(N - 1 - cache.get_seq_length())
     assert len(seen) == 1
+
+
+def test_hooks_of_a_stranger_are_named_and_others_are_not() -> None:
+    model = build("llama", "cpu")
+    assert _hooked(model) is None
+    with offload.attach(model, mode="exact"):  # has hooks of its own
+        assert _hooked(model) is None
+        model(
+            input_ids=prompts(1, 8), output_hidden_states=True
+        )  # for which transformers sets hooks
+        assert _hooked(model) is None
+        hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+        assert _hooked(model) == "no graph calls the hooks of model.layers.1.mlp"
+        hook.remove()
+        model.register_forward_pre_hook(partial(print))
+        assert _hooked(model) == "no graph calls the hooks of LlamaForCausalLM"
