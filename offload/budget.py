@@ -176,22 +176,24 @@ class Budgets:
         return choices(config, demand, layout, budget=budget, card=card, other=other, output=output)
 
     def predicted(
-        self, layout: Layout, *, batch: int, prompt: int, output: int, captured: bool
+        self, layout: Layout, *, batch: int, prompt: int, output: int, exact: bool, captured: bool
     ) -> Times | None:
-        """What a run was expected to take, by the price that plans have; None where the card is not known.
+        """What a run was expected to take in the middle of its answer, by the price that plans have; None where the card is not known.
 
         Args:
             layout: Of the run.
             batch: Sequences.
             prompt: Tokens of each.
             output: Of the answer.
+            exact: Every token was streamed, whatever the mode.
             captured: Whether its steps were.
         """
-        card = self._card(self._config, batch=batch, prompt=prompt, output=output)
-        if card is None:
-            return None
+        config = OffloadConfig.build(self._config, mode="exact") if exact else self._config
+        card = self._card(config, batch=batch, prompt=prompt, output=output)
+        if card is None or (config.mode == "verified" and not layout.host_tokens):
+            return None  # what a pass streams is not known of a cache whose length is not
         way = replace(card.way, captured=captured)
-        return times(layout, card.shape, card.profile, way)
+        return times(layout, card.shape, card.profile, way, tokens=prompt + output // 2)
 
     def _card(self, config: OffloadConfig, *, batch: int, prompt: int, output: int) -> Card | None:
         if self._profile is None:

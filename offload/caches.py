@@ -312,7 +312,10 @@ class CacheMaker:
         keeps = self.streams.on and retrieval.index == "replica"
         kept_rows = cached_rows(tokens, retrieval.row_cache) if keeps else 0
         if keeps and rung is not None and not rung.caches:
-            self._notes.tell("the device has no room to keep selected rows: each step reads them all from the host")  # fmt: skip
+            own = [r.caches for i, r in enumerate(layout.rungs) if i not in layout.whole]
+            if index not in layout.whole:
+                some = "" if not any(own) else f" of {own.count(False)} of {len(own)} layers"
+                self._notes.tell(f"the device has no room to keep selected rows{some}: each step reads them all from the host")  # fmt: skip
             kept_rows = 0
         blocks = 0 if index in layout.whole else layout.replica_tokens // limits.page
         search = None

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from offload.attention import kept_out_of_compiled_code
 from offload.cache import OffloadCache, OffloadLayer, cache_in
 from offload.graph import StepGraph
+from offload.model import text_config
 from offload.tiers.replica import LARGEST_HEAD
 from offload.tiers.store import LayerStore
 
@@ -32,6 +34,13 @@ _STATIC = ("input_ids", "position_ids")
 # Where hooks come from that a graph may leave out: ours tell the cache what `CapturedStep` tells it, transformers' collect hidden states
 # where these are asked for, and what torch's compute is captured.
 _KNOWN_HOOKS = ("offload.", "transformers.", "torch.")
+# Logits processors that keep something from call to call: they may see nothing but tokens that are kept.
+_STATEFUL = {
+    "PrefixConstrainedLogitsProcessor",  # a function of the user's
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "WhisperTimeStampLogitsProcessor",
+}
 # What says only how long the past is, which the stores know.
 _DROPPED = ("attention_mask",)
 
@@ -66,7 +75,7 @@ class CapturedStep:
         # The kinds of layers, in steps that ran.
         self._warm: set[tuple[tuple[bool, bool], ...]] = set()
         self._padded: bool | None = None  # whether any token is padding; None: not known yet
-        self.reason = _why_not(cache) or _hooked(model)
+        self.reason = _why_not(cache) or _hooked(model) or _counts(model)
         self.not_compiled: str | None = None
         self.replays = 0
         self.seconds = 0.0
@@ -101,6 +110,7 @@ class CapturedStep:
             self._graph.replay()
             self.replays += 1
             for store in self._stores:
+                store.visible = None
                 store.after_step()
         except BaseException:
             for store in self._stores:
@@ -258,14 +268,16 @@ def decode(
     generation_config: Any,
     streamer: Any = None,
     synced_gpus: bool = False,
+    waits: bool = False,
     **model_kwargs: Any,
 ) -> Tensor:
-    """Greedy search and sampling as transformers' own loop does them, but never waiting for the device.
+    """Greedy search and sampling as transformers' own loop does them, but never waiting for the device where nobody can tell.
 
     The next step is queued before it is known whether this one was the last; that is found out one step later, and
-    the step too many is taken back, its random numbers too; logits processors and stopping criteria have seen it. A
-    streamer is one step behind for the same reason. transformers has the same idea for other devices
-    (`DeferredStopCheck`); there it costs a copy of all ids and positions a step besides.
+    the step too many is taken back, its random numbers too. A streamer is one step behind for the same reason. transformers has
+    the same idea for other devices (`DeferredStopCheck`); there it costs a copy of all ids and positions a step besides. Logits
+    processors that are not the library's or that remember something, and stopping criteria besides its two, would see the step too
+    many: then every step is waited for.
 
     Args:
         model: Attached, its cache one of ours that can be cropped.
@@ -275,6 +287,7 @@ def decode(
         generation_config: As merged.
         streamer: Gets tokens.
         synced_gpus: Must be False.
+        waits: Whether every step is waited for, whatever there is: where one takes much longer than waiting does.
         **model_kwargs: The cache, and attention_mask and position_ids where the model takes them.
 
     Returns:
@@ -285,6 +298,7 @@ def decode(
     batch, length = input_ids.shape
     longest = int(stopping_criteria.max_length)
     ends, others = ends_of(stopping_criteria, input_ids.device)
+    waits = waits or others or not all(map(keeps_nothing, logits_processor))
     pad = generation_config._pad_token_tensor
     ids, mask, inputs = prepare(model, input_ids, max(longest, length), model_kwargs)
     finished: Tensor | None = None
@@ -319,6 +333,8 @@ def decode(
             break
         if length >= longest:
             flags.finish()
+            break
+        if waits and flags.finish():
             break
         inputs["input_ids"] = token[:, None]
         if mask is not None:
@@ -365,6 +381,12 @@ def ends_of(stopping_criteria: Any, device: torch.device) -> tuple[Tensor | None
     ends = [c.eos_token_id for c in stopping_criteria if hasattr(c, "eos_token_id")]
     plain = all(type(c) in (EosTokenCriteria, MaxLengthCriteria) for c in stopping_criteria)
     return (torch.cat(ends).view(-1, 1).to(device) if ends else None), not plain
+
+
+def keeps_nothing(processor: Any) -> bool:
+    """Whether a logits processor is the library's, and remembers nothing from call to call."""
+    kind = type(processor)
+    return kind.__module__ == logits_process.__name__ and kind.__name__ not in _STATEFUL
 
 
 def random_state(device: torch.device) -> Tensor:
@@ -418,9 +440,9 @@ class Flags:
                 self._sent.append((sources, copies, self._copies.record_event()))
         return len(self._sent) > 1 and self._receive()
 
-    def finish(self) -> None:
-        """Waits for the last step and shows its tokens."""
-        self._receive()
+    def finish(self) -> bool:
+        """Waits for the last step and shows its tokens; says whether it left no sequence unfinished."""
+        return self._receive()
 
     def forget(self) -> None:
         """What was sent does not matter any more."""
@@ -465,6 +487,13 @@ def _hooked(model: Any) -> str | None:
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if not all(getattr(hook, "__module__", "").startswith(_KNOWN_HOOKS) for hook in hooks):
             return f"no graph calls the hooks of {name or type(module).__name__}"
+    return None
+
+
+def _counts(model: Any) -> str | None:
+    # Llama 4 scales queries by a position that Python reads from the cache's length.
+    if getattr(text_config(model), "attn_temperature_tuning", None):
+        return "a graph would keep the positions that its attention counts"
     return None
 
 

@@ -83,8 +83,9 @@ class Report:
         new_tokens: Generated per sequence.
         prefill_s: Seconds of the prefill.
         decode_s: Seconds from the end of the prefill to the last token.
-        predicted_ms: Of a token, by the price that `offload plan` and all decisions have, capturing left out; None where the card is
-            not known, or steps were of a kind that has no price (beams, an assistant, models of which nothing is captured).
+        predicted_ms: Of a token in the middle of the answer, by the price that `offload plan` and all decisions have, capturing left
+            out; None where the card is not known, or steps were of a kind that has no price (beams, an assistant, mode fast where
+            nothing is captured).
         predicted_parts: Milliseconds of it by what they go into; the link and Python's launching overlap with the others.
         h2d_bytes: KV bytes copied to the device since the runtime was attached.
         d2h_bytes: KV bytes copied to the host.

@@ -593,7 +593,9 @@ class Runtime:
                 takes_loop = prompt.is_plain and "custom_generate" not in call
                 if captured.reason is None and takes_loop and drafts is None:
                     # transformers passes no streamer on to a loop of one's own.
-                    call["custom_generate"] = partial(decode, streamer=call.get("streamer"))
+                    # A step that streams takes longer than waiting for it, and a step too many as long.
+                    waits = streams and any(store.columns for store in cache.layer_stores)
+                    call["custom_generate"] = partial(decode, streamer=call.get("streamer"), waits=waits)  # fmt: skip
             if drafts is not None:
                 call["custom_generate"] = partial(
                     decode_verified, tally=last.tally, drafts=drafts, streamer=call.get("streamer"),
@@ -615,7 +617,8 @@ class Runtime:
         if captured is not None:
             last.capture_s, last.replayed_steps = captured.seconds, captured.replays
             if captured.reason is not None:
-                self._notes.tell(f"decode steps run eagerly: {captured.reason}")
+                note = self._notes.tell if fast else self._notes.add
+                note(f"decode steps run eagerly: {captured.reason}")
             if captured.not_compiled is not None:
                 self._notes.tell(f"layers are not compiled: {captured.not_compiled}")
         replayed = captured is not None and captured.reason is None
@@ -623,7 +626,7 @@ class Runtime:
         if (streams and not prompt.is_assisted) or (fast and replayed):
             last.predicted = self.budgets.predicted(
                 cache.layout, batch=prompt.input_ids.shape[0] * prompt.copies, prompt=total,
-                output=last.new_tokens, captured=replayed,
+                output=last.new_tokens, exact=streams, captured=replayed,
             )  # fmt: skip
         if fast:
             self._note_masses(cache)

@@ -34,22 +34,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import logits_process
 
 from offload.cache import CACHE, OffloadCache, cache_in
-from offload.decode import CapturedStep, Flags, ends_of, prepare, random_state, set_random_state
+from offload.decode import (
+    CapturedStep,
+    Flags,
+    ends_of,
+    keeps_nothing,
+    prepare,
+    random_state,
+    set_random_state,
+)
 from offload.scheduler.pace import Drafts, Pace, Tally
 from offload.shadow import Shadow
 
 QUEUED = 2  # steps that the device has not begun: so many are in vain when a draft is dropped
-
-# Processors that keep something from call to call: they may see nothing but tokens that are kept.
-_STATEFUL = {
-    "PrefixConstrainedLogitsProcessor",  # a function of the user's
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
-    "SynthIDTextWatermarkLogitsProcessor",
-    "WhisperTimeStampLogitsProcessor",
-}
 
 
 class _Chooser:
@@ -62,7 +61,7 @@ class _Chooser:
         self._samples = bool(generation.do_sample)
         self._device = device
         self._all = processors
-        self._own = [p for p in processors if _keeps_nothing(p)]
+        self._own = [p for p in processors if keeps_nothing(p)]
         self.is_plain = not processors and not self._samples
         self.is_stateful = len(self._own) < len(processors)
         # The generator's state before each token of the draft, and behind the last one drawn.
@@ -111,11 +110,6 @@ class _Chooser:
         if self._samples:
             return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         return scores.argmax(dim=-1)
-
-
-def _keeps_nothing(processor: Any) -> bool:
-    kind = type(processor)
-    return kind.__module__ == logits_process.__name__ and kind.__name__ not in _STATEFUL
 
 
 class _Clock:

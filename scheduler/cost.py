@@ -115,7 +115,9 @@ class Times:
     limit: str
 
 
-def times(layout: Layout, shape: Shape, profile: Profile, way: Way) -> Times:
+def times(
+    layout: Layout, shape: Shape, profile: Profile, way: Way, *, tokens: int | None = None
+) -> Times:
     """Times of a run.
 
     Args:
@@ -123,9 +125,10 @@ def times(layout: Layout, shape: Shape, profile: Profile, way: Way) -> Times:
         shape: Of the model.
         profile: Of the machine.
         way: How tokens are made.
+        tokens: Of a sequence, at the token that is timed; None: at the end.
     """
     first = prefill(layout, shape.work, profile, batch=way.batch, prompt=way.prompt)
-    busy = step(layout, shape, profile, way)
+    busy = step(layout, shape, profile, way, tokens=tokens)
     parts, device, token = dict(busy.device), busy.computes, busy.seconds
     if busy.link:
         parts[LINK] = busy.link

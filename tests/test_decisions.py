@@ -220,7 +220,9 @@ def test_a_report_has_the_plans_price_of_a_token_beside_what_it_took() -> None:
         report, layout = runtime.report(), cache.layout
         assert layout is not None
         # A CPU captures nothing.
-        want = runtime.budgets.predicted(layout, batch=2, prompt=400, output=20, captured=False)
+        want = runtime.budgets.predicted(
+            layout, batch=2, prompt=400, output=20, exact=True, captured=False
+        )
         assert want is not None
         assert report.predicted_ms == 1000 * want.token
         assert report.predicted_parts == {part: 1000 * s for part, s in want.parts.items()}
@@ -228,6 +230,10 @@ def test_a_report_has_the_plans_price_of_a_token_beside_what_it_took() -> None:
         assert report.prediction_error == pytest.approx(report.predicted_ms / ms - 1)
         assert report.to_dict()["prediction_error"] == report.prediction_error
         assert f"{report.predicted_ms:.1f} ms a token ({report.prediction_error:+.0%}), most of it launching" in str(report)  # fmt: skip
+        # However much room there is, a token has the price of those that are there.
+        for room in ({}, {"max_tokens": 100_000}):
+            runtime.generate(ids, cache=runtime.new_cache(**room), **call)
+            assert runtime.report().predicted_ms == pytest.approx(report.predicted_ms, rel=0.05)
         # Beams have no price.
         runtime.generate(ids, num_beams=2, **call)
         assert runtime.report().predicted_ms is None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cards import DEVICES
 from families import FAMILIES, PAD, left_padded, prompts
+from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
@@ -429,6 +430,49 @@ def test_our_loop_does_what_the_stock_loop_does(call: dict[str, Any], device: st
             **alone,
         )
     assert ours.heard == stock.heard
+
+
+@ON
+@pytest.mark.parametrize("waits", [False, True])
+def test_who_can_tell_sees_no_step_behind_the_last_one(waits: bool, device: str) -> None:
+    """Processors and criteria of a user's: they may count, draw, or refuse what lies behind the end."""
+    model = build("llama", device)
+    ids = prompts(1, 200).to(device)
+    call: dict[str, Any] = {"max_new_tokens": 30, "do_sample": True}
+    torch.manual_seed(3)
+    end = int(model.generate(ids, eos_token_id=None, **call)[0, 212])
+    call["eos_token_id"] = end
+
+    class Noisy(LogitsProcessor):
+        seen = 0
+
+        def __call__(self, ids: Any, scores: Any) -> Any:
+            Noisy.seen += 1
+            assert int(ids[0, -1]) != end or ids.shape[1] == 200
+            return scores + torch.rand_like(scores)
+
+    def allowed(batch: int, so_far: Any) -> list[int]:
+        return [] if int(so_far[-1]) == end and len(so_far) > 200 else list(range(1, 128))
+
+    for more in ({}, {"logits_processor": [Noisy()]}, {"prefix_allowed_tokens_fn": allowed}):
+        after = []
+        for ours in (False, True):
+            Noisy.seen = 0
+            torch.manual_seed(3)
+            with offload.attach(model, mode="fast", capture=False) as runtime:
+                own: dict[str, Any] = {}
+                if ours:
+                    loop = partial(decode, waits=waits)
+                    own = {"past_key_values": runtime.new_cache(), "custom_generate": loop}
+                made = [model.generate(ids, **call, **more, **own)]
+                own.pop("past_key_values", None)
+                made.append(
+                    model.generate(ids, **call, **more)
+                )  # with the random numbers that are left
+            after.append((made, Noisy.seen))
+        (want, calls), (got, our_calls) = after
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert our_calls == calls
 
 
 @ON
