@@ -350,7 +350,7 @@ class ReplicaConfig(_Table):
         strict=True,
         description="Whether each layer gets the bits that cost least fidelity for the bytes there are, as measured on "
         "the beginning of the first long prompt: a layer that matters may keep its KV as it is, one that does not gets "
-        "2 bits. Otherwise all get the same, and what is left lifts the first and the last ones.",
+        "2 bits; retrieval.tokens, where it is auto, is 64 or 256 for each. Otherwise all get the same, and what is left lifts the first and the last ones.",
         json_schema_extra=_unit("true or false"),
     )
     whole_layers: _TokensOrNone = Field(

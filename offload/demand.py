@@ -445,10 +445,18 @@ def _priced(rung: Rung, config: OffloadConfig, shape: Shape, *, on_card: bool) -
 
 
 def ladder_rungs(config: OffloadConfig) -> tuple[Rung, ...]:
-    """Rungs that single layers may have where it is measured what they cost, best first; none where that is not asked for."""
+    """Rungs that single layers may have where it is measured what they cost, best first; none where that is not asked for.
+
+    Each with as many exact tokens as any of them has by itself: layers whose steps attend to as many share their scratch, which
+    is as large as some layers' replicas where a model is small.
+    """
     if not config.replica.ladder or config.replica.rung != "auto" or not config.keeps_replica:
         return ()
-    return tuple(rung for rung in RUNGS if rung.bits and not rung.clustered)
+    rungs = [rung for rung in RUNGS if rung.bits and not rung.clustered]
+    if not isinstance(config.retrieval.tokens, str):
+        return tuple(rungs)
+    counts = sorted({rung.tokens for rung in rungs})
+    return tuple(replace(rung, tokens=tokens) for rung in rungs for tokens in counts)
 
 
 def _ladder(

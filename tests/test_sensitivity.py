@@ -15,6 +15,8 @@ import offload
 from offload import attention as attending
 from offload import sensitivity
 from offload.cache import CACHE
+from offload.config import OffloadConfig
+from offload.demand import ladder_rungs
 from offload.scheduler.rungs import RUNGS, Rung
 
 N = 1100  # tokens of a prompt
@@ -175,3 +177,14 @@ def test_a_short_prompt_or_several_are_laid_out_as_ever() -> None:
         _, notes = laid_out(model, ids=ids, gpu_memory=budget, ladder=True)
         assert any("replica.ladder measures one prompt" in note for note in notes)
         assert not any("by what the prompt says" in note for note in notes)
+
+
+def test_layers_may_have_any_bits_with_as_many_exact_tokens_as_others() -> None:
+    """Of one number of exact tokens all share their scratch."""
+    asked = OffloadConfig.build(None, mode="fast", ladder=True)
+    offered = [(rung.bits, rung.tokens) for rung in ladder_rungs(asked)]
+    assert offered == [(4, 64), (4, 256), (3, 64), (3, 256), (2, 64), (2, 256)]
+    given = OffloadConfig.build(asked, retrieved=32)
+    assert [rung.bits for rung in ladder_rungs(given)] == [4, 3, 2]
+    assert ladder_rungs(OffloadConfig.build(asked, rung="3k3v")) == ()
+    assert ladder_rungs(OffloadConfig.build(asked, mode="exact")) == ()
