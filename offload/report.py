@@ -87,6 +87,7 @@ class Report:
             out; None where the card is not known, or steps were of a kind that has no price (beams, an assistant, mode fast where
             nothing is captured).
         predicted_parts: Milliseconds of it by what they go into; the link and Python's launching overlap with the others.
+        predicted_limit: The largest part of the engine that takes longest; None without a prediction.
         h2d_bytes: KV bytes copied to the device since the runtime was attached.
         d2h_bytes: KV bytes copied to the host.
         bounced_bytes: Of h2d_bytes, through a bounce buffer because pages are not pinned.
@@ -150,6 +151,7 @@ class Report:
     decode_h2d_bytes: int
     predicted_ms: float | None = None
     predicted_parts: dict[str, float] = field(default_factory=dict)
+    predicted_limit: str | None = None
     rung: str | None = None
     lifted_layers: int = 0
     whole_layers: int = 0
@@ -233,9 +235,8 @@ class Report:
             f" {self.ms_per_token:.1f} ms each, {gib(self.decode_h2d_bytes)} from the host",
         ]
         if self.prediction_error is not None:
-            largest = max(self.predicted_parts, key=lambda part: self.predicted_parts[part])
             lines.append(
-                f"  predict {self.predicted_ms:>9.1f} ms a token ({self.prediction_error:+.0%}), most of it {largest}"
+                f"  predict {self.predicted_ms:>9.1f} ms a token ({self.prediction_error:+.0%}), most of it {self.predicted_limit}"
             )
         if self.phases:
             reached = "-".join(["I", *(c.phase for c in self.phases if c.tokens is not None)])

@@ -379,6 +379,7 @@ class Runtime:
             predicted_parts={}
             if last.predicted is None
             else {part: 1000 * s for part, s in last.predicted.parts.items()},
+            predicted_limit=None if last.predicted is None else last.predicted.limit,
             capture_s=last.capture_s,
             phases=last.phases,
             decisions=[*last.decisions, *self._measured()],

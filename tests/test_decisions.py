@@ -226,6 +226,7 @@ def test_a_report_has_the_plans_price_of_a_token_beside_what_it_took() -> None:
         assert want is not None
         assert report.predicted_ms == 1000 * want.token
         assert report.predicted_parts == {part: 1000 * s for part, s in want.parts.items()}
+        assert report.predicted_limit == want.limit == "launching"
         ms = 1000 * (report.decode_s - report.capture_s) / 20
         assert report.prediction_error == pytest.approx(report.predicted_ms / ms - 1)
         assert report.to_dict()["prediction_error"] == report.prediction_error
