@@ -18,7 +18,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from _record import Record, arguments, parse
+from decode import free
 from fidelity import Case, behind_context, dense, divergence, fed, prepare
 from generate import CAP_BYTES
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -89,7 +89,7 @@ def measure_ladder(
             if rung == rungs[0]:
                 ratios.append(kl[1] / kl[0])
         del case, want
-        gc.collect()
+        free()
     record.bars["ladder_vs_uniform_error"] = max(ratios)
 
 
@@ -143,9 +143,8 @@ def exact_steps(
         settings: As for `attach`.
     """
     on_card = ids.device.type == "cuda"
-    gc.collect()
+    free()
     if on_card:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with offload.attach(model, mode="exact", **settings) as runtime:
         cache = runtime.new_cache(max_tokens=total)
@@ -222,9 +221,7 @@ def measure_hidden(record: Record, contexts: list[int], steps: int, smoke: bool)
         if context == 32768 or smoke:  # the bar's own length; a small run shows that it is recorded
             record.bars["hidden_vs_fetch_32k_mha"] = fetched["step_ms"] / ours["step_ms"]
     del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # or the next model comes to lie in what is left of this one
+    free()  # or the next model comes to lie in what is left of this one
 
 
 def measure_sweep(record: Record, context: int, steps: int, rounds: int, smoke: bool) -> None:
@@ -258,9 +255,7 @@ def measure_sweep(record: Record, context: int, steps: int, rounds: int, smoke: 
         worst = max(worst, chosen / min(chosen, *best.values()))
     record.bars["plan_vs_best_of_sweep"] = worst
     del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free()
 
 
 def measure_schedule(
