@@ -476,16 +476,22 @@ def _climbed(layout: Layout, demand: Demand, budget: int) -> Layout | None:
     demand = replace(demand, whole=whole, rungs=(highest,))
     again = _price(demand, layout.staging_bytes, layout.window_blocks, layout.chunk)
     now = [highest if price is None else price for price in best[1]]
-    found = _with_rungs(again, demand, now)
-    spare = budget - found.device_bytes
-    caching = {replace(price.rung, caches=False): price for price in demand.ladder if price.rung.caches}  # fmt: skip
+    spare = budget - _with_rungs(again, demand, now).device_bytes
+    return _with_rungs(again, demand, _caching(demand, now, spare))
+
+
+def _caching(demand: Demand, now: Sequence[RungPrice], spare: int) -> list[RungPrice]:
+    """The same rungs, with cached rows in the first layers for which some bytes suffice."""
+    with_rows = {replace(price.rung, caches=False): price for price in demand.ladder if price.rung.caches}  # fmt: skip
+    found = []
     for layer, price in enumerate(now):
-        cached = None if price.rung.caches else caching.get(price.rung)
-        if cached is None or layer in whole or spare < demand.batch * cached.row_bytes[layer]:
-            continue
-        spare -= demand.batch * cached.row_bytes[layer]
-        now[layer] = cached
-    return _with_rungs(again, demand, now)
+        cached = with_rows.get(price.rung)
+        if cached is not None and layer not in (demand.whole or ()):
+            more = demand.batch * cached.row_bytes[layer]
+            if more <= spare:
+                price, spare = cached, spare - more
+        found.append(price)
+    return found
 
 
 def _scratch(layout: Layout, demand: Demand) -> int:
