@@ -16,8 +16,8 @@ _RUN = 32  # keys that are a run, of which the best one is looked at first; they
 class CardNearest:
     """An `offload.index.graph.Nearest` by matrix products on a device, in float32.
 
-    Keys are there in pieces of a quarter of the bytes. An eighth is for queries and for what is found, the rest for scores of some
-    queries with a piece. One thread does it all, whoever asks: cuBLAS keeps a workspace for each that calls it.
+    Keys are there in pieces of a quarter of the bytes. An eighth is for queries and for what is found, nine sixteenths are for scores of
+    some queries with a piece. One thread does it all, whoever asks: cuBLAS keeps a workspace for each that calls it.
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:

@@ -233,13 +233,16 @@ class LayerStore:
 
     def runs(self, row: int, start: int, stop: int) -> list[Run]:
         """Contiguous pages of one sequence, none across a border of pinned memory."""
-        edges = [edge // self.page_bytes for edge in self._region.edges]
-        return self._table.runs(row, start, stop, edges)
+        return self._table.runs(row, start, stop, self._edges)
 
     def even(self, rows: int, start: int, stop: int) -> tuple[int, int] | None:
         """Where pages of several sequences begin, if equally far apart and between borders of pinned memory."""
-        edges = [edge // self.page_bytes for edge in self._region.edges]
-        return self._table.even(rows, start, stop, edges)
+        return self._table.even(rows, start, stop, self._edges)
+
+    @property
+    def _edges(self) -> list[int]:
+        """Pages at which separately pinned memory begins."""
+        return [edge // self.page_bytes for edge in self._region.edges]
 
     def host_view(self, run: Run) -> Tensor:
         """The bytes of a run, uint8."""

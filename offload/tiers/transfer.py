@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from torch import Tensor
 
 from offload.tiers.pages import Run
 from offload.tiers.pinned import HostRegion, PinBudget, commit_regions
+
+logger = logging.getLogger(__name__)
 
 BOUNCE_BYTES = (
     16 * 2**20
@@ -385,13 +388,15 @@ class EvenCopies:
     def __init__(self) -> None:
         """Finds the runtime that torch has loaded; without it `copy` does nothing."""
         self._runtime: ctypes.CDLL | None = None
+        self._refused: str | None = None  # why there is none, until that was told
         major = (torch.version.cuda or "").partition(".")[0]
         try:
             runtime = ctypes.CDLL(f"libcudart.so.{major}")
             size = ctypes.c_size_t
             where = ctypes.c_void_p
             runtime.cudaMemcpy2DAsync.argtypes = [where, size, where, size, size, size, ctypes.c_int, where]  # fmt: skip
-        except (OSError, AttributeError):
+        except (OSError, AttributeError) as error:
+            self._refused = str(error)
             return
         self._runtime = runtime
 
@@ -411,6 +416,9 @@ class EvenCopies:
         Returns:
             Whether it was done. Else nothing was.
         """
+        if self._refused is not None:
+            logger.warning("Host pages of several sequences are copied one by one, which is slower: %s.", self._refused)  # fmt: skip
+            self._refused = None
         if self._runtime is None or stream is None or max(width, apart) >= _MOST_PITCH:
             return False
         assert target.numel() >= height * width
@@ -421,6 +429,7 @@ class EvenCopies:
         if status:
             self._runtime.cudaGetLastError()  # or torch would find it
             self._runtime = None
+            self._refused = f"cudaMemcpy2DAsync returned {status}"
         return not status
 
 

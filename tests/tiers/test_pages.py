@@ -8,10 +8,12 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 
 from offload.errors import CacheError
 from offload.tiers.pages import PageTable
+from offload.tiers.transfer import EvenCopies
 
 ACTIONS = st.lists(
     st.one_of(
@@ -117,3 +119,14 @@ def test_a_full_table_refuses_and_loses_nothing() -> None:
     assert (caught.value.asked, caught.value.there) == (2, 1)
     table.check()
     assert table.columns == 2
+
+
+def test_without_the_runtimes_copy_it_is_said_once_that_pages_are_copied_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "0")  # there is no such library
+    copies = EvenCopies()
+    rows = torch.zeros(64, dtype=torch.uint8)
+    for _ in range(2):
+        assert not copies.copy(rows, rows, None, width=8, height=2, apart=16)
+    assert [record.message[:52] for record in caplog.records] == ["Host pages of several sequences are copied one by on"]  # fmt: skip
