@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ import offload
 from offload.errors import ConfigError, UnsupportedModelError
 from offload.graph import StepGraph
 from offload.scheduler.cost import hidden_share
+from offload.tiers.hidden import HiddenForm
+from offload.tiers.rows import RowShape
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -181,3 +184,31 @@ def test_a_captured_step_leaves_attention_to_the_host_in_every_replay(
     assert len(splits) == 40 * 3
     # One query, key, value and result for all layers, and an input where pages hold these.
     assert len(graph._kept) == (5 if recompute == "hidden" else 4)
+
+
+def test_of_rebuilt_pages_one_part_is_held_at_a_time() -> None:
+    # Of a layout with inputs for half of the tokens, memory is planned for the parts of one piece, not of two.
+    class Ones:
+        def take(self) -> Any:
+            raise AssertionError
+
+        def rebuild(self, inputs: torch.Tensor, positions: torch.Tensor, sequence: int | None) -> Any:  # fmt: skip
+            assert before is None or before() is None, "rows of the piece before are still there"
+            made = torch.ones(inputs.shape[0], 2, inputs.shape[1], 4)
+            return made, made
+
+        def select(self, rows: torch.Tensor) -> None:
+            raise AssertionError
+
+    shape = RowShape(kv_heads=2, key_dim=4, value_dim=4, dtype=torch.float32)
+    form = HiddenForm(width=4, tokens=2, source=Ones())
+    pages = torch.zeros((1, 3, form.page_bytes(shape, 4)), dtype=torch.uint8)
+    before: weakref.ref[Any] | None = None
+    seen = 0
+    for _ in range(2):
+        for keys, values, positions in form.read(pages, shape, 4, 0, None):
+            assert before is None or before() is None
+            before = weakref.ref(keys if keys._base is None else keys._base)
+            seen += positions.numel()
+            del keys, values
+    assert seen == 2 * 12

@@ -10,7 +10,7 @@ have to rebuild: every page has the same mix, so that both end together in every
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,8 +84,8 @@ class HiddenForm:
 
     def read(
         self, pages: Tensor, shape: RowShape, page: int, first: int, sequence: int | None
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys, values and positions of a few pages, in parts of any order.
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Keys, values and positions of a few pages, in parts of any order; each is made when it is asked for.
 
         Args:
             pages: uint8 [B, n, bytes of a page] on the device.
@@ -94,21 +94,19 @@ class HiddenForm:
             first: The position of the first token.
             sequence: The one that they are of; None for all.
 
-        Returns:
+        Yields:
             [B, H_kv, T, D], [B, H_kv, T, D_v] and integers [T] of each part.
         """
         inputs, rows = self._parts(pages, shape, page)
         positions = first + torch.arange(pages.shape[1] * page, device=pages.device).view(-1, page)
-        found = []
         if self.tokens:
             at = positions[:, : self.tokens].flatten()
-            keys, values = self.source.rebuild(inputs.flatten(1, 2), at, sequence)
-            found.append((keys, values, at))
+            yield *self.source.rebuild(inputs.flatten(1, 2), at, sequence), at
         if self.tokens < page:
             heads_first = rows.flatten(1, 2).transpose(1, 2)
             keys, values = heads_first.split([shape.key_dim, shape.value_dim], dim=-1)
-            found.append((keys, values, positions[:, self.tokens :].flatten()))
-        return found
+            del heads_first
+            yield keys, values, positions[:, self.tokens :].flatten()
 
     def blocks(
         self, pages: Tensor, shape: RowShape, page: int, first: int, sequence: int | None

@@ -518,6 +518,7 @@ class LayerStore:
                 for keys, values, positions in self._rebuilt(chunk, staged):
                     seen = None if visible is None else visible[:, None, None, positions]
                     add(keys, values, seen)
+                    del keys, values  # or they stay while the next ones are made
                 continue
             rows = staged.view(self.shape.dtype).view(
                 chunk.rows, -1, self.shape.kv_heads, self.shape.width
@@ -544,11 +545,9 @@ class LayerStore:
             first = self.first_host_token + (chunk.start + at) * page
             piece = pages[:, at : at + per_piece]
             for keys, values, positions in self._hidden.read(piece, self.shape, page, first, one):
-                yield (
-                    keys.expand(self.batch, -1, -1, -1),
-                    values.expand(self.batch, -1, -1, -1),
-                    positions,
-                )
+                part = [x.expand(self.batch, -1, -1, -1) for x in (keys, values)]
+                del keys, values  # whoever gets them is to be the only one who holds them
+                yield part.pop(0), part.pop(), positions
 
     # A step of one token on the device path, in three: what a captured graph replays is the middle one.
 
@@ -1023,6 +1022,7 @@ class LayerStore:
                     there = resident.flatten(1, 2)
                     there[:, places, :, : shape.key_dim] = keys[:copies].transpose(1, 2)
                     there[:, places, :, shape.key_dim :] = values[:copies].transpose(1, 2)
+                    del keys, values  # or they stay while the next ones are made
         self._resident = resident
 
     def drop_resident(self) -> None:
