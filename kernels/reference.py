@@ -80,6 +80,23 @@ def attend(
     return part if sink_logits is None else with_sink_logits(part, sink_logits)
 
 
+def weights(scores: Tensor, lse: Tensor, *, kv_heads: int) -> Tensor:
+    """What each key weighs, summed over queries and the heads of a group.
+
+    Args:
+        scores: float32 [B, H_q, Q, N]: scaled logits, -inf where a key is not seen.
+        lse: float32 [B, H_q, Q]: over all keys, those of other parts too; -inf where a query sees none.
+        kv_heads: H_kv.
+
+    Returns:
+        float32 [B, H_kv, N].
+    """
+    safe = lse.masked_fill(lse.isneginf(), torch.inf)
+    each: Tensor = torch.exp(scores - safe.unsqueeze(-1)).sum(2)
+    of_group: Tensor = each.unflatten(1, (kv_heads, -1)).sum(2)
+    return of_group
+
+
 def with_sink_logits(part: Part, sink_logits: Tensor) -> Part:
     """Adds one logit without a value to every query of a part.
 

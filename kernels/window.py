@@ -32,6 +32,7 @@ def attend_window(
     softcap: float | None = None,
     padding: Tensor | None = None,
     starts: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> None:
     """Attends with one new token per sequence to the rows of a window and to itself, and appends its row.
 
@@ -47,6 +48,7 @@ def attend_window(
         softcap: Logits become softcap * tanh(logits / softcap).
         padding: int32 [B] on the device: so many first tokens are padding; None for none. The new token is none.
         starts: int32 [slots]: the position of each slot's first token; read only with `padding`.
+        scores: float32 [B, H_q, columns], contiguous: written in the first columns, one for each row, the new one's too.
     """
     batch, heads, head_size = query.shape
     page, kv_heads, width = window.shape[2:]
@@ -55,12 +57,13 @@ def attend_window(
     _window_kernel[(splits, batch * kv_heads)](
         query, key, value, window, n_rows, *partials,
         n_rows if padding is None else padding, n_rows if starts is None else starts,
+        partials.lse if scores is None else scores, 0 if scores is None else scores.shape[2],
         kv_heads, partials.lse.shape[2], scale, 1.0 if softcap is None else softcap,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         window.stride(0), window.stride(2), window.stride(3),
         G=groups, G_P=max(16, triton.next_power_of_2(groups)), D=head_size, DV=value_dim,
         D_P=padded(head_size), DV_P=padded(value_dim), PAGE=page, TILE=32 if large else 64,
-        SPLITS=splits, PADDED=padding is not None, CAPPED=softcap is not None,
+        SPLITS=splits, PADDED=padding is not None, CAPPED=softcap is not None, SCORED=scores is not None,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
 
@@ -82,6 +85,8 @@ def _window_kernel(
     lse_ptr,
     padding_ptr,
     starts_ptr,
+    scores_ptr,
+    n_scores,
     kv_heads,
     slots,
     sm_scale,
@@ -106,6 +111,7 @@ def _window_kernel(
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCORED: tl.constexpr,
 ):
     i_split = tl.program_id(0)
     i_row = tl.program_id(1).to(tl.int64)  # sequence and KV head
@@ -122,6 +128,7 @@ def _window_kernel(
     peak = tl.full((G_P,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((G_P,), dtype=tl.float32)
     acc = tl.zeros((G_P, DV_P), dtype=tl.float32)
+    o_score = ((i_batch * kv_heads + i_kv) * G + i_g) * n_scores
     if i_split == 0:
         new_k = tl.load(
             k_ptr + i_batch * stride_kb + i_kv * stride_kh + i_d, mask=i_d < D, other=0.0
@@ -135,6 +142,8 @@ def _window_kernel(
         peak = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * sm_scale
         if CAPPED:
             peak = capped(peak, softcap)
+        if SCORED:
+            tl.store(scores_ptr + o_score + n_rows, peak, mask=m_g)
         total += 1.0
         acc += new_v.to(tl.float32)[None, :]
     n_tiles = (n_rows + TILE - 1) // TILE
@@ -157,6 +166,9 @@ def _window_kernel(
             start = tl.load(starts_ptr + i_n // PAGE, mask=m_n, other=0)
             m_n = m_n & (start + i_n % PAGE >= hidden)
         logit = tl.where(m_n[None, :], logit, float("-inf"))
+        if SCORED:
+            m_score = m_g[:, None] & (i_n < n_rows)[None, :]
+            tl.store(scores_ptr + o_score[:, None] + i_n[None, :], logit, mask=m_score)
         higher = tl.maximum(peak, tl.max(logit, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         fade = tl.exp(peak - safe)

@@ -7,6 +7,7 @@ what the machine has left.
 from __future__ import annotations
 
 import logging
+import statistics
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -178,7 +179,7 @@ class Budgets:
     def predicted(
         self, layout: Layout, *, batch: int, prompt: int, output: int, exact: bool, captured: bool
     ) -> Times | None:
-        """What a run was expected to take in the middle of its answer, by the price that plans have; None where the card is not known.
+        """What a run was expected to take: a token in the mean, its parts in the middle of the answer; None where the card is not known.
 
         Args:
             layout: Of the run.
@@ -193,7 +194,10 @@ class Budgets:
         if card is None or (config.mode == "verified" and not layout.host_tokens):
             return None  # what a pass streams is not known of a cache whose length is not
         way = replace(card.way, captured=captured)
-        return times(layout, card.shape, card.profile, way, tokens=prompt + output // 2)
+        # Tokens that the device has no room for cost more the more there are: one in the middle is not the mean.
+        fifths = [prompt + output * (2 * i + 1) // 10 for i in range(5)]
+        found = [times(layout, card.shape, card.profile, way, tokens=at) for at in fifths]
+        return replace(found[2], token=statistics.fmean(one.token for one in found))
 
     def _card(self, config: OffloadConfig, *, batch: int, prompt: int, output: int) -> Card | None:
         if self._profile is None:

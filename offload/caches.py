@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from offload.report import Notes
 from offload.reread import Rereader
 from offload.scheduler.layout import AUTO_CHUNK, Demand, Layout
 from offload.scheduler.rungs import Rung, cached_rows
+from offload.scheduler.window import staged_rows
 from offload.tiers.hidden import HiddenForm
 from offload.tiers.nearest import CardNearest
+from offload.tiers.path import LARGEST_HEAD, StepMemory, StepPath
 from offload.tiers.pinned import HostRegion, commit_regions
-from offload.tiers.replica import LARGEST_HEAD, DevicePath, PathSettings, StepMemory
+from offload.tiers.replica import DevicePath, PathSettings
 from offload.tiers.search import HostSearch, Searchers, SearchSettings
+from offload.tiers.sparse import SparsePath, SparseSettings
 from offload.tiers.store import LayerStore, StoreLimits
 from offload.tiers.transfer import HostReader, HostWriter, Streams, TransferCounters
 
@@ -178,6 +182,9 @@ class CacheMaker:
             except BaseException:
                 give_back()
                 raise
+            sparse = [store.path for store in stores if isinstance(store.path, SparsePath)]
+            for path, following in pairwise(sparse):
+                path.precede(following)
             reader.reset(list(stores))
             readers.append(reader)
             if layout.hidden is None and self._inputs is not None:
@@ -301,13 +308,15 @@ class CacheMaker:
 
     def _device_path(
         self, index: int, layout: Layout, limits: StoreLimits, memory: StepMemory, batch: int
-    ) -> DevicePath | None:
+    ) -> StepPath | None:
         """The device path of one layer, or None where the replica did not fit and every token is streamed."""
         if not layout.rungs and layout.host_tokens:
             self._notes.tell("no replica fits the device budget: every token is streamed")
             return None
         retrieval = self._config.retrieval
         rung = layout.rungs[index] if layout.rungs else None
+        if rung is not None and rung.share:
+            return self._sparse_path(index, layout, limits, memory, batch)
         tokens = 0 if rung is None else rung.selected(retrieval.tokens)
         keeps = self.streams.on and retrieval.index == "replica"
         kept_rows = cached_rows(tokens, retrieval.row_cache) if keeps else 0
@@ -353,6 +362,36 @@ class CacheMaker:
                 if self.streams.on
                 else "without a GPU its steps are slower than those of mode exact"
             )
+        return path
+
+    def _sparse_path(
+        self, index: int, layout: Layout, limits: StoreLimits, memory: StepMemory, batch: int
+    ) -> SparsePath:
+        """The device path of a layer that attends to some of its tokens."""
+        rung = layout.rungs[index]
+        window = layout.sparse(rung.share)
+        if rung.far and not index:
+            self._notes.add(
+                f"of {rung.near + rung.far:,} chosen tokens per KV head {rung.far:,} are read on the host: the device has no room"
+            )
+        path = SparsePath(
+            self._shape.rows[index],
+            SparseSettings(
+                window=window,
+                most=rung.near + rung.far,
+                near=rung.near,
+                staged=staged_rows(rung.far, batch, self._shape.rows[index].token_bytes),
+                decay=window.decay(layout.last_tokens),
+            ),
+            memory,
+            batch=batch,
+            blocks=0 if index in layout.whole else layout.replica_tokens // limits.page,
+            slots=limits.device_blocks + 1,
+            page=limits.page,
+            device=self._shape.device,
+        )
+        if not path.has_kernels and self.streams.on:
+            self._notes.tell(f"heads are larger than {LARGEST_HEAD}, which no kernel knows: slow steps")  # fmt: skip
         return path
 
     def _take_region(self, page_bytes: int) -> HostRegion:

@@ -387,6 +387,16 @@ class SchedulerConfig(_Table):
         "copies and matrix products end together.",
         json_schema_extra=_unit("share, or auto"),
     )
+    sparsity: Annotated[float, BeforeValidator(_no_switch)] = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Mode fast: share of all tokens that a step leaves out altogether, where not all fit the device. It attends to "
+        "the window and, per KV head, to the tokens that weighed most lately, no replica speaks for the others, and a cache whose "
+        "length is not known streams them. That costs least, and finds no token again that was let go: 0, with a replica of "
+        "every token, stays closer to attention over all.",
+        json_schema_extra=_unit("share"),
+    )
 
 
 class PrefillConfig(_Table):
@@ -552,6 +562,7 @@ class OffloadConfig(_Table):
         "threads": "retrieval.threads",
         "recompute": "scheduler.recompute",
         "recomputed": "scheduler.recomputed",
+        "sparsity": "scheduler.sparsity",
         "progress": "trace.progress",
         "progress_from": "trace.progress_from",
     }
@@ -565,7 +576,9 @@ class OffloadConfig(_Table):
                 there=f"mode {self.mode}",
                 change='Write mode = "exact", or scheduler.recompute = "off".',
             )
-        if self.keeps_replica and self.cache.page != FAST_PAGE:
+        if self.scheduler.sparsity:
+            self._require_sparse()
+        elif self.keeps_replica and self.cache.page != FAST_PAGE:
             raise ConfigError(
                 f"Mode {self.mode} works in pages of {FAST_PAGE} tokens, which share the scales of their keys",
                 asked=self.cache.page,
@@ -582,6 +595,23 @@ class OffloadConfig(_Table):
                     there=needed,
                     change="Leave cache.window out, or lower decode.draft.",
                 )
+
+    def _require_sparse(self) -> None:
+        """Raises ConfigError where a key asks for what steps over a share of the tokens have not."""
+        others = {
+            f'mode = "{self.mode}"': self.mode != "fast",
+            f'replica.rung = "{self.replica.rung}"': self.replica.rung != "auto",
+            "replica.ladder = true": self.replica.ladder,
+            f'retrieval.index = "{self.retrieval.index}"': self.retrieval.index != "replica",
+        }
+        asked = next((name for name, holds in others.items() if holds), None)
+        if asked is not None:
+            raise ConfigError(
+                "Steps that leave tokens out are those of mode fast, and keep no replica",
+                asked=asked,
+                there=f"scheduler.sparsity = {self.scheduler.sparsity:g}",
+                change="Leave one of the two out.",
+            )
 
     @property
     def keeps_replica(self) -> bool:

@@ -22,6 +22,7 @@ from offload.scheduler.layout import (
     lay_out,
     workspace_bytes,
 )
+from offload.scheduler.placement import COPIED, ways
 from offload.scheduler.profiles import Profile
 from offload.units import gib
 
@@ -115,7 +116,10 @@ def choices(
         output: Tokens of the answer, where that is known.
     """
     found = [*_placement(demand, layout, budget)]
-    if layout.rungs and layout.host_tokens:
+    rung = layout.rung
+    if rung is not None and rung.share and layout.host_tokens:
+        found += _sparse(demand, layout, card)
+    elif rung is not None and layout.host_tokens:
         found += [*_path(demand, layout, card), *_rungs(demand, layout, budget)]
     if config.mode == "exact" and layout.host_tokens:
         found += _recompute(config, demand, layout, budget, card, other)
@@ -178,6 +182,60 @@ def _path(demand: Demand, layout: Layout, card: Card | None) -> Iterator[Choice]
         unit=unit,
         why="a replica fits the device budget",
         source=source,
+    )
+
+
+def _sparse(demand: Demand, layout: Layout, card: Card | None) -> Iterator[Choice]:
+    """Steps over a share of the tokens beside those over all; where the chosen ones are; how those come that the device lacks."""
+    rung = layout.rung
+    assert rung is not None
+    own = [one for layer, one in enumerate(layout.rungs) if layer not in layout.whole]
+    at = layout.last_tokens
+    chosen = min(layout.sparse(rung.share).chosen(at), rung.near + rung.far)
+    near = sum(min(chosen, one.near) for one in own) / len(own)
+    rows = demand.batch * sum(demand.token_bytes)
+    read, streamed = float(rows * (chosen - near)), float(layout.host["pages"])
+    unit, source = STEP_BYTES, "computed"
+    if card is not None:
+        read, streamed = (card.step_ms(layout, mode=mode, batch=demand.batch) for mode in ("fast", "exact"))  # fmt: skip
+        unit, source = MS, "predicted"
+    yield Choice(
+        what="steps",
+        chosen=f"over the window and {chosen:,} of {at:,} tokens per KV head",
+        cost=read,
+        instead="every token streamed",
+        instead_cost=streamed,
+        unit=unit,
+        why=f"scheduler.sparsity = {1 - rung.share:g}; the last step",
+        source=source,
+    )
+    yield Choice(
+        what="chosen tokens",
+        chosen=f"{near:,.0f} of {chosen:,} per KV head on the device",
+        cost=rows * near,
+        instead="all of them",
+        instead_cost=float(rows * chosen),
+        unit=BYTES,
+        why="as many as the device budget has room for",
+    )
+    if card is None or chosen <= near:
+        return
+    found = ways(
+        card.shape, card.profile,
+        sequences=demand.batch, tokens=layout.host_tokens, absent=chosen - near,
+    )  # fmt: skip
+    here = found.pop(COPIED)
+    other = min(found, key=lambda way: found[way])
+    yield Choice(
+        what="chosen tokens that the device lacks",
+        chosen=COPIED,
+        cost=1000 * here,
+        instead=other,
+        instead_cost=1000 * found[other],
+        unit=MS,
+        why="the only way that steps have"
+        + ("; the other one is cheaper" if found[other] < here else " and the cheapest"),
+        source="predicted",
     )
 
 

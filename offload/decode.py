@@ -26,7 +26,7 @@ from offload.attention import kept_out_of_compiled_code
 from offload.cache import OffloadCache, OffloadLayer, cache_in
 from offload.graph import StepGraph
 from offload.model import text_config
-from offload.tiers.replica import LARGEST_HEAD
+from offload.tiers.path import LARGEST_HEAD
 from offload.tiers.store import LayerStore
 
 # Inputs of a step that a graph reads from fixed addresses; others must be the same objects in every step.

@@ -17,6 +17,7 @@ from offload.scheduler import cost
 from offload.scheduler.cost import Way, hidden_share
 from offload.scheduler.layout import (
     REBUILT_TOKENS,
+    REPLICA_WINDOW,
     REREAD_TOKENS,
     Demand,
     HiddenPrice,
@@ -32,6 +33,8 @@ from offload.scheduler.rungs import (
     scratch_bytes,
     scratch_token_bytes,
 )
+from offload.scheduler.window import SparseWindow, state_bytes, step_bytes, window_tokens
+from offload.scheduler.window import token_bytes as sparse_token_bytes
 
 # Share of an index that a search reads. Of most what finds 95 of the best 100 of 8,000 keys, rounded up: it falls as
 # the context grows (benchmarks/index.json). With flat, choosing among all keys takes as long as reading their codes again;
@@ -167,7 +170,6 @@ def demand_of(
     fast = config.keeps_replica and not exact
     staging, chunk, window = config.decode.staging, config.prefill.chunk, config.cache.window
     whole = prompt if shape.fed_whole is not None and prompt else None
-    selected = max(rung.selected(config.retrieval.tokens) for rung in RUNGS)
     overhead = held.overhead + ALLOCATOR_SLACK + DRIVER_GROWTH if held.on_card else 0
     hidden = None
     hides = config.scheduler.recompute == "hidden" and config.mode == "exact"
@@ -180,6 +182,8 @@ def demand_of(
     if held.on_card and fast and config.retrieval.index == "graph":
         draws = NEAREST_BYTES + CUBLAS_WORKSPACE  # of the thread that does it
     rows = _decoded_rows(config, exact=exact)
+    sparse = _sparse(config, tokens) if fast else None
+    scratch = _scratch(config, shape, sparse, batch, tokens) if fast else (0, 0)
     ahead = held.on_card and config.decode.look_ahead is not False
     decoding = captures + draws + pass_bytes(shape, batch, rows, beside=ahead)
     # A CPU's copy would be no nearer, and an explicit window says what shall be on the device.
@@ -202,14 +206,17 @@ def demand_of(
         least_workspace=decoding,
         step_workspace=decoding if keeps else None,
         other_kv=batch * shape.other_kv_bytes(tokens),
-        rungs=_rungs(config, shape, on_card=held.on_card) if fast else (),
+        rungs=()
+        if not fast
+        else _sparse_rungs(config, shape, sparse, batch=batch, tokens=tokens or 0)
+        if config.scheduler.sparsity
+        else _rungs(config, shape, on_card=held.on_card),
         ladder=_ladder(config, shape, errors, on_card=held.on_card) if fast and errors else (),
         whole_layers=_whole_layers(config, shape) if fast else 0,
         streams=config.replica.rung == "auto",
-        scratch_bytes=sum(scratch_bytes(*heads, selected) for heads in set(shape.heads))
-        if fast
-        else 0,
-        scratch_token_bytes=sum(scratch_token_bytes(*heads) for heads in set(shape.heads)),
+        rung_window=REPLICA_WINDOW if sparse is None else sparse.window,
+        scratch_bytes=scratch[0],
+        scratch_token_bytes=scratch[1],
         longest=shape.max_positions or 2**20,
         hidden=hidden,
         index_bytes=index_bytes(config, shape) if fast else 0,
@@ -220,6 +227,68 @@ def demand_of(
         prefix_token_bytes=again[0],
         prefix_workspace=again[1],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sparse:
+    """Where a step attends to a share of all tokens.
+
+    Attributes:
+        window: Tokens of the window, sinks aside.
+        set: Which others.
+    """
+
+    window: int
+    set: SparseWindow
+
+
+def _sparse(config: OffloadConfig, tokens: int | None) -> _Sparse | None:
+    """What the config says of that; None where every token counts, or the length is not known."""
+    share = 1.0 - config.scheduler.sparsity
+    if share == 1.0 or tokens is None:
+        return None
+    page, sinks, asked = config.cache.page, config.cache.sinks, config.cache.window
+    window = window_tokens(share, tokens, page, sinks) if isinstance(asked, str) else asked
+    held = (sinks // page + window // page + 1) * page
+    return _Sparse(window, SparseWindow(share, held))
+
+
+def _scratch(
+    config: OffloadConfig, shape: Shape, sparse: _Sparse | None, batch: int, tokens: int | None
+) -> tuple[int, int]:
+    """Device bytes of one sequence that a step on the device path needs, and further ones for each token."""
+    if sparse is None:
+        selected = max(rung.selected(config.retrieval.tokens) for rung in RUNGS)
+        kinds = set(shape.heads)
+        return (
+            sum(scratch_bytes(*heads, selected) for heads in kinds),
+            sum(scratch_token_bytes(*heads) for heads in kinds),
+        )
+    held, most = sparse.set.held, sparse.set.most(tokens or 0)
+    of_layers = {
+        (*heads, row.kv_heads, row.token_bytes)
+        for heads, row in zip(shape.heads, shape.rows, strict=True)
+    }
+    return sum(step_bytes(*layer, held, most, batch) for layer in of_layers), 0
+
+
+def _sparse_rungs(
+    config: OffloadConfig, shape: Shape, sparse: _Sparse | None, *, batch: int, tokens: int
+) -> tuple[RungPrice, ...]:
+    """A rung for each number of chosen rows that the device may keep, the most first."""
+    if sparse is None:
+        return ()
+    chosen, found = sparse.set, []
+    most = chosen.most(tokens)
+    for near in chosen.near(tokens):
+        rung = Rung("window", 0, 0, caches=False, share=chosen.share, near=near, far=most - near)
+        row_bytes = tuple(
+            state_bytes(chosen.held, most, near, row.kv_heads, heads, row.key_dim, row.token_bytes, batch, len(shape.rows))
+            for row, (heads, _) in zip(shape.rows, shape.heads, strict=True)
+        )  # fmt: skip
+        layer_bytes = tuple(sparse_token_bytes(row.kv_heads, config.cache.page) for row in shape.rows)  # fmt: skip
+        found.append(RungPrice(rung=rung, layer_bytes=layer_bytes, row_bytes=row_bytes))
+    return tuple(found)
 
 
 def _reread_bytes(config: OffloadConfig, shape: Shape, copies: int) -> tuple[int, int]:

@@ -106,6 +106,8 @@ class Report:
         tail_mass: Share of attention that the replica answered for, mean over the last decode's steps, layers and
             heads.
         skipped_mass: Share of attention that was not read at all, likewise.
+        left_out: Share of attention that steps leave out where scheduler.sparsity is set: of a prompt's last queries, when the tokens
+            were chosen last, mean over heads and layers.
         error_estimate: How far the output of an attention layer is expected to be from attention to the same keys and
             values in full, relative to that output: root mean square over the last decode's steps and heads, mean over
             layers. 0 without a replica. What independent rounding errors come to, by `offload.kernels.noise`: no bound,
@@ -162,6 +164,7 @@ class Report:
     index_heads: dict[str, int] = field(default_factory=dict)
     search_s: float = 0.0
     tail_mass: float = 0.0
+    left_out: float | None = None
     skipped_mass: float = 0.0
     error_estimate: float | None = 0.0
     verify_passes: int = 0
@@ -246,13 +249,15 @@ class Report:
             shown = ", ".join(f"{n} layers {what}" for what, n in others.items() if n)
             more = f" ({shown})" if shown else ""
             name = "drafts" if self.mode == "verified" else "fast"
+            read = f"{gib(self.selected_bytes)} a step read exactly, {gib(self.fetched_bytes)} from the host"
             expected = "unknown" if self.error_estimate is None else f"{self.error_estimate:.2%}"
-            lines.append(
-                f"  {name:8}{self.rung:>10}  replica{more} answered for {self.tail_mass:.2%} of attention, "
-                f"{self.skipped_mass:.3%} skipped, expected error {expected}, "
-                f"{gib(self.selected_bytes)} a step read exactly, "
-                f"{gib(self.fetched_bytes)} from the host"
+            said = (
+                f"replica{more} answered for {self.tail_mass:.2%} of attention, "
+                f"{self.skipped_mass:.3%} skipped, expected error {expected}"
             )
+            if self.left_out is not None:
+                said = f"{self.left_out:.2%} of the attention of the prompt's last tokens left out"
+            lines.append(f"  {name:8}{self.rung:>10}  {said}, {read}")
         if self.index is not None:
             ms = 1000 * self.search_s / max(1, self.new_tokens)
             heads = ", ".join(f"{name} in {n:,} heads" for name, n in sorted(self.index_heads.items()))  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import threading
 import time
 import weakref
@@ -130,6 +131,7 @@ class _LastRun:
     search_s: float = 0.0
     index_heads: Counter[str] = field(default_factory=Counter)
     tail_mass: float = 0.0
+    left_out: float | None = None
     skipped_mass: float = 0.0
     error_estimate: float | None = 0.0
 
@@ -372,6 +374,7 @@ class Runtime:
             index_heads=dict(last.index_heads),
             search_s=last.search_s,
             tail_mass=last.tail_mass,
+            left_out=last.left_out,
             skipped_mass=last.skipped_mass,
             error_estimate=last.error_estimate,
             replayed_steps=last.replayed_steps,
@@ -576,6 +579,7 @@ class Runtime:
                 self._maker.keep_pages_resident(cache)
         last.prefill_s = done.seconds
         last.tail_mass = last.skipped_mass = last.error_estimate = 0.0
+        last.left_out = None
         last.selected_bytes = last.fetched_bytes = 0
         last.search_s = 0.0
         last.tally = Tally()
@@ -737,13 +741,16 @@ class Runtime:
         for store in cache.layer_stores:
             path = store.path
             if path is not None and store.columns:
-                masses += path.stats[:2].cpu() / max(1, path.steps * layers)
+                masses += path.masses() / layers
                 error += path.error_estimate() / layers
                 exactly, from_host = path.selected_bytes()
                 selected += exactly
                 fetched += from_host
                 last.search_s += 0.0 if path.search is None else path.search.seconds
         last.tail_mass, last.skipped_mass = masses.tolist()
+        shares = [path.left_out() for path, _ in offloaded]
+        if any(share is not None for share in shares):
+            last.left_out = statistics.fmean(share for share in shares if share is not None)
         last.error_estimate = None if math.isnan(error) else error
         last.selected_bytes, last.fetched_bytes = selected, fetched
 

@@ -36,7 +36,7 @@ PLACEMENTS = {
 _KERNELS = (
     ("scan and selection", r"^_(scan|scan_clusters|blocks|votes|tokens)_kernel"),
     ("the replica's answer", r"^_(tail|clusters)_kernel"),
-    ("selected rows", r"^_rows_kernel"),
+    ("selected rows", r"^_(rows|chosen|weigh|fetch|place)_kernel"),
     ("window and merge", r"^_(window|merge|combine)_kernel"),
     ("quantising", r"^_quantize"),
     ("rebuilding", r"^_rotate_kernel"),

@@ -44,7 +44,7 @@ _PASS_LAYER_S = (
 AGREEMENT = {4: 0.9987, 3: 0.998, 2: 0.989, 0: 0.9}
 # Of a host path, from the 8B shape on an H100 with 16 cores, 256 tokens for each of 256 KV heads (`benchmarks/host.json`). With
 # these `clusters` takes 30 ms a step at 131,072 tokens and 40 at 524,288, `flat` 71 at 131,072; measured 28 to 32, 40 and 72.
-_HAND_OFFS_S = 50e-6  # of a layer to the host and back
+HAND_OFFS_S = 50e-6  # of a layer to the host and back
 _SEARCH_ROW_BYTES = (
     2900  # what could be read in order in the time that one row takes, which lies anywhere
 )
@@ -215,6 +215,18 @@ def placement_of(layout: Layout, shape: Shape, way: Way, *, tokens: int | None =
         return replace(where, resident=resident, fetched=fetched, rebuilt=rebuilt, bytes_in=more)
     rung = layout.rung
     assert rung is not None
+    if rung.share:
+        at = layout.last_tokens if tokens is None else tokens
+        chosen = min(layout.sparse(rung.share).chosen(at), rung.near + rung.far)
+        own = [one for layer, one in enumerate(layout.rungs) if layer not in layout.whole]
+        near = sum(min(chosen, one.near) for one in own) / len(own)
+        return replace(
+            where,
+            resident=held + batch * near,
+            fetched=batch * (chosen - near),
+            scored=batch * chosen,
+            choosing=len(layout.rungs) - len(layout.whole),
+        )
     return replace(
         where,
         replica=layout.device["replica"] * away / max(1, layout.replica_tokens),
@@ -514,7 +526,7 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
         if where.searched:  # the card then scores only what is not found
             a_layer = _PATH_S + where.scored * _PATH_TOKEN_S
             reads = where.searched + where.searched_rows * _SEARCH_ROW_BYTES
-            device["search"] = layers * _HAND_OFFS_S + reads / profile.host_bytes_per_s
+            device["search"] = layers * HAND_OFFS_S + reads / profile.host_bytes_per_s
         device["selection"] = layers * a_layer
     if where.replica:
         device["replica"] = where.replica / rate

@@ -13,6 +13,7 @@ from itertools import combinations
 from offload.errors import BudgetError
 from offload.scheduler.ladder import Option, climb, total
 from offload.scheduler.rungs import Rung
+from offload.scheduler.window import SparseWindow
 
 # Two staging buffers hide the copies behind attention once a copy outlasts the launches of a layer. On an
 # H100 (PCIe 5) 16 MiB copies already run at the full 53 GB/s; 128 MiB (2.5 ms) outlast an eager layer (1-2 ms).
@@ -122,6 +123,7 @@ class Demand:
         scratch_bytes: Device bytes of a decode step on the device path, per sequence.
         scratch_token_bytes: Further ones, per token and sequence.
         longest: Tokens to make room for where `tokens` is not known.
+        rung_window: Tokens of the window beside a rung, where none is given.
         index_bytes: Host bytes of one token of one sequence in the indexes of all layers; 0 where there are none.
         searched_bytes: Of these, what a step reads.
         searched_rows: Rows of keys or values that a step reads in all layers, for each token that it attends to.
@@ -157,6 +159,7 @@ class Demand:
     scratch_bytes: int = 0
     scratch_token_bytes: int = 0
     longest: int = 0
+    rung_window: int = REPLICA_WINDOW
     hidden: HiddenPrice | None = None
     index_bytes: int = 0
     searched_bytes: int = 0
@@ -269,6 +272,16 @@ class Layout:
         column = sequences * self.page * token_bytes
         kept = (self.idle_bytes + self.resident_share * away * sequences * token_bytes) // column
         return min(1.0, max(self.resident_share, kept * self.page / away))
+
+    def sparse(self, share: float) -> SparseWindow:
+        """Which tokens a step attends to, where that is a share of all."""
+        return SparseWindow(share, (self.sink_blocks + self.window_blocks + 1) * self.page)
+
+    @property
+    def last_tokens(self) -> int:
+        """Tokens of a sequence at the end, where the length is known and some are on the host: to a page."""
+        stays = self.window_blocks - self.window_blocks // 2 if self.rungs else self.window_blocks
+        return self.host_tokens + (self.sink_blocks + stays) * self.page
 
     @property
     def device_bytes(self) -> int:
@@ -644,7 +657,7 @@ def _least(demand: Demand) -> Layout:
         )
     blocks = LEAST_WINDOW_BLOCKS if demand.window is None else demand.window // demand.page
     if (demand.rungs or demand.hidden is not None) and demand.window is None:
-        blocks = max(1, REPLICA_WINDOW // demand.page)
+        blocks = max(1, demand.rung_window // demand.page)
     if demand.rungs and demand.tokens is None:
         demand = replace(demand, longest=0)
     staging = _page_bytes(demand) if demand.staging is None else demand.staging
@@ -690,7 +703,7 @@ def _staging(demand: Demand, spare: int) -> int:
     if demand.staging is not None:
         return demand.staging
     share = spare // 16
-    if demand.rungs and demand.tokens is not None:
+    if demand.rungs and demand.tokens is not None and not demand.rungs[0].rung.share:
         share = max(share, min(spare // 2, USEFUL_STAGING_BYTES))
     page = max(1, _page_bytes(demand))
     return min(_page_bytes(demand) + share // page * page, _full_staging(demand))

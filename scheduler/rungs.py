@@ -34,6 +34,9 @@ class Rung:
         clustered: Of values only the means of clusters are kept.
         caches: Rows may stay on the device after they were selected; without them it takes less.
         faithful: Its tokens may be shown as they are. Others are for drafts, unless they are asked for by name.
+        share: Of all tokens, those that are attended to, where no replica speaks for the others; 0: one does.
+        near: Rows per KV head of chosen tokens that the device keeps then.
+        far: Rows of them that a step reads on the host, at most.
     """
 
     name: str
@@ -42,6 +45,9 @@ class Rung:
     clustered: bool = False
     caches: bool = True
     faithful: bool = True
+    share: float = 0.0
+    near: int = 0
+    far: int = 0
 
     @property
     def rank(self) -> tuple[int, bool]:

@@ -82,6 +82,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "[scheduler]\n"
         'recompute = "off"\n'
         'recomputed = "auto"\n'
+        "sparsity = 0.0\n"
         "\n"
         "[prefill]\n"
         'chunk = "auto"\n'

@@ -19,7 +19,7 @@ from offload.cache import stock_layers
 from offload.decode import _hooked, decode
 from offload.errors import BudgetError, ConfigError, InputError
 from offload.scheduler.layout import lay_out
-from offload.tiers import replica
+from offload.tiers import path
 from offload.tiers.transfer import Streams
 
 N = 700
@@ -217,7 +217,7 @@ def test_what_is_streamed_although_there_is_a_replica_is_said() -> None:
         cache = runtime.new_cache(max_tokens=500)
         assert torch.equal(runtime.generate(ids, past_key_values=cache, **CALL), want)
         report = runtime.report()
-    assert any("the replica has room for" in note for note in report.notes)
+    assert any("there is room for" in note for note in report.notes)
     assert (report.tail_mass, report.selected_bytes) == (0.0, 0)
     mask[:, 300:320] = 0
     with offload.attach(model, **few) as runtime:
@@ -500,7 +500,7 @@ def test_keys_that_are_not_finite_are_named(device: str) -> None:
 def test_heads_without_a_kernel_are_computed_by_the_reference(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replica, "LARGEST_HEAD", 8)
+    monkeypatch.setattr(path, "LARGEST_HEAD", 8)
     model = build("llama", device)
     ids = prompts(2, N).to(device)
     want = model.generate(ids, **CALL)
@@ -633,7 +633,7 @@ def test_a_row_is_selected_only_once_it_is_on_the_host(
     want = model.generate(ids, **CALL)
     sleep_on_the_way_to_the_host(monkeypatch, 50 * MILLISECOND)
     if not waits:
-        monkeypatch.setattr(replica, "_await_copy", lambda written, device: None)
+        monkeypatch.setattr(path, "_await_copy", lambda written, device: None)
     with offload.attach(model, **ALL, compile=False) as runtime:
         cache = runtime.new_cache(N + 200)
         cache.start(2)

@@ -128,24 +128,26 @@ def test_pages_of_several_sequences_come_in_one_copy_and_give_the_same_tokens(
 ) -> None:
     model = wide_llama(torch.float32)
     ids = prompts(5, 900).cuda()
-    copies: list[bool] = []
-    copy = EvenCopies.copy
+    copies: list[tuple[int, bool]] = []
+    copy = EvenCopies._copy
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> bool:
-        copies.append(copy(self, *args, **kwargs))
-        return copies[-1]
+    def counted(self: Any, *args: Any) -> bool:
+        done = copy(self, *args)
+        copies.append((args[-1], done))
+        return done
 
-    monkeypatch.setattr(EvenCopies, "copy", counted)
+    monkeypatch.setattr(EvenCopies, "_copy", counted)
     made = []
     for at_once in (True, False):
         with monkeypatch.context() as patched:
             if not at_once:
-                patched.setattr(EvenCopies, "copy", lambda *args, **kwargs: False)
+                patched.setattr(EvenCopies, "_copy", lambda *args: False)
             with offload.attach(model, mode="exact", page=16, window=128, chunk=128, staging="2MiB") as runtime:  # fmt: skip
                 made.append(runtime.generate(ids, max_new_tokens=80, do_sample=False))
                 made.append(torch.tensor(runtime.report().decode_h2d_bytes))
     assert len(copies) > 8 * 80
-    assert all(copies)
+    assert all(done for _, done in copies)
+    assert {kind for kind, _ in copies} == {1, 2}  # both ways
     assert torch.equal(made[0], made[2])
     assert made[1] == made[3]
     assert torch.equal(made[0], model.generate(ids, max_new_tokens=80, do_sample=False))

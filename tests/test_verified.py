@@ -21,6 +21,7 @@ from offload.errors import ConfigError, UnsupportedModelError
 from offload.kernels import reference
 from offload.scheduler.layout import REPLICA_WINDOW
 from offload.scheduler.pace import LENGTHS, Drafts, Pace, Tally, Turn, window_of_drafts
+from offload.tiers.replica import DevicePath
 from offload.tiers.store import LayerStore
 
 N, NEW = 600, 70
@@ -193,7 +194,7 @@ def test_a_rejection_at_any_place_of_a_draft_leaves_nothing_behind(at: int, besi
                 )
                 if store.path is None:
                     continue
-                assert store.path._keys is not None
+                assert isinstance(store.path, DevicePath)
                 first = store.first_host_token
                 host = rows[-1][:, first : first + store.host_tokens]
                 codes = reference.quantize_keys(host[..., : store.shape.key_dim], bits=4)

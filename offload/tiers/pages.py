@@ -98,7 +98,12 @@ class PageTable:
                 there=self.capacity - self.pages_used,
                 change="Grow it before appending.",
             )
-        fresh = np.empty((self.batch, columns), dtype=np.int64)
+        starts = np.arange(self.batch) * self._share + self.columns
+        fresh = starts[:, None] + np.arange(columns)
+        if columns <= self._share - self.columns and not self._used[fresh].any():
+            self._used[fresh] = True  # nearly always
+            self._ids = np.concatenate([self._ids, fresh], axis=1)
+            return fresh
         for row in range(self.batch):
             wanted = row * self._share + self.columns + np.arange(columns)
             in_share = wanted < min((row + 1) * self._share, self.capacity)
@@ -135,9 +140,10 @@ class PageTable:
         self._shared = int(differ.argmax()) if differ.any() else self.columns
         self.version += 1
 
-    def pages(self, row: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The pages of columns [start, stop) of one sequence."""
-        return self._ids[row, start:stop]
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The page of each column, [batch, columns]: a view."""
+        return self._ids
 
     def even(self, rows: int, start: int, stop: int, edges: list[int]) -> tuple[int, int] | None:
         """Whether columns [start, stop) of the first sequences are runs of one length that begin equally far apart.

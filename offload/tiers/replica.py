@@ -27,10 +27,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.graph import by_host
@@ -50,13 +49,12 @@ from offload.kernels.scan import ScanScratch, scan, scan_scratch
 from offload.kernels.select import Selection, empty_selection, select_blocks, select_tokens
 from offload.kernels.tail import block_slots, tail, tail_of_blocks, tail_slots
 from offload.kernels.window import attend_window
+from offload.tiers.path import Published, StepMemory, StepPath
 from offload.tiers.rows import RowShape
 from offload.tiers.search import Found, HandOff, HostSearch
 
-LARGEST_HEAD = 256  # of the kernels
 AVERAGED_TOGETHER = 256  # blocks whose noise is averaged at once, so that it takes little memory
 DECODED_TOGETHER = 16  # of these, whose values are decoded
-PRIORITY = -1  # of what runs beside the tail: few programs that much waits for come before its many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,83 +137,7 @@ class _Memory:
         return self._fetched
 
 
-class StepMemory:
-    """What the steps of all layers share: scratch, one set for each kind of layer, and which tokens are padding.
-
-    Attributes:
-        padding: int32 [B]: so many first tokens of each sequence are padding; None without any. Its address stays
-            while the number of sequences does, so that a graph may keep it.
-        version: Grows whenever `padding` means something else.
-        is_left: Whether padding is all on the left.
-        beside: A second and a third stream: window and selected rows are attended to while the replica is read.
-        suspended: Every token is streamed for now (beams).
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._made: dict[tuple[int, ...], _Memory] = {}
-        self.padding: Tensor | None = None
-        self.version = 0
-        self._seen: Tensor | None = None
-        on_card = device.type == "cuda"
-        self.beside = [torch.cuda.Stream(device, PRIORITY) for _ in range(2)] if on_card else []
-        self.is_left = True
-        self.suspended = False
-
-    def of(
-        self,
-        batch: int,
-        heads: int,
-        shape: RowShape,
-        blocks: int,
-        splits: int,
-        settings: PathSettings,
-    ) -> _Memory:
-        """The scratch for layers of a shape.
-
-        Those whose steps write other parts have one of their own: what a step does not write stays empty.
-        """
-        tokens = settings.tokens
-        kind = (
-            heads, shape.kv_heads, shape.key_dim, shape.value_dim, tokens, settings.clustered, blocks > 0,
-        )  # fmt: skip
-        key = (*kind, batch, blocks, splits)
-        if key not in self._made:
-            # Another number of blocks or sequences takes the place of what there was.
-            for old in [old for old in self._made if old[: len(kind)] == kind]:
-                del self._made[old]
-            self._made[key] = _Memory(batch, heads, shape, blocks, splits, tokens, self._device)
-        return self._made[key]
-
-    def take_padding(self, visible: Tensor | None) -> bool:
-        """Notes which tokens are padding; the same mask is looked at once.
-
-        Args:
-            visible: Boolean [B, length], False where a key is padding; None without padding.
-
-        Returns:
-            Whether padding is all on the left, which is what the device path understands.
-        """
-        if visible is None:
-            self.version += self.padding is not None
-            self.padding = self._seen = None
-            self.is_left = True
-            return True
-        if visible is not self._seen:
-            self._seen = visible
-            hidden = (~visible).sum(dim=1, dtype=torch.int32)
-            places = torch.arange(visible.shape[1], device=visible.device)
-            self.is_left = bool(((places >= hidden.unsqueeze(1)) == visible).all())
-            if self.padding is None or self.padding.shape != hidden.shape:
-                self.padding = hidden
-                self.version += 1
-            elif not torch.equal(self.padding, hidden):
-                self.padding.copy_(hidden)
-                self.version += 1
-        return self.is_left
-
-
-class DevicePath:
+class DevicePath(StepPath):
     """The device path of one layer: its replica, and a step over it.
 
     Attributes:
@@ -254,24 +176,14 @@ class DevicePath:
             device: Where.
             search: Where tokens are found on the host.
         """
-        self.shape = shape
+        super().__init__(
+            shape, memory, batch=batch, blocks=blocks, slots=slots, page=page, device=device
+        )
         self.settings = settings
         self.search = search if blocks else None
-        self.epoch = 0
-        self.steps = 0
-        self._memory = memory
-        self._page = page
-        self._device = device
         self._keys: Codes | None = None
         self._values: Codes | None = None
         self._near: RowCache | None = None
-        self.lengths = torch.zeros(1 + batch, dtype=torch.int32, device=device)
-        self._starts = torch.zeros(slots, dtype=torch.int32, device=device)
-        self._table = torch.zeros((batch, max(1, blocks)), dtype=torch.int32, device=device)
-        self._hidden: Tensor | None = None  # padding among the host's tokens, int32 [B]
-        self._padding_version = 0
-        self._known = 0  # columns of the table that are right
-        self._splits = _splits(slots * page, batch * shape.kv_heads)
         # Means over heads and sequences, added up over steps: the tail's share of all weights, that of the blocks that
         # were not read, the square of the expected error and that of the output's norm.
         self.stats = torch.zeros(4, device=device)
@@ -318,12 +230,6 @@ class DevicePath:
                 batch, shape.kv_heads, self.settings.cached_rows, shape.width, shape.dtype, self._device
             )  # fmt: skip
 
-    @property
-    def has_kernels(self) -> bool:
-        """Whether the kernels know this device and these head sizes; else the references compute, and synchronise."""
-        widest = max(self.shape.key_dim, self.shape.value_dim)
-        return self._device.type == "cuda" and widest <= LARGEST_HEAD
-
     def bad_block(self, blocks: int) -> int | None:
         """The first block whose keys or values were not finite, or too large for the replica's scales.
 
@@ -353,12 +259,14 @@ class DevicePath:
 
     def reset_stats(self) -> None:
         """Begins to add up anew."""
-        self.steps = 0
+        super().reset_stats()
         self.stats.zero_()
-        if self.search is not None:
-            self.search.reset_stats()
         if self._near is not None:
             self._near.fetched.zero_()
+
+    def masses(self) -> Tensor:
+        """Shares of all weights: that the replica answered for, and that of blocks which were not read; means over steps."""
+        return self.stats[:2].cpu() / max(1, self.steps)
 
     def error_estimate(self) -> float:
         """What the outputs of all steps are expected to be off by, relative to them, in the mean square.
@@ -387,45 +295,6 @@ class DevicePath:
     def row_cache_nbytes(self) -> int:
         """Bytes of cached rows on the device."""
         return 0 if self._near is None else self._near.rows.nbytes + self._near.tokens.nbytes
-
-    def can_step(self, visible: Tensor | None, blocks: int) -> bool:
-        """Whether a step can be made here; if not, every token is streamed.
-
-        Args:
-            visible: As in `StepMemory.take_padding`.
-            blocks: Blocks on the host.
-        """
-        return self._memory.take_padding(visible) and self.can_step_now(blocks)
-
-    def can_step_now(self, blocks: int) -> bool:
-        """Whether a step can be made with the padding that was noted last."""
-        return not self._memory.suspended and self.why_streamed(blocks) is None
-
-    def why_streamed(self, blocks: int) -> str | None:
-        """Why every token is streamed though there is a device path, or None.
-
-        Args:
-            blocks: Blocks on the host.
-        """
-        if blocks > self.blocks:
-            room = self.blocks * BLOCK
-            return f"{blocks * BLOCK:,} tokens are on the host, the replica has room for {room:,}"
-        return None if self._memory.is_left else "padding is not all on the left"
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether any sequence begins with padding."""
-        return self._memory.padding is not None
-
-    def suspend(self, wanted: bool) -> bool:
-        """Whether every token is streamed until this is called again; says whether it was until now."""
-        was, self._memory.suspended = self._memory.suspended, wanted
-        return was
-
-    @property
-    def is_published(self) -> bool:
-        """Whether what `publish` wrote of padding still holds."""
-        return self._padding_version == self._memory.version
 
     # Changes, outside of any graph.
 
@@ -469,77 +338,27 @@ class DevicePath:
         Args:
             columns: The first ones, which hold what they held.
         """
-        self._known = 0
-        if self.search is not None:
-            self.search.truncate(columns)
+        super().forget_table(columns)
         if self._near is not None:
             self._near.tokens.fill_(-1)
 
     def select_sequences(self, rows: Tensor) -> None:
         """Makes sequence i the former sequence rows[i]."""
-        self.forget_table(self.blocks)
-        if self.search is not None:
-            self.search.select_sequences(rows.cpu().numpy())
         same = rows.numel() == self.lengths.numel() - 1
+        super().select_sequences(rows)
         if self._keys is not None and self._values is not None:
             self._keys = _selected(self._keys, rows, in_place=same)
             self._values = _selected(self._values, rows, in_place=same)
         if not same:
-            self.epoch += 1
-            self.lengths = torch.zeros(1 + rows.numel(), dtype=torch.int32, device=self._device)
-            self._table = self._table.index_select(0, rows)
             if self._near is not None:
                 self._make_row_cache(rows.numel())
             if self._noise is not None:
                 self._make_noise(rows.numel())
 
-    def publish(
-        self,
-        *,
-        n_rows: int,
-        blocks: int,
-        first_token: int,
-        pages: NDArray[np.int64],
-        starts: list[int],
-        written: torch.cuda.Event | None,
-    ) -> None:
-        """Tells the kernels what they may read.
-
-        Args:
-            n_rows: Rows on the device.
-            blocks: Blocks of every sequence on the host.
-            first_token: Position of the first token there.
-            pages: [B, blocks], their pages.
-            starts: Position of the first token of each slot in use.
-            written: The event behind the last copy to a host page.
-        """
-        if blocks:
-            _await_copy(written, self._device)
-            # Columns that were published keep their pages until `forget_table` says otherwise.
-            fresh = torch.from_numpy(pages[:, self._known : blocks].astype(np.int32))
-            self._table[:, self._known : blocks] = fresh.to(self._device)
-            self._average_noise(blocks)
-        self._known = blocks
-        self._padding_version = self._memory.version
-        padding = self._memory.padding
-        if padding is None:
-            self._hidden = None
-        else:
-            hidden = (padding - first_token).clamp_(min=0)
-            if self._hidden is None or self._hidden.shape != hidden.shape:
-                self._hidden = hidden
-                self.epoch += 1
-            else:
-                self._hidden.copy_(hidden)
-            self._starts[: len(starts)] = torch.tensor(starts, dtype=torch.int32, device=self._device)  # fmt: skip
-        self.lengths[:1].fill_(n_rows)
-        self.lengths[1:].fill_(blocks)
-
-    def hidden_tokens(self) -> list[int]:
-        """Of each sequence, tokens on the host that are padding."""
-        if self._hidden is None:
-            return [0] * (self.lengths.numel() - 1)
-        return [int(n) for n in self._hidden.tolist()]
+    def _take_blocks(self, there: Published) -> None:
+        """Averages the noise of blocks that are new."""
+        if there.blocks:
+            self._average_noise(there.blocks)
 
     def _average_noise(self, blocks: int) -> None:
         """Makes the noise that of `blocks` blocks; that of the first `_known` is in it."""
@@ -561,6 +380,16 @@ class DevicePath:
                 mean.mul_(at / (at + n)).add_(more.mean(2), alpha=n / (at + n))
 
     # One step.
+
+    def _scratch(self, batch: int, heads: int, blocks: int) -> _Memory:
+        """What steps write, shared with layers of the same kind."""
+        shape, tokens = self.shape, self.settings.tokens
+        kind = (
+            heads, shape.kv_heads, shape.key_dim, shape.value_dim, tokens, self.settings.clustered, blocks > 0,
+        )  # fmt: skip
+        sizes = (batch, blocks, self._splits)
+        make = partial(_Memory, batch, heads, shape, blocks, self._splits, tokens, self._device)
+        return self._memory.made(kind, sizes, make)
 
     def step(
         self,
@@ -599,7 +428,7 @@ class DevicePath:
         batch, heads = query.shape[:2]
         blocks = self.blocks if pool is not None else 0
         k, bits = self.settings.tokens, self.settings.bits
-        memory = self._memory.of(batch, heads, self.shape, blocks, self._splits, self.settings)
+        memory = self._scratch(batch, heads, blocks)
         padding = self._memory.padding
         beside, third = self._memory.beside
         main = torch.cuda.current_stream(self._device)
@@ -833,12 +662,6 @@ class DevicePath:
         )  # fmt: skip
 
 
-def _await_copy(written: torch.cuda.Event | None, device: torch.device) -> None:
-    """Lets the current stream wait until the last block is on the host."""
-    if written is not None:
-        torch.cuda.current_stream(device).wait_event(written)
-
-
 def _attend_selected(
     query: Tensor, rows: Tensor, tokens: Tensor, key_dim: int, scale: float, softcap: float | None
 ) -> Part:
@@ -881,13 +704,3 @@ def _selected(codes: Codes, rows: Tensor, *, in_place: bool) -> Codes:
             piece = tensor[:, :, at : at + 64]
             piece.copy_(piece.index_select(0, rows))
     return codes
-
-
-def _splits(n_rows: int, programs: int) -> int:
-    """Programs per KV head over a window: a power of two.
-
-    On an H100 with 8 KV heads 16 to 64 read 131,072 rows at the full rate, and 1,024 rows take 5 us with 16 and
-    8 us with 64.
-    """
-    wanted = max(1, min(32, n_rows // 128, 512 // programs))
-    return 1 << (wanted.bit_length() - 1)

@@ -33,11 +33,11 @@ from offload.kernels.merge import RunningMerge
 from offload.scheduler.layout import REBUILT_TOKENS
 from offload.tiers.hidden import HiddenForm
 from offload.tiers.pages import PageTable, Run
+from offload.tiers.path import StepPath
 from offload.tiers.pinned import HostRegion, commit_regions
-from offload.tiers.replica import DevicePath
 from offload.tiers.rows import RowShape
 from offload.tiers.search import Found, HostSearch
-from offload.tiers.transfer import Chunk, HostReader, HostWriter
+from offload.tiers.transfer import Chunk, HostReader, HostWriter, even_pages
 
 # Tokens packed into rows at a time: the usual prefill chunk, so that one piece is all.
 _PIECE_TOKENS = 4096
@@ -137,7 +137,7 @@ class LayerStore:
         region: HostRegion,
         reader: HostReader,
         writer: HostWriter,
-        path: DevicePath | None = None,
+        path: StepPath | None = None,
         hidden: HiddenForm | None = None,
         reread: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
@@ -525,7 +525,12 @@ class LayerStore:
             )
             keys, values = self._split(rows.expand(self.batch, -1, -1, -1))
             add(keys, values, mask(first_host + chunk.start * page, first_host + chunk.stop * page))
-        return merge.result(query.dtype).out.transpose(1, 2).contiguous()
+        all_of_it = merge.result(query.dtype)
+        if new is not None and self.path is not None:
+            self.path.learn(
+                query, all_of_it.lse, past + n_new, scale=how.scale, softcap=how.softcap
+            )
+        return all_of_it.out.transpose(1, 2).contiguous()
 
     def _rebuilt(
         self, chunk: Chunk, staged: Tensor, columns: int | None = None
@@ -638,6 +643,8 @@ class LayerStore:
 
     def _publish(self) -> None:
         assert self.path is not None
+        if self.path.is_learning:
+            self._show_keys(self.path)
         pages = self._column_pages()
         self._pages = torch.from_numpy(pages)
         self.path.publish(
@@ -647,6 +654,8 @@ class LayerStore:
             pages=pages,
             starts=self._starts(self.held(self.length)),
             written=self.written,
+            pool=self._pool() if self.columns else None,
+            pinned=self.all_pinned,
         )
         if self.path.search is not None and self.columns:
             if self.written is not None:
@@ -654,9 +663,23 @@ class LayerStore:
             self.path.search.extend(self._pool(), pages, self.path.hidden_tokens())
         self._published = True
 
+    def _show_keys(self, path: StepPath) -> None:
+        """Lets a path weigh all keys, those on the host streamed."""
+        self.drop_resident()
+        held, page = self.held(self.length), self.limits.page
+        n_device = held.used * page + held.tail_length
+        keys, _ = self._split(self._window.flatten(1, 2)[:, :n_device])
+        path.weigh_keys(keys, self._positions(held))
+        for chunk, staged in self._reader.read(self):
+            rows = staged.view(self.shape.dtype).view(chunk.rows, -1, *self._window.shape[3:])
+            keys, _ = self._split(rows.expand(self.batch, -1, -1, -1))
+            start, stop = (self.first_host_token + at * page for at in (chunk.start, chunk.stop))
+            path.weigh_keys(keys, torch.arange(start, stop, device=keys.device))
+        self._reader.prefetch()
+
     def _column_pages(self) -> NDArray[np.int64]:
         """The page of each column, [B, columns]."""
-        return np.stack([self._table.pages(row, 0, self.columns) for row in range(self.batch)])
+        return self._table.ids.copy()
 
     def _index_later(self, search: HostSearch, query: Tensor) -> None:
         """Lets the host index what has left the window, while the device goes on."""
@@ -714,11 +737,14 @@ class LayerStore:
         """[B, 1, 1, rows] of the keys on the device, in the order in which they lie there."""
         if visible is None:
             return None
-        page, device = self.limits.page, visible.device
+        return visible[:, None, None].index_select(-1, self._positions(held))
+
+    def _positions(self, held: Held) -> Tensor:
+        """Positions of the tokens on the device, in the order in which they lie there."""
+        page, device = self.limits.page, self._window.device
         starts = torch.tensor(self._starts(held), device=device)
         positions = (starts[:, None] + torch.arange(page, device=device)).flatten()
-        positions = positions[: held.used * page + held.tail_length]
-        return visible[:, None, None].index_select(-1, positions)
+        return positions[: held.used * page + held.tail_length]
 
     def _starts(self, held: Held) -> list[int]:
         """The position of the first token in each slot in use, the tail's last."""
@@ -959,12 +985,20 @@ class LayerStore:
                 if self.path is not None:
                     self.path.append(target.flatten(1, 2), first + at)
 
-            targets = []
-            for row in range(self.batch):
-                for run in self.runs(row, first + at, first + at + n):
-                    offset = (row * n + run.column - first - at) * self.page_bytes
-                    targets.append((offset, self.host_view(run)))
-            self.written = self._writer.write(self.batch * n * self.page_bytes, pack, targets)
+            def targets(start: int = first + at, n: int = n) -> list[tuple[int, Tensor]]:
+                return [
+                    ((row * n + run.column - start) * self.page_bytes, self.host_view(run))
+                    for row in range(self.batch)
+                    for run in self.runs(row, start, start + n)
+                ]
+
+            rows = None
+            if self.batch > 1:
+                start, stop = first + at, first + at + n
+                even = self.even(self.batch, start, stop)
+                rows = even_pages(self, even, self.batch, start, stop)
+            nbytes = self.batch * n * self.page_bytes
+            self.written = self._writer.write(nbytes, pack, targets, rows)
 
     def _make_room(self, columns: int) -> None:
         most = self.limits.host_blocks

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 BOUNCE_BYTES = (
     16 * 2**20
 )  # a pinned bounce buffer; two per reader, only where pages could not be pinned
-_HOST_TO_DEVICE = 1  # of cudaMemcpyKind
+_HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2  # of cudaMemcpyKind
 _MOST_PITCH = 2**31 - 1  # bytes from row to row that the runtime takes
 
 
@@ -360,23 +360,55 @@ class HostReader:
         even = pages.even(rows, start, stop)
         if even is None or self._at_once is None:
             return False
-        first, apart = even
-        whole = Run(page=first, column=start, count=apart * (rows - 1) + stop - start)
-        if not pages.is_pinned(whole):
+        there = even_pages(pages, even, rows, start, stop)
+        if there is None or not self._at_once.copy_in(buffer, there, self._streams.host_to_device):
             return False
-        size = pages.page_bytes
-        done = self._at_once.copy(
-            buffer, pages.host_view(whole), self._streams.host_to_device,
-            width=(stop - start) * size, height=rows, apart=apart * size,
-        )  # fmt: skip
-        if done:
-            self._counters.h2d_bytes += rows * (stop - start) * size
-        return done
+        self._counters.h2d_bytes += there.width * there.height
+        return True
 
     def _bounced(self) -> _Bounce:
         if self._bounce is None:
             self._bounce = _Bounce(self._streams)
         return self._bounce
+
+
+@dataclass(frozen=True, slots=True)
+class EvenRows:
+    """Pinned memory of which rows are meant that lie equally far apart.
+
+    Attributes:
+        memory: uint8, from the first row's begin to the last one's end.
+        width: Bytes of a row.
+        height: Rows.
+        apart: Bytes from one row's begin to the next one's.
+    """
+
+    memory: Tensor
+    width: int
+    height: int
+    apart: int
+
+
+def even_pages(
+    pages: Pages, even: tuple[int, int] | None, rows: int, start: int, stop: int
+) -> EvenRows | None:
+    """Columns [start, stop) of several sequences as rows, of each sequence one; None where they are not even, or not pinned.
+
+    Args:
+        pages: Of a layer.
+        even: What `pages.even(rows, start, stop)` says.
+        rows: Sequences.
+        start: First column.
+        stop: One past the last column.
+    """
+    if even is None:
+        return None
+    first, apart = even
+    whole = Run(page=first, column=start, count=apart * (rows - 1) + stop - start)
+    if not pages.is_pinned(whole):
+        return None
+    size = pages.page_bytes
+    return EvenRows(pages.host_view(whole), (stop - start) * size, rows, apart * size)
 
 
 class EvenCopies:
@@ -400,31 +432,51 @@ class EvenCopies:
             return
         self._runtime = runtime
 
-    def copy(
-        self, target: Tensor, source: Tensor, stream: torch.cuda.Stream | None, *, width: int, height: int, apart: int
-    ) -> bool:  # fmt: skip
-        """Queues the copy.
+    def copy_in(self, target: Tensor, rows: EvenRows, stream: torch.cuda.Stream | None) -> bool:
+        """Queues the copy of rows to a device.
 
         Args:
             target: uint8 on a CUDA device, at least height * width: written, rows side by side.
-            source: uint8, pinned, at least (height - 1) * apart + width.
+            rows: In pinned memory.
             stream: Of the device.
-            width: Bytes of a row.
-            height: Rows.
-            apart: Bytes from one row's begin to the next one's.
 
         Returns:
             Whether it was done. Else nothing was.
         """
+        assert target.numel() >= rows.height * rows.width
+        return self._copy(
+            rows, stream, (target, rows.width), (rows.memory, rows.apart), _HOST_TO_DEVICE
+        )
+
+    def copy_out(self, rows: EvenRows, source: Tensor, stream: torch.cuda.Stream | None) -> bool:
+        """Queues the copy of rows from a device.
+
+        Args:
+            rows: In pinned memory: written.
+            source: uint8 on a CUDA device, rows side by side.
+            stream: Of the device.
+
+        Returns:
+            Whether it was done. Else nothing was.
+        """
+        assert source.numel() >= rows.height * rows.width
+        return self._copy(
+            rows, stream, (rows.memory, rows.apart), (source, rows.width), _DEVICE_TO_HOST
+        )
+
+    def _copy(
+        self, rows: EvenRows, stream: torch.cuda.Stream | None, target: tuple[Tensor, int], source: tuple[Tensor, int], kind: int
+    ) -> bool:  # fmt: skip
+        """The copy between two memories with their bytes from row to row."""
         if self._refused is not None:
             logger.warning("Host pages of several sequences are copied one by one, which is slower: %s.", self._refused)  # fmt: skip
             self._refused = None
-        if self._runtime is None or stream is None or max(width, apart) >= _MOST_PITCH:
+        if self._runtime is None or stream is None or max(rows.width, rows.apart) >= _MOST_PITCH:
             return False
-        assert target.numel() >= height * width
-        assert source.numel() >= (height - 1) * apart + width
+        assert rows.memory.numel() >= (rows.height - 1) * rows.apart + rows.width
         status = self._runtime.cudaMemcpy2DAsync(
-            target.data_ptr(), width, source.data_ptr(), apart, width, height, _HOST_TO_DEVICE, stream.cuda_stream
+            target[0].data_ptr(), target[1], source[0].data_ptr(), source[1], rows.width, rows.height, kind,
+            stream.cuda_stream,
         )  # fmt: skip
         if status:
             self._runtime.cudaGetLastError()  # or torch would find it
@@ -472,16 +524,22 @@ class HostWriter:
         ]
         self._drained = [streams.event(), streams.event()]
         self._next = 0
+        self._at_once = EvenCopies() if streams.on else None
 
     def write(
-        self, nbytes: int, pack: Callable[[Tensor], None], targets: list[tuple[int, Tensor]]
+        self,
+        nbytes: int,
+        pack: Callable[[Tensor], None],
+        targets: Callable[[], list[tuple[int, Tensor]]],
+        rows: EvenRows | None = None,
     ) -> torch.cuda.Event | None:
         """Packs blocks into a buffer on the compute stream and copies them to the host behind it.
 
         Args:
             nbytes: Bytes that `pack` fills; at most `buffer_bytes`.
             pack: Called once with uint8 [nbytes] on the device.
-            targets: (offset in the buffer, host bytes) of each contiguous piece.
+            targets: Tells (offset in the buffer, host bytes) of each contiguous piece.
+            rows: The same, where the pieces are rows that lie equally far apart in pinned memory.
 
         Returns:
             Recorded behind the copies: whoever reads the pages waits for it.
@@ -495,9 +553,11 @@ class HostWriter:
         packed = self._streams.event()
         self._streams.record(packed)
         self._streams.wait(packed, stream)
-        with self._streams.use(stream):
-            for at, target in targets:
-                target.copy_(buffer[at : at + target.numel()], non_blocking=True)
+        at_once = self._at_once
+        if rows is None or at_once is None or not at_once.copy_out(rows, buffer, stream):
+            with self._streams.use(stream):
+                for at, target in targets():
+                    target.copy_(buffer[at : at + target.numel()], non_blocking=True)
         self._counters.d2h_bytes += nbytes
         self._streams.record(self._drained[slot], stream)
         written = self._streams.event()

@@ -174,6 +174,7 @@ def test_config_show_says_where_each_value_comes_from(capsys: pytest.CaptureFixt
         "[scheduler]\n"
         'recompute = "off"         # default\n'
         'recomputed = "auto"       # default\n'
+        "sparsity = 0.0            # default\n"
         "\n"
         "[prefill]\n"
         'chunk = "auto"            # default\n'

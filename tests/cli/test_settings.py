@@ -114,7 +114,7 @@ def test_all_mistakes_are_named_as_they_were_written(monkeypatch: pytest.MonkeyP
         "--set cache.widow: unknown setting. Did you mean 'cache.window'?",
         "--set takes a key and a value (asked: page). Write --set memory.gpu=20GiB.",
         "--set gpu: unknown setting. Did you mean 'memory.gpu'?",
-        "--set scheduler: a section has no value. Its keys are scheduler.recompute, scheduler.recomputed.",
+        "--set scheduler: a section has no value. Its keys are scheduler.recompute, scheduler.recomputed, scheduler.sparsity.",
         "--set xyz: unknown setting. offload config show lists all keys.",
         "--set mode: given a second time, beside --mode (asked: fast). Leave one of the two out.",
         "OFFLOAD_MEMORY__CPU: 'lots' is not a size. "

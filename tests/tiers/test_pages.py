@@ -13,7 +13,7 @@ from hypothesis import given
 
 from offload.errors import CacheError
 from offload.tiers.pages import PageTable
-from offload.tiers.transfer import EvenCopies
+from offload.tiers.transfer import EvenCopies, EvenRows
 
 ACTIONS = st.lists(
     st.one_of(
@@ -52,7 +52,7 @@ def test_a_page_never_changes_hands_while_a_column_refers_to_it(
             want = [list(want[row]) for row in rows]
         table.check()
         for row, blocks in enumerate(want):
-            assert [content[page] for page in table.pages(row, 0, table.columns)] == blocks
+            assert [content[page] for page in table.ids[row].tolist()] == blocks
         shared = table.shared_columns
         assert all(len({row[column] for row in want}) == 1 for column in range(shared))
 
@@ -126,7 +126,8 @@ def test_without_the_runtimes_copy_it_is_said_once_that_pages_are_copied_one_by_
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "0")  # there is no such library
     copies = EvenCopies()
-    rows = torch.zeros(64, dtype=torch.uint8)
-    for _ in range(2):
-        assert not copies.copy(rows, rows, None, width=8, height=2, apart=16)
+    memory = torch.zeros(64, dtype=torch.uint8)
+    rows = EvenRows(memory, width=8, height=2, apart=16)
+    assert not copies.copy_in(memory, rows, None)
+    assert not copies.copy_out(rows, memory, None)
     assert [record.message[:52] for record in caplog.records] == ["Host pages of several sequences are copied one by on"]  # fmt: skip

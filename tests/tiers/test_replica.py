@@ -27,7 +27,8 @@ from offload.scheduler.rungs import (
     scratch_token_bytes,
 )
 from offload.tiers import replica
-from offload.tiers.replica import DevicePath, PathSettings, StepMemory, _splits
+from offload.tiers.path import StepMemory, splits
+from offload.tiers.replica import DevicePath, PathSettings
 from offload.tiers.rows import RowShape
 
 META = torch.device("meta")
@@ -62,7 +63,7 @@ def test_the_planner_cuts_a_step_as_the_kernels_do() -> None:
     assert reference.CLUSTERS == rungs._CLUSTERS
     assert reference.BLOCK == FAST_PAGE == rungs.BLOCK
     assert least % clusters.TOGETHER == 0
-    assert max(_splits(rows, 1) for rows in (64, 640, 8192, 2**20)) == rungs.WINDOW_PARTS
+    assert max(splits(rows, 1) for rows in (64, 640, 8192, 2**20)) == rungs.WINDOW_PARTS
 
 
 @given(
@@ -106,7 +107,7 @@ def test_no_step_takes_more_than_was_planned(
         device=META,
     )
     heads = kv_heads * groups
-    memory = path._memory.of(batch, heads, row, blocks, path._splits, path.settings)
+    memory = path._scratch(batch, heads, blocks)
     taken = nbytes([memory.partials, memory.scan, memory.selection, memory.skipped])
     each = scratch_bytes(heads, size, tokens) + 64 * blocks * scratch_token_bytes(heads, size)
     assert taken <= batch * each

@@ -372,7 +372,7 @@ def measure_filled(
             searches = [store.path.search for store in cache.layer_stores if store.path is not None]
             searched = sum(search.seconds / max(1, search.searches) for search in searches if search is not None)  # fmt: skip
             indexed = sum(search.nbytes for search in searches if search is not None)
-            tail = statistics.mean(float(store.path.stats[0]) / max(1, store.path.steps) for store in cache.layer_stores if store.path)  # fmt: skip
+            tail = statistics.mean(float(store.path.masses()[0]) for store in cache.layer_stores if store.path)  # fmt: skip
             # The first step once more, every token streamed.
             cache.crop(tokens - cache.get_seq_length())
             token.fill_(1)

@@ -8,12 +8,16 @@
   that streams keys and values; a random model of Llama-2-7B's shape, one sequence, under the 24 GB cap.
 - `schedule`: the same of OPT-6.7B's shape, 64 sequences of 128 + 512 tokens, under 16 GiB; against the best of some static
   splits, which keep a window on the device and stream the rest, copies and attention overlapped.
+- `alisa`: whole answers of the same 64 sequences by steps that attend to a fifth of the tokens (`scheduler.sparsity`), against the best
+  static split of `schedule`, and against whole sequences that come and go: the policy of `offload.scheduler.simulate.RequestSwap`, each of
+  its steps priced by measured steps of as many sequences, swaps for nothing.
+- `sparse`: KL(dense || ours) of `alisa`'s steps on real models, against the window alone (`tools/fidelity.py`).
 - `sweep`: the same model as `hidden`, under the plan that is chosen and under others: the share of tokens that is kept as inputs,
   and the size of the buffers through which pages stream. The bar is the chosen one's time to that of the fastest, at the worse of
   both questions.
 
     python tools/bench/scheduler.py --only ladder --model smollm2@2048 --model qwen.gguf@2048
-    python tools/bench/scheduler.py --only hidden schedule
+    python tools/bench/scheduler.py --only hidden schedule alisa
 """
 
 from __future__ import annotations
@@ -37,7 +41,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import offload
 from offload.decode import captured_steps
 from offload.errors import BudgetError
+from offload.scheduler.cost import Heads, Shape
 from offload.scheduler.layout import REPLICA_WINDOW
+from offload.scheduler.profiles import profile_of
+from offload.scheduler.simulate import RequestSwap, Setting
 
 UNIFORM = ("3k3v", "4k4v")  # the bar is that of the first
 
@@ -45,8 +52,13 @@ UNIFORM = ("3k3v", "4k4v")  # the bar is that of the first
 @torch.no_grad()
 def decoded(case: Case, **settings: Any) -> dict[str, Any]:
     """Logits [steps, V] of mode fast, and how its cache was laid out."""
-    common: dict[str, Any] = {"window": REPLICA_WINDOW, "chunk": 512, "staging": "2MiB"}
-    with offload.attach(case.model, mode="fast", capture=False, **common, **settings) as runtime:
+    common: dict[str, Any] = {
+        "window": REPLICA_WINDOW,
+        "chunk": 512,
+        "staging": "2MiB",
+        "capture": False,
+    }
+    with offload.attach(case.model, mode="fast", **common | settings) as runtime:
         began = time.perf_counter()
         cache = behind_context(runtime, case)
         seconds = time.perf_counter() - began
@@ -103,6 +115,12 @@ OPT_6_7B: dict[str, Any] = {
 }  # fmt: skip
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
 HIDDEN = {"recompute": "hidden"}
+SEQUENCES, PROMPT, ANSWER, SPARSITY = (
+    64,
+    128,
+    512,
+    0.8,
+)  # the heaviest setting of ALISA's (arXiv 2403.17312)
 
 
 def random_model(kind: str, smoke: bool) -> Any:
@@ -127,9 +145,15 @@ def random_model(kind: str, smoke: bool) -> Any:
     return model.eval()
 
 
+def opt_settings(smoke: bool) -> dict[str, Any]:
+    """Of runs of OPT-6.7B's shape."""
+    common: dict[str, Any] = {"page": 16, "sinks": 0, "chunk": 16, "staging": "64MiB"}
+    return common if smoke else common | {"gpu_memory": "16GiB"}
+
+
 @torch.no_grad()
-def exact_steps(
-    model: Any, ids: torch.Tensor, total: int, steps: int, **settings: Any
+def fed_steps(
+    model: Any, ids: torch.Tensor, total: int, steps: int, *, mode: str = "exact", **settings: Any
 ) -> dict[str, Any]:
     """Milliseconds of steps behind a prompt, and their logits [B, steps, V]; the first three are not counted.
 
@@ -140,13 +164,14 @@ def exact_steps(
         ids: The prompt [B, N], and behind it a token for each step.
         total: Tokens that the cache is laid out for.
         steps: How many are fed.
-        settings: As for `attach`.
+        mode: As for `attach`; likewise the others.
+        settings: Likewise.
     """
     on_card = ids.device.type == "cuda"
     free()
     if on_card:
         torch.cuda.reset_peak_memory_stats()
-    with offload.attach(model, mode="exact", **settings) as runtime:
+    with offload.attach(model, mode=mode, **settings) as runtime:
         cache = runtime.new_cache(max_tokens=total)
         began, prompt = time.perf_counter(), ids.shape[1] - steps
         # Two tokens: then what prefill needed and decoding does not is filled with copies of pages.
@@ -180,6 +205,7 @@ def exact_steps(
             "resident_bytes": report.bytes["resident"], "window_bytes": report.bytes["window"],
             "device_bytes_planned": layout.device_bytes, "host_bytes": layout.host_bytes,
             "recomputed_of_page": 0 if layout.hidden is None else layout.hidden.tokens / layout.page,
+            "fixed_bytes": sum(n for part, n in layout.device.items() if part not in ("sinks and window", "tail", "staging", "eviction")),
         }  # fmt: skip
         if on_card:
             found["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -207,8 +233,8 @@ def measure_hidden(record: Record, contexts: list[int], steps: int, smoke: bool)
         common: dict[str, Any] = (
             {"window": 256, "chunk": 256} if smoke else {"gpu_memory": CAP_BYTES}
         )
-        fetched = exact_steps(model, ids, context + steps, steps, **common)
-        ours = exact_steps(model, ids, context + steps, steps, scheduler=HIDDEN, **common)
+        fetched = fed_steps(model, ids, context + steps, steps, **common)
+        ours = fed_steps(model, ids, context + steps, steps, scheduler=HIDDEN, **common)
         moved = error_of(ours, fetched)
         fetched.pop("logits")
         record.row(
@@ -242,7 +268,7 @@ def measure_sweep(record: Record, context: int, steps: int, rounds: int, smoke: 
         wanted: dict[str, Any] | None = None
         for _ in range(rounds):
             for name, settings in plans:
-                found = exact_steps(model, ids, context + steps, steps, **common, **settings)
+                found = fed_steps(model, ids, context + steps, steps, **common, **settings)
                 times[name].append(found["step_ms"])
                 if wanted is None:
                     wanted = {"logits": found["logits"]}
@@ -260,14 +286,16 @@ def measure_sweep(record: Record, context: int, steps: int, rounds: int, smoke: 
 
 def measure_schedule(
     record: Record, lengths: list[int], windows: list[int], steps: int, smoke: bool
-) -> None:
-    """Whole answers of 64 sequences: steps at some lengths, with what is between them in proportion."""
+) -> float:
+    """Whole answers of 64 sequences: steps at some lengths, with what is between them in proportion.
+
+    Returns:
+        Tokens per second of the best static split.
+    """
     model = random_model("opt", smoke)
-    batch, total = (4, 640) if smoke else (64, 640)
+    batch, total = (4 if smoke else SEQUENCES), PROMPT + ANSWER
     ids = torch.randint(3, model.config.vocab_size, (batch, total), device=model.device)
-    common: dict[str, Any] = {"page": 16, "sinks": 0, "chunk": 16, "staging": "64MiB"}
-    if not smoke:
-        common["gpu_memory"] = "16GiB"
+    common = opt_settings(smoke)
     speeds: dict[str, float] = {}
     kept: dict[int, Any] = {}
     for name, window, more in [("static split", w, {}) for w in windows] + [
@@ -277,14 +305,15 @@ def measure_schedule(
         try:
             for length in lengths:
                 fed = ids[:, : length + steps]
-                found = exact_steps(
+                settings: dict[str, Any] = {"scheduler": more} if more else {}
+                found = fed_steps(
                     model,
                     fed,
                     total,
                     steps,
                     window=window,
                     **common,
-                    **({"scheduler": more} if more else {}),
+                    **settings,
                 )
                 at.append((length, found["step_ms"]))
                 moved = {"error": "is the reference"}
@@ -319,11 +348,162 @@ def measure_schedule(
     record.bars["schedule_vs_static_split_equal_output"] = (
         speeds["ours, exact"] / speeds["static split"]
     )
+    return speeds["static split"]
+
+
+def answers(model: Any, ids: torch.Tensor, new: int, **settings: Any) -> dict[str, Any]:
+    """Tokens per second of whole answers, prompts aside, of mode fast through `generate`; and what its report says."""
+    free()
+    with offload.attach(model, mode="fast", **settings) as runtime:
+        call: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        runtime.generate(ids, max_new_tokens=new, **call)
+        report = runtime.report()
+        planned = runtime._last.layout
+        assert planned is not None
+        return {
+            "batch": ids.shape[0], "prompt": ids.shape[1], "new_tokens": report.new_tokens,
+            "tokens_per_s": ids.shape[0] * report.new_tokens / (report.decode_s - report.capture_s),
+            "step_ms": 1000 * (report.decode_s - report.capture_s) / report.new_tokens,
+            "decode_s": report.decode_s, "capture_s": report.capture_s, "replayed_steps": report.replayed_steps,
+            "predicted_ms": report.predicted_ms, "prefill_s": report.prefill_s, "rung": report.rung,
+            "near": [rung.near for rung in planned.rungs], "far": [rung.far for rung in planned.rungs],
+            "tokens_on_host": report.tokens_on_host, "host_bytes_a_step": report.fetched_bytes,
+            "device_bytes_planned": planned.device_bytes, "window": planned.window_blocks * planned.page,
+            "left_out": report.left_out, "notes": report.notes,
+        }  # fmt: skip
+
+
+def swapped_seconds(
+    steps_ms: dict[int, list[tuple[int, float]]], setting: Setting, requests: int, link: float
+) -> tuple[float, int]:
+    """Seconds and steps of `requests` answers by whole sequences that come and go; swaps overlap with steps.
+
+    Args:
+        steps_ms: For numbers of sequences tokens of each and milliseconds of a step, measured.
+        setting: That says what fits.
+        requests: Sequences of the workload.
+        link: Bytes per second.
+    """
+    policy = RequestSwap(setting)
+    lengths, left = [PROMPT] * requests, [ANSWER] * requests
+    seconds, steps = 0.0, 0
+    while waiting := [i for i, n in enumerate(left) if n]:
+        turn = policy.turn(lengths, waiting)
+        n, mean = len(turn.active), sum(lengths[i] for i in turn.active) / len(turn.active)
+        # Of the measured numbers of sequences the next one below: never slower than it is.
+        known = steps_ms[max((b for b in steps_ms if b <= n), default=min(steps_ms))]
+        ms = min(known, key=lambda at: abs(at[0] - mean))[1]
+        seconds += max(ms / 1000, turn.where.bytes_in / link)
+        steps += 1
+        for i in turn.active:
+            left[i] -= 1
+            lengths[i] = lengths[i] + 1 if left[i] else 0
+    return seconds, steps
+
+
+def measure_alisa(record: Record, split: float, groups: list[int], smoke: bool) -> None:
+    """A fifth of the tokens, against a static split and whole sequences that come and go.
+
+    Args:
+        record: Where it is written.
+        split: Tokens per second of the best static split.
+        groups: Numbers of sequences of which steps with all on the device are measured.
+        smoke: Small.
+    """
+    model = random_model("opt", smoke)
+    batch, new = (4, 200) if smoke else (SEQUENCES, ANSWER)
+    ids = torch.randint(3, model.config.vocab_size, (batch, PROMPT + new), device=model.device)
+    common = opt_settings(smoke) | ({"window": 48} if smoke else {})
+    ours: dict[str, Any] = {"sparsity": SPARSITY} | common
+    ours.pop("staging", None)  # of which steps have no use
+    found = answers(model, ids[:, :PROMPT], new, **ours)
+    # What is left out matters most at the end; the logits of random weights say that it is computed, not that it is close.
+    steps = 6
+    dense = fed_steps(model, ids, PROMPT + new, steps, **common | {"window": 32})
+    sparse = fed_steps(model, ids, PROMPT + new, steps, mode="fast", **ours)
+    off = error_of(sparse, dense) | {
+        "error": "logits against attention over all, same tokens fed at the end"
+    }
+    record.row(
+        "alisa: a fifth of the tokens",
+        sparsity=SPARSITY,
+        **found,
+        last_step_ms=sparse["step_ms"],
+        **off,
+    )
+    del dense
+
+    steps_ms: dict[int, list[tuple[int, float]]] = {}
+    fixed = 0
+    on_device = {k: v for k, v in common.items() if k not in ("window", "page", "staging")}
+    for sequences in groups:
+        prompts = [PROMPT, (PROMPT + PROMPT + new) // 2, PROMPT + new - 16]
+        for prompt in prompts:
+            fed = ids[:sequences, : prompt + 16]
+            try:
+                all_on = fed_steps(model, fed, prompt + 16, 16, mode="fast", **on_device)
+            except BudgetError:
+                continue
+            all_on.pop("logits")
+            if all_on["host_bytes"]:
+                continue
+            fixed = max(fixed, all_on["fixed_bytes"])
+            steps_ms.setdefault(sequences, []).append((prompt + 8, all_on["step_ms"]))
+            record.row(f"alisa: {sequences} sequences of {prompt} on the device", **all_on, error="exact: none is left out")  # fmt: skip
+    record.bars["alisa_vs_static_split"] = found["tokens_per_s"] / split
+    if smoke:
+        return
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = OPT_6_7B["hidden_size"] // OPT_6_7B["num_attention_heads"]
+    shape = Shape(
+        layers=(Heads(OPT_6_7B["num_attention_heads"], OPT_6_7B["num_attention_heads"], size),) * OPT_6_7B["num_hidden_layers"],
+        hidden=OPT_6_7B["hidden_size"], itemsize=2, parameters=weights / 2, weights=weights,
+    )  # fmt: skip
+    cap = 16 * 2**30
+    setting = Setting(
+        shape=shape,
+        profile=profile_of("h100"),
+        device=cap,
+        host=2**40,
+        workspace=max(0, fixed - weights),
+    )
+    seconds, n_steps = swapped_seconds(steps_ms, setting, batch, profile_of("h100").pcie)
+    swap = batch * ANSWER / seconds
+    record.row(
+        "alisa: whole sequences that come and go", tokens_per_s=swap, steps=n_steps, mean_step_ms=1000 * seconds / n_steps,
+        room_tokens=setting.room(buffers=False), measured=dict(steps_ms),
+        error="replayed from the steps above, which are exact",
+    )  # fmt: skip
+    record.bars["alisa_vs_request_swap"] = found["tokens_per_s"] / swap
+
+
+def measure_sparse(record: Record, models: list[str], context: int, steps: int) -> None:
+    """What leaving out four fifths costs in fidelity, and what it would cost without a choice."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for given in models:
+        source, _, asked = given.partition("@")
+        case = prepare(source, int(asked or context), steps, torch.float32, device)
+        want, _, _ = dense(case, step=steps)
+        total = case.ids.shape[1]
+        window = int((1 - SPARSITY) * total / 2) // 16 * 16
+        of_choice = {"window": window, "sparsity": SPARSITY, "page": 16}
+        alone = {"window": 2 * window, "sparsity": 0.999, "page": 16}
+        for what, settings in (("a fifth of the tokens", of_choice), ("the window alone", alone)):
+            found = decoded(case, **settings)
+            moved = divergence(want, found.pop("logits"), case.model.device)
+            record.row(
+                f"{Path(source).name}: {what}", context=case.context, steps=steps, sparsity=SPARSITY, window=settings["window"],
+                **found, **moved, error="KL in nats, against transformers' own cache",
+            )  # fmt: skip
+        del case, want
+        free()
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--only", nargs="*", default=["ladder", "hidden", "schedule", "sweep"])
+    parser.add_argument(
+        "--only", nargs="*", default=["ladder", "hidden", "schedule", "alisa", "sparse", "sweep"]
+    )
     parser.add_argument("--rounds", type=int, default=2, help="in which each plan of the sweep is measured")  # fmt: skip
     parser.add_argument("--contexts", nargs="+", type=int, default=[32768], help="of hidden")
     parser.add_argument(
@@ -331,6 +511,14 @@ def main() -> None:
     )
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=[128, 384, 630], help="of schedule"
+    )
+    parser.add_argument(
+        "--split",
+        type=float,
+        help="tokens per second of the best static split, where schedule is not measured",
+    )
+    parser.add_argument(
+        "--groups", nargs="+", type=int, default=[6, 8, 11, 14, 18], help="sequences of alisa"
     )
     parser.add_argument("--model", action="append", help="name@context; may be given several times")
     parser.add_argument("--context", type=int, default=2048)
@@ -354,8 +542,18 @@ def main() -> None:
     if "sweep" in args.only:
         context, steps = (1024, 6) if args.smoke else (32768, 12)
         measure_sweep(record, context, steps, args.rounds, args.smoke)
+    if "sparse" in args.only:
+        measure_sparse(record, models, args.context, args.steps)
     if "schedule" in args.only:
-        measure_schedule(record, args.lengths, args.windows, 6 if args.smoke else 8, args.smoke)
+        args.split = measure_schedule(
+            record, args.lengths, args.windows, 6 if args.smoke else 8, args.smoke
+        )
+    if "alisa" in args.only:
+        if args.split is None:
+            parser.error(
+                "alisa is measured against a static split: add schedule to --only, or --split"
+            )
+        measure_alisa(record, args.split, [2] if args.smoke else args.groups, args.smoke)
     print(f"written to {record.write(args.out).name}")
 
 
