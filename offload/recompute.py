@@ -224,6 +224,7 @@ class LayerSource:
 
         return hidden, note
 
+    @torch.no_grad()  # what is not inference mode records a graph: it would hold every input
     def rebuild(
         self, inputs: Tensor, positions: Tensor, sequence: int | None
     ) -> tuple[Tensor, Tensor]:

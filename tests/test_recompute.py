@@ -212,3 +212,16 @@ def test_of_rebuilt_pages_one_part_is_held_at_a_time() -> None:
             seen += positions.numel()
             del keys, values
     assert seen == 2 * 12
+
+
+def test_rebuilt_copies_hold_no_graph() -> None:
+    # One would keep every input that they were made of: of mixed pages these are copies.
+    model = build("llama")
+    recompute = {"recompute": "hidden", "recomputed": 0.5}
+    with offload.attach(model, scheduler=recompute, **_TIERS) as runtime:
+        cache = runtime.new_cache(max_tokens=440)
+        answer(runtime, torch.ones((2, 400), dtype=torch.long), do_sample=False, cache=cache)
+        for store in cache.layer_stores:
+            store.keep_resident(4)
+            assert store._resident is not None
+            assert not store._resident.requires_grad
