@@ -227,7 +227,7 @@ def _sparse(demand: Demand, layout: Layout, card: Card | None) -> Iterator[Choic
     here = found.pop(COPIED)
     other = min(found, key=lambda way: found[way])
     yield Choice(
-        what="chosen tokens that the device lacks",
+        what="tokens that the device lacks",
         chosen=COPIED,
         cost=1000 * here,
         instead=other,

@@ -45,7 +45,7 @@ AGREEMENT = {4: 0.9987, 3: 0.998, 2: 0.989, 0: 0.9}
 # Of a host path, from the 8B shape on an H100 with 16 cores, 256 tokens for each of 256 KV heads (`benchmarks/host.json`). With
 # these `clusters` takes 30 ms a step at 131,072 tokens and 40 at 524,288, `flat` 71 at 131,072; measured 28 to 32, 40 and 72.
 HAND_OFFS_S = 50e-6  # of a layer to the host and back
-_SEARCH_ROW_BYTES = (
+SEARCH_ROW_BYTES = (
     2900  # what could be read in order in the time that one row takes, which lies anywhere
 )
 LINK, PASSES, LAUNCHING = "PCIe", "passes", "launching"
@@ -525,7 +525,7 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
         a_layer = _PATH_S + where.scored * _PATH_TOKEN_S + where.selected * _ROW_S
         if where.searched:  # the card then scores only what is not found
             a_layer = _PATH_S + where.scored * _PATH_TOKEN_S
-            reads = where.searched + where.searched_rows * _SEARCH_ROW_BYTES
+            reads = where.searched + where.searched_rows * SEARCH_ROW_BYTES
             device["search"] = layers * HAND_OFFS_S + reads / profile.host_bytes_per_s
         device["selection"] = layers * a_layer
     if where.replica:

@@ -628,7 +628,7 @@ def _device_layout(demand: Demand, budget: int) -> Layout:
         room = spare // max(1, _replica_token_bytes(demand)) // demand.page * demand.page
         demand = replace(demand, longest=min(room, demand.longest))
         least = _least(demand)
-    staging = _staging(demand, budget - least.device_bytes)
+    staging = max(least.staging_bytes, _staging(demand, budget - least.device_bytes))
     if demand.window is not None or (demand.rungs and demand.tokens is not None):
         return _price(demand, staging, least.window_blocks, chunk)
     found = _price(demand, staging, least.window_blocks, chunk)
@@ -661,6 +661,9 @@ def _least(demand: Demand) -> Layout:
     if demand.rungs and demand.tokens is None:
         demand = replace(demand, longest=0)
     staging = _page_bytes(demand) if demand.staging is None else demand.staging
+    if demand.staging is None and demand.rungs and demand.rungs[0].rung.near:
+        # Of many rungs that differ by a few rows the best one that fits leaves nothing, and prompts are read through these.
+        staging = max(staging, min(_full_staging(demand), USEFUL_STAGING_BYTES))
     return _price(demand, staging, blocks, chunk)
 
 
@@ -703,7 +706,7 @@ def _staging(demand: Demand, spare: int) -> int:
     if demand.staging is not None:
         return demand.staging
     share = spare // 16
-    if demand.rungs and demand.tokens is not None and not demand.rungs[0].rung.share:
+    if demand.rungs and demand.tokens is not None:
         share = max(share, min(spare // 2, USEFUL_STAGING_BYTES))
     page = max(1, _page_bytes(demand))
     return min(_page_bytes(demand) + share // page * page, _full_staging(demand))

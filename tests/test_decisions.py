@@ -238,3 +238,28 @@ def test_a_report_has_the_plans_price_of_a_token_beside_what_it_took() -> None:
         # Beams have no price.
         runtime.generate(ids, num_beams=2, **call)
         assert runtime.report().predicted_ms is None
+
+
+def test_chosen_tokens_leave_the_device_where_its_budget_ends_and_copies_are_priced() -> None:
+    settings: dict[str, Any] = {"mode": "fast", "sparsity": 0.5, "chunk": 1024}
+    wide = machine(26, 200, "h100")
+    steps = decided("steps", there=wide, **settings)
+    assert steps.unit == MS
+    assert steps.cost is not None
+    assert steps.instead_cost is not None
+    assert steps.cost < steps.instead_cost
+    assert "scheduler.sparsity = 0.5" in steps.why
+    found = {}
+    for gib in (21, 23, 26):
+        rows = decided("chosen tokens", there=machine(gib, 200, "h100"), **settings)
+        assert rows.unit == BYTES
+        assert rows.cost is not None
+        assert rows.instead_cost is not None
+        found[gib] = rows.cost / rows.instead_cost
+    assert found[21] < found[23] < found[26]
+    lacks = decided("tokens that the device", there=machine(21, 200, "h100"), **settings)
+    assert lacks.chosen == "copied from the host"
+    assert lacks.cost is not None
+    assert lacks.instead_cost is not None
+    # One says it of its own accord where the other way is cheaper.
+    assert ("is cheaper" in lacks.why) == (lacks.instead_cost < lacks.cost)
