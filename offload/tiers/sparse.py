@@ -7,7 +7,9 @@ attends to a share of them, of which the device keeps some rows:
       ├────► chosen rows on the device ──────┼─► what each of them weighed ─► sums
       └────► chosen rows on the host ────────┴─► combine ─► output
 
-Rows on the host come while the layer before computes: which they are is known before the step.
+Which rows are on the host is known before the step: they come in pieces through two buffers, one while the other is attended to, and
+the last piece of a layer is followed by the first one of the next.
+
 The choice is made where it can change: when tokens have left the window. Until then nothing does, since the sums of tokens that are
 attended to never fall behind those that are not: all fade alike, and only what is attended to is added to. So between two evictions
 a step costs what it attends to, and at an eviction the rows that are newly chosen are copied, each once. What a prompt's tokens
@@ -40,7 +42,9 @@ from offload.tiers.path import Published, StepMemory, StepPath
 from offload.tiers.rows import RowShape
 from offload.tiers.search import Found
 
-_WEIGHED_TOGETHER = 4096  # tokens, of which a prompt's last queries are asked
+_WEIGHED_TOGETHER = (
+    2**21
+)  # weights that a prompt's last queries give, of some tokens at a time: 8 MiB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,8 +304,9 @@ class SparsePath(StepPath):
         own = torch.arange(said.stop - n_queries, said.stop, device=self._device)
         padding = self._memory.padding
         groups = said.queries.shape[1] // keys.shape[1]
-        for at in range(0, keys.shape[2], _WEIGHED_TOGETHER):
-            some, where = (t[..., at : at + _WEIGHED_TOGETHER] for t in (keys.transpose(2, 3), positions))  # fmt: skip
+        together = max(self._page, _WEIGHED_TOGETHER // said.lse.numel())
+        for at in range(0, keys.shape[2], together):
+            some, where = (t[..., at : at + together] for t in (keys.transpose(2, 3), positions))
             queries = said.queries.unflatten(1, (-1, groups)).flatten(2, 3)
             scores = (queries @ some).float().unflatten(2, (groups, -1)).flatten(1, 2) * said.scale
             if said.softcap is not None:
