@@ -7,8 +7,9 @@ each row's score, and `weigh` adds to each token's sum what the softmax of all p
     chosen, on device ──┼─► parts ─► weigh: sum += decay^-t · Σ over a group's heads of exp(score - log-sum-exp)
     chosen, on host ────┘     └────► combine
 
-Instead of letting all sums fade, step t after they were counted last counts for more. That costs what the step attends to: no weight of any other token is computed, and no matrix of weights is ever there. Of the chosen
-tokens some have a copy on the device; others are read from pinned host memory by the kernel itself.
+Instead of letting all sums fade, step t after they were counted last counts for more. That costs what the step attends to: no
+weight of any other token is computed, and no matrix of weights is ever there. Rows of chosen tokens come from pinned host memory by
+`fetch_rows`, those that stay on the device once.
 
 The references are `offload.kernels.reference.attend` and `offload.kernels.reference.weights`.
 """
@@ -41,7 +42,6 @@ def attend_chosen(
     partials: Partials,
     scores: Tensor,
     *,
-    table: Tensor | None,
     first: int,
     count: int,
     first_slot: int,
@@ -55,12 +55,10 @@ def attend_chosen(
 
     Args:
         query: [B, H_q, D], last stride 1, on the device.
-        rows: The tokens' rows. Without a table [B, H_kv, count, D + D_v], contiguous; with one host pages
-            [pages, P, H_kv, D + D_v], pinned (any tensor on a CPU).
+        rows: [B, H_kv, count, D + D_v], last stride 1: the tokens' rows.
         ids: int32 [B, H_kv, k], none twice, -1 for none.
         partials: `splits` slots are written.
         scores: float32 [B, H_q, R]: `count` columns are written, -inf where there is no token.
-        table: int32 [B, columns] on the query's device: the page of each block of P tokens.
         first: The first of `ids` that is meant.
         count: How many.
         first_slot: Of the partials.
@@ -73,15 +71,14 @@ def attend_chosen(
     batch, heads, _ = query.shape
     kv_heads, width = ids.shape[1], rows.shape[-1]
     value_dim, groups = width - key_dim, heads // kv_heads
-    pages = ids if table is None else table
     _chosen_kernel[(splits, batch * kv_heads)](
-        query, rows, pages, ids, *partials, scores,
-        kv_heads, pages.stride(0), ids.shape[2], first, count, partials.lse.shape[2], first_slot,
+        query, rows, ids, *partials, scores,
+        kv_heads, ids.shape[2], first, count, partials.lse.shape[2], first_slot,
         scores.shape[2], first_score, scale, 1.0 if softcap is None else softcap,
         query.stride(0), query.stride(1), *rows.stride()[:3],
         G=groups, G_P=max(16, triton.next_power_of_2(groups)), D=key_dim, DV=value_dim,
-        D_P=padded(key_dim), DV_P=padded(value_dim), TILE=TILE, PAGE=1 if table is None else rows.shape[1],
-        SPLITS=splits, IN_PAGES=table is not None, CAPPED=softcap is not None,
+        D_P=padded(key_dim), DV_P=padded(value_dim), TILE=TILE,
+        SPLITS=splits, CAPPED=softcap is not None,
         num_warps=WARPS,
     )  # fmt: skip
 
@@ -90,13 +87,11 @@ def attend_chosen(
 def _chosen_kernel(
     q_ptr,
     rows_ptr,
-    table_ptr,
     ids_ptr,
     out_ptr,
     lse_ptr,
     scores_ptr,
     kv_heads,
-    columns,
     n_ids,
     first,
     count,
@@ -118,9 +113,7 @@ def _chosen_kernel(
     D_P: tl.constexpr,
     DV_P: tl.constexpr,
     TILE: tl.constexpr,
-    PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
-    IN_PAGES: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
     i_split = tl.program_id(0)
@@ -144,12 +137,7 @@ def _chosen_kernel(
         i_k = tile * TILE + tl.arange(0, TILE)
         ids = tl.load(ids_ptr + i_row * n_ids + first + i_k, mask=i_k < count, other=-1)
         m_k = ids >= 0
-        if IN_PAGES:
-            page = tl.load(table_ptr + i_batch * columns + ids // PAGE, mask=m_k, other=0)
-            o_row = page.to(tl.int64) * stride_0 + (ids % PAGE).to(tl.int64) * stride_1
-            o_row += i_kv * stride_2
-        else:
-            o_row = i_batch * stride_0 + i_kv * stride_1 + i_k.to(tl.int64) * stride_2
+        o_row = i_batch * stride_0 + i_kv * stride_1 + i_k.to(tl.int64) * stride_2
         p_row = rows_ptr + o_row
         key = tl.load(p_row[:, None] + i_d[None, :], mask=m_k[:, None] & m_d, other=0.0)
         value = tl.load(p_row[:, None] + D + i_v[None, :], mask=m_k[:, None] & m_v, other=0.0)

@@ -126,6 +126,7 @@ class Sample:
         decode_h2d_bytes: KV that came to the device while tokens were generated.
         tail_mass: Share of attention that the replica answered for.
         skipped_mass: Share that was not read at all.
+        left_out: Share of a prompt's attention that steps leave out; None where they leave none out.
         error_estimate: Of an attention layer's output, as `Report` has it; None where nothing is known of it.
         verify_passes: Exact passes over drafts.
         drafted_tokens: That they looked at.
@@ -143,6 +144,7 @@ class Sample:
     decode_h2d_bytes: int = 0
     tail_mass: float = 0.0
     skipped_mass: float = 0.0
+    left_out: float | None = None
     error_estimate: float | None = 0.0
     verify_passes: int = 0
     drafted_tokens: int = 0
@@ -159,11 +161,12 @@ class Fidelity:
     """How close the tokens of a row are to exact ones.
 
     Attributes:
-        steps: "exact": attention to every key in full. "replica": mode fast, some of it from low bits. "verified":
-            drafted by mode fast, and exact.
+        steps: "exact": attention to every key in full. "replica": mode fast, some of it from low bits. "sparse": mode fast, some of
+            it left out. "verified": drafted by mode fast, and exact.
         tail_mass: "replica": share of attention from low bits, mean.
         skipped_mass: "replica": share that was not read, mean.
         error_estimate: "replica": of an attention layer's output, mean; None where nothing is known of it.
+        left_out: "sparse": share of a prompt's attention, mean.
         accepted_per_pass: "verified": drafted tokens that an exact pass kept, mean.
     """
 
@@ -171,6 +174,7 @@ class Fidelity:
     tail_mass: float | None = None
     skipped_mass: float | None = None
     error_estimate: float | None = None
+    left_out: float | None = None
     accepted_per_pass: float | None = None
 
 
@@ -246,6 +250,9 @@ class Row:
         offloads = any(sample.tokens_on_host for sample in samples)
         if self.mode != "fast" or self.rung is None or not offloads:
             return Fidelity(steps="exact")
+        left = [s.left_out for s in samples if s.left_out is not None]
+        if left:
+            return Fidelity(steps="sparse", left_out=statistics.fmean(left))
         errors = [s.error_estimate for s in samples if s.error_estimate is not None]
         return Fidelity(
             steps="replica",
@@ -513,7 +520,7 @@ def _sample(case: Case, report: Report, peak_bytes: int | None) -> Sample:
 
 
 _FROM_REPORT = (
-    "tokens_on_device", "tokens_on_host", "decode_h2d_bytes", "tail_mass", "skipped_mass", "error_estimate",
+    "tokens_on_device", "tokens_on_host", "decode_h2d_bytes", "tail_mass", "skipped_mass", "left_out", "error_estimate",
     "verify_passes", "drafted_tokens", "accepted_tokens",
 )  # fmt: skip
 

@@ -144,6 +144,7 @@ class CacheMaker:
                     f"prefill.chunk is {layout.chunk:,} tokens, not 4,096, to fit the device budget"
                 )
                 self._notes.add(note)
+            self._note_sparse(layout)
             reader = HostReader(self.streams, layout.staging_bytes, self.counters)
             writer = HostWriter(self.streams, layout.eviction_bytes, self.counters)
             all_limits = self._layer_limits(layout, tokens, sequences * copies)
@@ -311,7 +312,8 @@ class CacheMaker:
     ) -> StepPath | None:
         """The device path of one layer, or None where the replica did not fit and every token is streamed."""
         if not layout.rungs and layout.host_tokens:
-            self._notes.tell("no replica fits the device budget: every token is streamed")
+            what = "chosen rows fit" if self._config.scheduler.sparsity else "replica fits"
+            self._notes.tell(f"no {what} the device budget: every token is streamed")
             return None
         retrieval = self._config.retrieval
         rung = layout.rungs[index] if layout.rungs else None
@@ -364,23 +366,29 @@ class CacheMaker:
             )
         return path
 
+    def _note_sparse(self, layout: Layout) -> None:
+        """Tells how many of the chosen tokens steps read on the host."""
+        own = [rung for i, rung in enumerate(layout.rungs) if i not in layout.whole]
+        far = sum(rung.far for rung in own) / max(1, len(own))
+        if far:
+            most = own[0].near + own[0].far
+            self._notes.add(f"of {most:,} chosen tokens per KV head {far:,.0f} are read on the host: the device has no room")  # fmt: skip
+
     def _sparse_path(
         self, index: int, layout: Layout, limits: StoreLimits, memory: StepMemory, batch: int
     ) -> SparsePath:
         """The device path of a layer that attends to some of its tokens."""
         rung = layout.rungs[index]
         window = layout.sparse(rung.share)
-        if rung.far and not index:
-            self._notes.add(
-                f"of {rung.near + rung.far:,} chosen tokens per KV head {rung.far:,} are read on the host: the device has no room"
-            )
         path = SparsePath(
             self._shape.rows[index],
             SparseSettings(
                 window=window,
                 most=rung.near + rung.far,
                 near=rung.near,
-                staged=staged_rows(rung.far, batch, self._shape.rows[index].token_bytes),
+                staged=staged_rows(
+                    rung.near + rung.far, limits.batch, self._shape.rows[index].token_bytes
+                ),
                 decay=window.decay(layout.last_tokens),
             ),
             memory,

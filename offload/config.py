@@ -603,6 +603,8 @@ class OffloadConfig(_Table):
             f'replica.rung = "{self.replica.rung}"': self.replica.rung != "auto",
             "replica.ladder = true": self.replica.ladder,
             f'retrieval.index = "{self.retrieval.index}"': self.retrieval.index != "replica",
+            f"retrieval.tokens = {self.retrieval.tokens}": self.retrieval.tokens != "auto",
+            f"retrieval.row_cache = {self.retrieval.row_cache}": self.retrieval.row_cache != "auto",
         }
         asked = next((name for name, holds in others.items() if holds), None)
         if asked is not None:

@@ -117,9 +117,14 @@ def choices(
     """
     found = [*_placement(demand, layout, budget)]
     rung = layout.rung
-    if rung is not None and rung.share and layout.host_tokens:
+    if (
+        rung is not None
+        and rung.share
+        and layout.host_tokens
+        and len(layout.whole) < len(layout.rungs)
+    ):
         found += _sparse(demand, layout, card)
-    elif rung is not None and layout.host_tokens:
+    elif rung is not None and not rung.share and layout.host_tokens:
         found += [*_path(demand, layout, card), *_rungs(demand, layout, budget)]
     if config.mode == "exact" and layout.host_tokens:
         found += _recompute(config, demand, layout, budget, card, other)
@@ -192,7 +197,7 @@ def _sparse(demand: Demand, layout: Layout, card: Card | None) -> Iterator[Choic
     own = [one for layer, one in enumerate(layout.rungs) if layer not in layout.whole]
     at = layout.last_tokens
     chosen = min(layout.sparse(rung.share).chosen(at), rung.near + rung.far)
-    near = sum(min(chosen, one.near) for one in own) / len(own)
+    near = sum(min(chosen, one.near) for one in own) / max(1, len(own))
     rows = demand.batch * sum(demand.token_bytes)
     read, streamed = float(rows * (chosen - near)), float(layout.host["pages"])
     unit, source = STEP_BYTES, "computed"
@@ -216,7 +221,7 @@ def _sparse(demand: Demand, layout: Layout, card: Card | None) -> Iterator[Choic
         instead="all of them",
         instead_cost=float(rows * chosen),
         unit=BYTES,
-        why="as many as the device budget has room for",
+        why="all of them fit" if near >= chosen else "as many as the device budget has room for",
     )
     if card is None or chosen <= near:
         return

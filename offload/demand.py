@@ -283,7 +283,7 @@ def _sparse_rungs(
     for near in chosen.near(tokens):
         rung = Rung("window", 0, 0, caches=False, share=chosen.share, near=near, far=most - near)
         row_bytes = tuple(
-            state_bytes(chosen.held, most, near, row.kv_heads, heads, row.key_dim, row.token_bytes, batch, len(shape.rows))
+            state_bytes(chosen.held, most, near, row.kv_heads, heads, row.key_dim, row.token_bytes, batch)
             for row, (heads, _) in zip(shape.rows, shape.heads, strict=True)
         )  # fmt: skip
         layer_bytes = tuple(sparse_token_bytes(row.kv_heads, config.cache.page) for row in shape.rows)  # fmt: skip

@@ -219,7 +219,7 @@ def placement_of(layout: Layout, shape: Shape, way: Way, *, tokens: int | None =
         at = layout.last_tokens if tokens is None else tokens
         chosen = min(layout.sparse(rung.share).chosen(at), rung.near + rung.far)
         own = [one for layer, one in enumerate(layout.rungs) if layer not in layout.whole]
-        near = sum(min(chosen, one.near) for one in own) / len(own)
+        near = sum(min(chosen, one.near) for one in own) / max(1, len(own))
         return replace(
             where,
             resident=held + batch * near,

@@ -66,9 +66,9 @@ def window_tokens(share: float, tokens: int, page: int, sinks: int) -> int:
 
 
 def state_bytes(
-    held: int, most: int, near: int, kv_heads: int, query_heads: int, key_dim: int, token_bytes: int, batch: int, layers: int
+    held: int, most: int, near: int, kv_heads: int, query_heads: int, key_dim: int, token_bytes: int, batch: int
 ) -> int:  # fmt: skip
-    """Device bytes of one layer and sequence: chosen rows, their numbers, sums of the window, queries of a prompt; its share of staging.
+    """Device bytes of one layer and sequence: chosen rows, their numbers, sums of the window, queries of a prompt.
 
     Args:
         held: Rows of the window at most.
@@ -79,12 +79,10 @@ def state_bytes(
         key_dim: Head size of the keys.
         token_bytes: Bytes of one token of the layer.
         batch: Sequences.
-        layers: That share the memory through which rows on the host come.
     """
     itemsize = 4  # of the widest numbers that a query may have
     queries = learned(batch) * query_heads * (key_dim * itemsize + 4)
-    staged = -(-2 * staged_rows(most - near, batch, token_bytes) * token_bytes // layers)
-    return near * token_bytes + 4 * kv_heads * (most + held) + queries + staged
+    return near * token_bytes + 4 * kv_heads * (most + held) + queries
 
 
 def token_bytes(kv_heads: int, page: int) -> int:
@@ -97,15 +95,15 @@ def learned(batch: int) -> int:
     return max(1, min(16, 64 // batch))
 
 
-def staged_rows(far: int, batch: int, token_bytes: int) -> int:
+def staged_rows(most: int, batch: int, token_bytes: int) -> int:
     """Places for chosen rows on the host that come together, one of two.
 
     Args:
-        far: Places for all of them.
+        most: Places for chosen tokens.
         batch: Sequences.
         token_bytes: Bytes of one token of the layer.
     """
-    return min(far, max(ROWS, STAGED_BYTES // (batch * token_bytes) // ROWS * ROWS))
+    return min(most, max(ROWS, STAGED_BYTES // (batch * token_bytes) // ROWS * ROWS))
 
 
 def splits(count: int, programs: int) -> int:
@@ -116,7 +114,9 @@ def splits(count: int, programs: int) -> int:
 def step_bytes(
     query_heads: int, value_dim: int, kv_heads: int, token_bytes: int, held: int, most: int, batch: int
 ) -> int:  # fmt: skip
-    """Device bytes of one sequence that a step needs besides: scores, and parts that wait to be merged. One layer's serve all.
+    """Device bytes of one sequence that a step needs besides: scores, parts that wait to be merged, pieces that come from the host.
+
+    One layer's serve all.
 
     Args:
         query_heads: Query heads.
@@ -132,4 +132,4 @@ def step_bytes(
     parts = WINDOW_PARTS if programs < 512 else 1
     parts += splits(most, programs)
     parts += -(-most // max(1, together)) * splits(together, programs)
-    return query_heads * 4 * (held + most + parts * (value_dim + 1))
+    return query_heads * 4 * (held + most + parts * (value_dim + 1)) + 2 * together * token_bytes

@@ -133,7 +133,7 @@ def test_a_budget_that_has_no_room_for_all_rows_leaves_some_on_the_host(
 
 @pytest.mark.parametrize(
     "other",
-    [{"mode": "exact"}, {"mode": "verified"}, {"rung": "4k4v"}, {"ladder": True}, {"index": "flat"}],
+    [{"mode": "exact"}, {"mode": "verified"}, {"rung": "4k4v"}, {"ladder": True}, {"index": "flat"}, {"retrieved": 64}, {"row_cache": 128}],
 )  # fmt: skip
 def test_keys_that_exclude_it_are_named(other: dict[str, Any]) -> None:
     model = build("llama", "cpu")

@@ -165,6 +165,8 @@ def _rate(row: Row) -> str:
 def _fidelity(found: Fidelity) -> str:
     if found.accepted_per_pass is not None:
         return f"exact, {found.accepted_per_pass:.1f} drafted tokens kept a pass"
+    if found.left_out is not None:
+        return f"{found.left_out:.2%} left out"
     if found.tail_mass is None or found.skipped_mass is None:
         return "exact"
     error = "unknown" if found.error_estimate is None else f"{found.error_estimate:.2%}"

@@ -220,8 +220,9 @@ def _effective(report: Report) -> dict[str, Any]:
 
     found: dict[str, Any] = {"prefill.chunk": report.chunk}
     if report.rung is not None:
-        found["replica.rung"] = report.rung
-        found["retrieval.tokens"] = next(r.tokens for r in RUNGS if r.name == report.rung)
+        tokens = next((r.tokens for r in RUNGS if r.name == report.rung), None)
+        if tokens is not None:  # there is a replica
+            found |= {"replica.rung": report.rung, "retrieval.tokens": tokens}
     return found
 
 

@@ -65,6 +65,11 @@ class SparseSettings:
     staged: int
     decay: float
 
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        assert 0 <= self.near <= self.most
+        assert self.staged or self.near == self.most, "rows on the host come in pieces"
+
     @property
     def far(self) -> int:
         """Chosen tokens that are read on the host."""
@@ -103,10 +108,10 @@ class _Memory:
     def __init__(
         self, batch: int, heads: int, shape: RowShape, splits: int, settings: SparseSettings, rows: int, device: torch.device
     ) -> None:  # fmt: skip
-        programs = batch * shape.kv_heads
-        self.near_splits = splits_of(settings.near, programs)
-        self.far_splits = splits_of(settings.staged, programs)
-        slots = splits + self.near_splits + self.far_splits * max(1, len(settings.pieces))
+        programs, staged = batch * shape.kv_heads, max(1, settings.staged)
+        # As if all were near, and as if none was: layers that differ in that share it.
+        slots = splits + splits_of(settings.most, programs)
+        slots += -(-settings.most // staged) * splits_of(staged, programs)
         self.partials: Partials = empty_partials(batch, heads, slots, shape.value_dim, device)
         self.scores = torch.full((batch, heads, rows + settings.most), -torch.inf, device=device)
         self.fetched: Tensor | None = None  # rows that the host gathers, pinned
@@ -288,10 +293,12 @@ class SparsePath(StepPath):
         if not self._blocks:
             return
         self._settle()
+        past = stop - query.shape[2]
+        self._sums[:, :, past:] = 0.0  # of tokens that were taken back
         self._sums.mul_(self.settings.decay ** query.shape[2])
         said, most = self._learned, learned(query.shape[0])
         last, of_last = query[:, :, -most:].detach(), lse[:, :, -most:]
-        if said is not None and last.shape[2] < most:
+        if said is not None and said.stop == past and last.shape[2] < most:
             last = torch.cat([said.queries, last], 2)[:, :, -most:]
             of_last = torch.cat([said.lse, of_last], 2)[:, :, -most:]
         self._learned = _Learned(last.clone(), of_last.clone(), stop, scale, softcap)
@@ -388,11 +395,11 @@ class SparsePath(StepPath):
     def _scratch(self, batch: int, heads: int) -> _Memory:
         """What steps write, shared with layers of the same kind."""
         shape, settings = self.shape, self.settings
-        kind = ("sparse", heads, shape, settings)
+        kind = ("sparse", heads, shape, self._window_rows, settings.most, settings.staged)
         make = partial(
             _Memory, batch, heads, shape, self._splits, settings, self._window_rows, self._device
         )
-        return self._memory.made(kind, (batch, self._splits, self._window_rows), make)
+        return self._memory.made(kind, (batch, self._splits), make)
 
     def step(
         self,
@@ -422,26 +429,32 @@ class SparsePath(StepPath):
             attend_chosen, query, ids=self._ids, partials=memory.partials, scores=memory.scores,
             key_dim=self.shape.key_dim, scale=scale, softcap=softcap,
         )  # fmt: skip
+        programs, slot = batch * self.shape.kv_heads, self._splits
         beside.wait_stream(main)
         if is_far:
-            slot = self._splits + memory.near_splits
+            n_splits = splits_of(self.settings.staged, programs)
             for rows, first, count in self._pieces(batch, gathered, beside, copies):
                 with torch.cuda.stream(beside):
                     attend(
-                        rows=rows, table=None, first=first, count=count, first_slot=slot, splits=memory.far_splits,
+                        rows=rows, first=first, count=count, first_slot=slot, splits=n_splits,
                         first_score=self._window_rows + first,
                     )  # fmt: skip
-                slot += memory.far_splits
+                slot += n_splits
         attend_window(
             query, key, value, window, self.lengths[:1], memory.partials,
             scale=scale, splits=self._splits, softcap=softcap, padding=self._memory.padding, starts=self._starts,
             scores=memory.scores if self._blocks else None,
         )  # fmt: skip
         if pool is not None and near:
+            n_splits = splits_of(near, programs)
             attend(
-                rows=self._rows, table=None, first=0, count=near, first_slot=self._splits,
-                splits=memory.near_splits, first_score=self._window_rows,
+                rows=self._rows, first=0, count=near, first_slot=slot, splits=n_splits, first_score=self._window_rows,
             )  # fmt: skip
+            slot += n_splits
+        if (
+            slot < memory.partials.lse.shape[2]
+        ):  # what another layer, or an earlier step, has left there
+            memory.partials.lse[:, :, slot:] = -torch.inf
         main.wait_stream(beside)
         if self._blocks:
             weigh(
@@ -506,7 +519,7 @@ class SparsePath(StepPath):
         if path is None or path.pool is None:
             return None
         same = (path.shape, path.settings.staged) == (self.shape, self.settings.staged)
-        return path if same else None
+        return path if same and path.settings.far else None
 
     def _fetch_piece(
         self, memory: Tensor, piece: tuple[int, int], behind: torch.cuda.Stream, copies: torch.cuda.Stream

@@ -81,14 +81,14 @@ def test_a_step_is_attention_over_window_and_choice_and_says_what_each_token_wei
     fetched = case.fetched()
     if near:
         attend_chosen(
-            case.query, fetched[:, :, :near].contiguous(), case.ids, partials, scores,
-            table=None, first=0, count=near, first_slot=2, splits=splits[0], first_score=rows,
+            case.query, fetched[:, :, :near].contiguous(), case.ids, partials, scores, first=0,
+            count=near, first_slot=2, splits=splits[0], first_score=rows,
             key_dim=size, scale=SCALE, softcap=softcap,
         )  # fmt: skip
     if far:
         attend_chosen(
-            case.query, case.pool, case.ids, partials, scores,
-            table=case.table, first=near, count=far, first_slot=2 + splits[0], splits=splits[1], first_score=rows + near,
+            case.query, fetched[:, :, near:], case.ids, partials, scores, first=near,
+            count=far, first_slot=2 + splits[0], splits=splits[1], first_score=rows + near,
             key_dim=size, scale=SCALE, softcap=softcap,
         )  # fmt: skip
     n = int(case.n_rows) + 1

@@ -3,23 +3,59 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from offload.scheduler.window import SparseWindow
+from offload.scheduler.window import (
+    SparseWindow,
+    learned,
+    staged_rows,
+    state_bytes,
+    step_bytes,
+    token_bytes,
+)
 from offload.tiers.path import StepMemory
 from offload.tiers.pinned import HostRegion, PinBudget
 from offload.tiers.rows import RowShape
-from offload.tiers.sparse import SparsePath, SparseSettings, _in_place
+from offload.tiers.sparse import SparsePath, SparseSettings, _in_place, _Staging
 from offload.tiers.store import LayerStore, StoreLimits
 from offload.tiers.transfer import HostReader, HostWriter, Streams, TransferCounters
 
 PAGE, D, SCALE, DECAY = 16, 64, 0.3, 0.9
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-ON = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps by the kernels, in Triton's interpreter. Without a card its streams are none: launches run in program order."""
+    monkeypatch.setattr(SparsePath, "has_kernels", True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: _NoStream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    made = StepMemory.__init__
+
+    def with_streams(self: StepMemory, device: torch.device) -> None:
+        made(self, device)
+        streams: list[Any] = [_NoStream(), _NoStream()]
+        self.beside = streams
+
+    monkeypatch.setattr(StepMemory, "__init__", with_streams)
+
+
+class _NoStream:
+    def wait_stream(self, other: object) -> None:
+        """Nothing runs beside."""
+
+    def wait_event(self, event: object) -> None:
+        """Likewise."""
 
 
 class Layer:
@@ -37,7 +73,7 @@ class Layer:
         self.set = SparseWindow(share, (sinks + window + 1) * PAGE)
         most = self.set.most((blocks + sinks + window + 1) * PAGE)
         self.path = SparsePath(
-            shape, SparseSettings(window=self.set, most=most, near=min(near, most), staged=min(16, most - min(near, most)), decay=DECAY), StepMemory(self.device),
+            shape, SparseSettings(window=self.set, most=most, near=min(near, most), staged=16, decay=DECAY), StepMemory(self.device),
             batch=batch, blocks=blocks, slots=sinks + window + 1, page=PAGE, device=self.device,
         )  # fmt: skip
         page_bytes, streams = PAGE * shape.token_bytes, Streams(self.device)
@@ -100,6 +136,15 @@ class Layer:
         by_head: Tensor = got.cpu().unflatten(2, (self.kv, self.groups)).transpose(1, 2)
         return by_head
 
+    def crop(self, keep: int) -> None:
+        """Forgets tokens; what was chosen is chosen anew where the host lost some."""
+        columns = self.store.columns
+        self.store.crop(keep)
+        self.keys, self.values = self.keys[:, :, :keep], self.values[:, :, :keep]
+        self.sums = self.sums[:, :, :keep]
+        if self.store.columns != columns:
+            self.columns = -1
+
     def prompt(self, n: int) -> None:
         """Reads tokens: every one is attended to."""
         past = self.keys.shape[2]
@@ -157,7 +202,6 @@ class Layer:
                 assert kept == self.near[b][h]
 
 
-@ON
 @pytest.mark.parametrize(
     "how",
     [
@@ -186,7 +230,6 @@ def test_steps_follow_the_rule_token_by_token(how: dict[str, Any], device: str) 
         layer.step()
 
 
-@ON
 def test_padding_is_never_chosen(device: str) -> None:
     layer = Layer(device, share=0.9)
     layer.padding = torch.tensor([0, 75])
@@ -198,24 +241,33 @@ def test_padding_is_never_chosen(device: str) -> None:
     assert int(ids[ids >= 0].min()) >= least
 
 
-@ON
 def test_tokens_that_are_taken_back_leave_nothing_behind(device: str) -> None:
     layer = Layer(device, near=32)
     layer.prompt(200)
     for _ in range(30):
         layer.step()
-    for keep in (layer.keys.shape[2] - 3, 100):
-        columns = layer.store.columns
-        layer.store.crop(keep)
-        layer.keys, layer.values = layer.keys[:, :, :keep], layer.values[:, :, :keep]
-        layer.sums = layer.sums[:, :, :keep]
-        if layer.store.columns != columns:
-            layer.columns = -1  # what was chosen is chosen anew
+    for keep in (layer.keys.shape[2] - 3, 100, 10):
+        layer.crop(keep)
+        if layer.store.columns == 0:  # nothing is left of what was chosen
+            layer.forget()
+            layer.columns = 0
         for _ in range(70):
             layer.step()
 
 
-@ON
+def test_a_prompt_behind_tokens_that_were_taken_back_begins_anew(device: str) -> None:
+    layer = Layer(device)
+    layer.prompt(300)
+    layer.crop(200)
+    layer.asked = [asked for asked in layer.asked if asked[0] < 200]
+    layer.prompt(160)
+    layer.step()  # no weight of the first 300 counts for the tokens that came in their place
+    layer.crop(350)
+    layer.prompt(3)  # whose queries do not lie behind those of the prompt before
+    for _ in range(20):
+        layer.step()
+
+
 def test_sequences_take_their_sums_along(device: str) -> None:
     layer = Layer(device)
     layer.prompt(150)
@@ -229,6 +281,23 @@ def test_sequences_take_their_sums_along(device: str) -> None:
         layer.forget()
         for _ in range(40):
             layer.step()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("near", [16, 0])
+def test_kernels_leave_nothing_of_an_earlier_step(near: int) -> None:
+    layer = Layer(
+        "cpu", near=near, batch=1, kv=1, groups=2, sinks=0, window=2, blocks=12, share=0.9
+    )
+    layer.prompt(120)
+    for _ in range(3):
+        layer.step()
+    assert layer.path.chosen.max() >= 0
+    layer.crop(10)  # now no token is on the host
+    layer.forget()
+    layer.columns = 0
+    for _ in range(2):
+        layer.step()
 
 
 @pytest.mark.gpu
@@ -258,3 +327,42 @@ def test_a_set_fills_the_share_up_and_forgets_as_fast_as_the_window_of_the_paper
     assert chosen.most(650) == 80
     assert chosen.near(650) == [80, 64, 48, 32, 16, 0]
     assert chosen.decay(640) ** 64 == pytest.approx(1 / math.e, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv", "groups", "tokens", "share"),
+    [
+        (64, 32, 1, 640, 0.2),
+        (1, 8, 4, 131_072, 0.2),
+        (16, 8, 4, 32_768, 0.3),
+        (5, 1, 14, 4096, 0.5),
+    ],
+)
+def test_no_step_takes_more_than_was_planned(
+    batch: int, kv: int, groups: int, tokens: int, share: float
+) -> None:
+    meta, page, slots = torch.device("meta"), 16, 4
+    shape = RowShape(kv_heads=kv, key_dim=128, value_dim=128, dtype=torch.bfloat16)
+    chosen = SparseWindow(share, slots * page)
+    most, memory = chosen.most(tokens), StepMemory(meta)
+    staged = staged_rows(most, batch, shape.token_bytes)
+    scratch: dict[int, Any] = {}
+    for near in chosen.near(tokens):  # layers differ in how many they keep, and share the rest
+        path = SparsePath(
+            shape, SparseSettings(window=chosen, most=most, near=near, staged=staged, decay=0.9), memory,
+            batch=batch, blocks=tokens // page, slots=slots, page=page, device=meta,
+        )  # fmt: skip
+        made = path._scratch(batch, kv * groups)
+        scratch[id(made)] = made
+        queries = learned(batch) * kv * groups * (128 * 4 + 4)
+        of_rows = state_bytes(
+            chosen.held, most, near, kv, kv * groups, 128, shape.token_bytes, batch
+        )
+        assert path.row_cache_nbytes == batch * (of_rows - queries)
+        assert path.nbytes <= batch * tokens * token_bytes(kv, page)
+    (made,) = scratch.values()
+    pieces = _Staging(batch, shape, staged, meta).rows
+    taken = sum(t.nbytes for t in (*made.partials, made.scores, *pieces))
+    planned = step_bytes(kv * groups, 128, kv, shape.token_bytes, chosen.held, most, batch)
+    assert taken <= batch * planned
+    assert taken > 0.5 * batch * planned

@@ -384,13 +384,15 @@ def swapped_seconds(
         requests: Sequences of the workload.
         link: Bytes per second.
     """
+    if not steps_ms:
+        raise SystemExit("no step was measured with all on the device: give smaller --groups")
     policy = RequestSwap(setting)
     lengths, left = [PROMPT] * requests, [ANSWER] * requests
     seconds, steps = 0.0, 0
     while waiting := [i for i, n in enumerate(left) if n]:
         turn = policy.turn(lengths, waiting)
         n, mean = len(turn.active), sum(lengths[i] for i in turn.active) / len(turn.active)
-        # Of the measured numbers of sequences the next one below: never slower than it is.
+        # Of the measured numbers of sequences the next one below: no slower than it is, if the smallest one is small enough.
         known = steps_ms[max((b for b in steps_ms if b <= n), default=min(steps_ms))]
         ms = min(known, key=lambda at: abs(at[0] - mean))[1]
         seconds += max(ms / 1000, turn.where.bytes_in / link)
