@@ -451,10 +451,9 @@ class SparsePath(StepPath):
                 rows=self._rows, first=0, count=near, first_slot=slot, splits=n_splits, first_score=self._window_rows,
             )  # fmt: skip
             slot += n_splits
-        if (
-            slot < memory.partials.lse.shape[2]
-        ):  # what another layer, or an earlier step, has left there
-            memory.partials.lse[:, :, slot:] = -torch.inf
+        rest = memory.partials.lse[:, :, slot:]
+        if rest.numel():  # what another layer, or an earlier step, has left there
+            rest.fill_(-torch.inf)
         main.wait_stream(beside)
         if self._blocks:
             weigh(
@@ -542,9 +541,11 @@ class SparsePath(StepPath):
         near = self.settings.near
         far = self._ids[:, :, near:]
         if memory.fetched is None:
-            like = (*far.shape, self.shape.width)
-            memory.fetched = torch.zeros(like, dtype=self.shape.dtype, pin_memory=True)
-        rows = memory.fetched
+            size = (
+                self._ids.numel() * self.shape.width
+            )  # as if none was near: layers that differ in that share it
+            memory.fetched = torch.zeros(size, dtype=self.shape.dtype, pin_memory=True)
+        rows = memory.fetched[: far.numel() * self.shape.width].view(*far.shape, self.shape.width)
         # Copies of layers before this one are over once it is this layer's turn: they share the memory.
         done = torch.cuda.Event()
 
