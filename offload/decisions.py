@@ -173,11 +173,7 @@ def _path(demand: Demand, layout: Layout, card: Card | None) -> Iterator[Choice]
     """A replica's steps beside those that stream every token."""
     rung = layout.rung
     assert rung is not None
-    read, streamed = float(layout.device["replica"]), float(layout.host["pages"])
-    unit, source = STEP_BYTES, "computed"
-    if card is not None:
-        read, streamed = (card.step_ms(layout, mode=mode, batch=demand.batch) for mode in ("fast", "exact"))  # fmt: skip
-        unit, source = MS, "predicted"
+    read, streamed, unit, source = _beside_streaming(demand, layout, card, float(layout.device["replica"]))  # fmt: skip
     yield Choice(
         what="steps",
         chosen=f"by the {rung.name} replica on the device",
@@ -190,6 +186,16 @@ def _path(demand: Demand, layout: Layout, card: Card | None) -> Iterator[Choice]
     )
 
 
+def _beside_streaming(
+    demand: Demand, layout: Layout, card: Card | None, read: float
+) -> tuple[float, float, str, str]:
+    """What a step takes and one that streams every token, their unit and source: bytes, `read` in the first, without a card."""
+    if card is None:
+        return read, float(layout.host["pages"]), STEP_BYTES, "computed"
+    fast, exact = (card.step_ms(layout, mode=mode, batch=demand.batch) for mode in ("fast", "exact"))  # fmt: skip
+    return fast, exact, MS, "predicted"
+
+
 def _sparse(demand: Demand, layout: Layout, card: Card | None) -> Iterator[Choice]:
     """Steps over a share of the tokens beside those over all; where the chosen ones are; how those come that the device lacks."""
     rung = layout.rung
@@ -199,11 +205,7 @@ def _sparse(demand: Demand, layout: Layout, card: Card | None) -> Iterator[Choic
     chosen = min(layout.sparse(rung.share).chosen(at), rung.near + rung.far)
     near = sum(min(chosen, one.near) for one in own) / max(1, len(own))
     rows = demand.batch * sum(demand.token_bytes)
-    read, streamed = float(rows * (chosen - near)), float(layout.host["pages"])
-    unit, source = STEP_BYTES, "computed"
-    if card is not None:
-        read, streamed = (card.step_ms(layout, mode=mode, batch=demand.batch) for mode in ("fast", "exact"))  # fmt: skip
-        unit, source = MS, "predicted"
+    read, streamed, unit, source = _beside_streaming(demand, layout, card, float(rows * (chosen - near)))  # fmt: skip
     yield Choice(
         what="steps",
         chosen=f"over the window and {chosen:,} of {at:,} tokens per KV head",

@@ -405,24 +405,7 @@ class DevicePath(StepPath):
         gather: Callable[[Tensor, Tensor], None] | None = None,
         search: Callable[[Tensor, Found], None] | None = None,
     ) -> Tensor:
-        """Attends with one new token per sequence to all tokens and itself, and appends it to the window.
-
-        Args:
-            query: [B, H_q, D].
-            key: [B, H_kv, D].
-            value: [B, H_kv, D_v].
-            window: [B, slots, P, H_kv, D + D_v].
-            pool: [pages, P, H_kv, D + D_v] in host memory; None while nothing is on the host.
-            scale: Factor on the dot products.
-            softcap: As in `offload.kernels.attend`.
-            sink_logits: [H_q], likewise.
-            gather: None where kernels can read the pool; else what copies rows of tokens [B, H_kv, k] to
-                [B, H_kv, k, D + D_v], both on the host.
-            search: Where the host selects: what attends there, for queries float32 [B, H_q, D].
-
-        Returns:
-            [B, H_q, D_v], in the dtype of `query`.
-        """
+        """Attends with one new token per sequence to all tokens and itself; see `StepPath.step`."""
         if not self.has_kernels:
             return self._reference_step(query, key, value, window, pool, scale, softcap, sink_logits, search)  # fmt: skip
         batch, heads = query.shape[:2]
