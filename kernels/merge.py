@@ -119,9 +119,15 @@ class RunningMerge:
     do not add rounding. Only one buffer of [B, H_q, Q, D_v] float32 is allocated, at the second part.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, into: Part | None = None) -> None:
+        """With no part.
+
+        Args:
+            into: Where the sum shall be: `out` [B, H_q, Q, D_v], last stride 1, and `lse` [B, H_q, Q], contiguous, both float32.
+        """
         self._sum: Part | None = None
         self._owned = False
+        self._into = into
 
     def add(self, part: Part) -> None:
         """Adds attention over keys that no earlier part has seen.
@@ -136,6 +142,10 @@ class RunningMerge:
             raise ValueError(f"lse must be float32, got {part.lse.dtype}")
         if self._sum is None:
             self._sum = Part(part.out, part.lse.contiguous())
+            if self._into is not None:
+                self._into.out.copy_(part.out)
+                self._into.lse.copy_(part.lse)
+                self._sum, self._owned = self._into, True
             return
         if part.out.shape != self._sum.out.shape or part.lse.shape != self._sum.lse.shape:
             raise ValueError(

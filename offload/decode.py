@@ -7,7 +7,8 @@ whoever calls the model, transformers' `generate` first of all, replays the grap
 The first step of one token runs as it is (compiled, where that is wanted), the second is captured, later ones are
 replayed. A graph is captured anew when an address that it has kept changed, when the first block went to the host, or
 when host pages could no longer be pinned: then it is split at every layer, whose rows the host gathers. Where every token is
-streamed it is split at every layer from the start: the host launches its attention, and the graphs hold what lies between.
+streamed it is split at every layer from the start: the host launches its attention, and the graphs hold what lies between. What it
+launches for pages that were there in the step before are small graphs again (`offload.graph.Repeats`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class CapturedStep:
     Attributes:
         reason: Why steps are not captured, or None.
         not_compiled: Why layers are captured as they are, though they should be compiled, or None.
+        relaunched: Why what repeats between the graphs of a step is launched anew in every replay, or None.
         replays: Steps that were replayed.
         seconds: What compiling and capturing took, each counted once; the step that compiles is part of it.
         before_capture: Called before a step is compiled or captured: nothing else may use the model meanwhile.
@@ -77,6 +79,7 @@ class CapturedStep:
         self._padded: bool | None = None  # whether any token is padding; None: not known yet
         self.reason = _why_not(cache) or _hooked(model) or _counts(model)
         self.not_compiled: str | None = None
+        self.relaunched: str | None = None
         self.replays = 0
         self.seconds = 0.0
         self.before_capture: Callable[[], None] = lambda: None
@@ -109,6 +112,7 @@ class CapturedStep:
             assert self._graph is not None
             self._graph.replay()
             self.replays += 1
+            self.relaunched = self._graph.repeats.reason
             for store in self._stores:
                 store.visible = None
                 store.after_step()

@@ -2,22 +2,108 @@
 
 A step on the device path is one graph. Where kernels cannot read host pages, a layer has to ask the host for rows, and where
 every token is streamed, the host launches a layer's attention, whose chunks are others in every step: `by_host` ends the graph
-that is being captured there, and begins another one.
+that is being captured there, and begins another one. Most of what the host launches there is what it launched in the step before:
+`Repeats` makes small graphs of it.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+# Small graphs of a step, which take the driver some 40 KB each; what comes beyond is launched anew.
+MOST_REPEATS = 512
+# Replays for which one is kept that is not used: two buffers may come to hold the same pages in turns.
+_KEPT_REPLAYS = 4
+
+
+class Repeats:
+    """Launches between the graphs of a step that come alike in many replays, captured one by one.
+
+    A launch by Python takes some 50 us, a dozen of them as one graph 5.
+
+    Attributes:
+        reason: Why nothing more is captured, or None.
+        captured: How often something was captured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """With nothing captured.
+
+        Args:
+            device: A CUDA device.
+        """
+        self.reason: str | None = None
+        self.captured = 0
+        self._device = device
+        self._pool: Any = (
+            None  # nothing in it outlives its graph: not that of the step's graphs, whose values do
+        )
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._used: dict[Hashable, int] = {}  # the replay
+        self._replay = 0
+
+    def run(self, key: Hashable, launch: Callable[[], None]) -> None:
+        """Does what `launch` does; where it was done in a step before, without calling it.
+
+        Args:
+            key: Says what is launched, with each address that is read or written.
+            launch: Launches on the current stream alone, and changes nothing that Python knows of.
+        """
+        if key not in self._graphs and not self._capture(key, launch):
+            launch()
+            return
+        self._used[key] = self._replay
+        self._graphs[key].replay()
+
+    def begin(self) -> None:
+        """Another replay begins: what has not been used for some is forgotten."""
+        self._replay += 1
+        oldest = self._replay - _KEPT_REPLAYS
+        for key in [key for key, used in self._used.items() if used < oldest]:
+            del self._used[key], self._graphs[key]
+
+    def _capture(self, key: Hashable, launch: Callable[[], None]) -> bool:
+        """Whether that worked. Nothing waits for the device: the steps go on beside it."""
+        if self.reason is not None or len(self._graphs) == MOST_REPEATS:
+            return False
+        graph = torch.cuda.CUDAGraph()
+        if not self._graphs:  # torch takes none back that nothing uses
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.stream(_capture_stream(self._device)):
+                # Relaxed: a kernel that is new may have to be loaded meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
+                try:
+                    launch()
+                finally:
+                    graph.capture_end()
+        except Exception as error:  # noqa: BLE001 - whatever stops a capture, launching works
+            self.reason = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+            logger.warning("What repeats in steps is launched anew each time, which is slower: %s.", self.reason)  # fmt: skip
+            torch.cuda.synchronize()
+            return False
+        self._graphs[key] = graph
+        self.captured += 1
+        return True
+
 
 class StepGraph:
-    """A captured step: graphs that share their memory, replayed in the order in which they were captured."""
+    """A captured step: graphs that share their memory, replayed in the order in which they were captured.
+
+    Attributes:
+        repeats: Of what the host launches between them.
+    """
 
     # A process captures one step at a time, and what asks for the host lies deep in the model's forward.
     _capturing: StepGraph | None = None
@@ -32,7 +118,8 @@ class StepGraph:
         self._pool: Any = None  # torch's handle of memory that graphs share
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._actions: list[Callable[[], None]] = []  # the one behind each graph but the last
-        self._kept: dict[tuple[object, ...], Tensor] = {}  # of `kept`
+        self._kept: dict[tuple[object, ...], Tensor] = {}  # of `kept` and `scratch`
+        self.repeats = Repeats(device)
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -45,7 +132,7 @@ class StepGraph:
         torch.cuda.empty_cache()
         StepGraph._capturing = self
         try:
-            with torch.cuda.stream(self._stream()):
+            with torch.cuda.stream(_capture_stream(self._device)):
                 self._begin()
                 try:
                     yield
@@ -57,14 +144,6 @@ class StepGraph:
         finally:
             StepGraph._capturing = None
 
-    def _stream(self) -> torch.cuda.Stream:
-        """The one on which torch captures: libraries keep a workspace for every stream that they are called on."""
-        shared = torch.cuda.graph
-        if shared.default_capture_stream is None:
-            shared.default_capture_stream = torch.cuda.Stream(self._device)
-        stream: torch.cuda.Stream = shared.default_capture_stream
-        return stream if stream.device == self._device else torch.cuda.Stream(self._device)
-
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool)
@@ -72,20 +151,33 @@ class StepGraph:
 
     def replay(self) -> None:
         """Queues the step; waits for the device where an action of the host does."""
+        self.repeats.begin()
         for i, graph in enumerate(self._graphs):
             graph.replay()
             if i < len(self._actions):
                 self._actions[i]()
 
-    def _keep(self, key: tuple[object, ...], value: Tensor) -> Tensor:
+    def _room(
+        self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        key = (name, shape, dtype)
         if key not in self._kept:
-            self._kept[key] = torch.empty_like(value, memory_format=torch.contiguous_format)
-        return self._kept[key].copy_(value)
+            self._kept[key] = torch.empty(shape, dtype=dtype, device=device)
+        return self._kept[key]
 
     def _split(self, action: Callable[[], None]) -> None:
         self._graphs[-1].capture_end()
         self._actions.append(action)
         self._begin()
+
+
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one on which torch captures: libraries keep a workspace for every stream that they are called on."""
+    shared = torch.cuda.graph
+    if shared.default_capture_stream is None:
+        shared.default_capture_stream = torch.cuda.Stream(device)
+    stream: torch.cuda.Stream = shared.default_capture_stream
+    return stream if stream.device == device else torch.cuda.Stream(device)
 
 
 def by_host(action: Callable[[], None]) -> None:
@@ -110,4 +202,28 @@ def kept(**values: Tensor) -> dict[str, Tensor]:
     graph = StepGraph._capturing
     if graph is None:
         return values
-    return {name: graph._keep((name, value.shape, value.dtype), value) for name, value in values.items()}  # fmt: skip
+    return {
+        name: graph._room(name, value.shape, value.dtype, value.device).copy_(value)
+        for name, value in values.items()
+    }
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for what the host writes; while a step is being captured it is shared by all calls of it, as that of `kept` is.
+
+    Args:
+        name: Not one of `kept`.
+        shape: Of the tensor.
+        dtype: Likewise.
+        device: Likewise.
+    """
+    graph = StepGraph._capturing
+    if graph is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return graph._room(name, torch.Size(shape), dtype, device)
+
+
+def repeats() -> Repeats | None:
+    """Of the step that is being captured: for what the host is going to launch in its replays."""
+    graph = StepGraph._capturing
+    return None if graph is None else graph.repeats

@@ -194,6 +194,11 @@ class Angles:
             return cos[sequence : sequence + 1], sin[sequence : sequence + 1]
         return cos, sin
 
+    @property
+    def address(self) -> int:
+        """Of the table; 0 while there is none."""
+        return 0 if self._table is None else self._table[0].data_ptr()
+
     def select(self, rows: Tensor) -> None:
         """Makes sequence i the former sequence rows[i]."""
         if self._table is not None and self._table[0].shape[0] > 1:
@@ -235,6 +240,11 @@ class LayerSource:
         """As of `Source`."""
         if self._layer == 0:
             self._angles.select(rows)
+
+    @property
+    def address(self) -> int:
+        """As of `Source`."""
+        return self._angles.address
 
 
 @torch.no_grad()

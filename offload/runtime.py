@@ -626,6 +626,8 @@ class Runtime:
                 note(f"decode steps run eagerly: {captured.reason}")
             if captured.not_compiled is not None:
                 self._notes.tell(f"layers are not compiled: {captured.not_compiled}")
+            if captured.relaunched is not None:
+                self._notes.tell(f"attention is launched anew in every step: {captured.relaunched}")
         replayed = captured is not None and captured.reason is None
         last.predicted = None
         if (streams and not prompt.is_assisted) or (fast and replayed):

@@ -19,11 +19,12 @@ from offload.scheduler.profiles import Profile
 _LAYER_S = 24e-6
 # Further, where layers are not compiled: some twenty small kernels more (`benchmarks/cli_card.json`).
 EAGER_S = 71e-6
-# Where tokens are streamed, Python launches a layer's attention between two graphs in the first of these times, and each piece of it
-# beyond one in the last; where steps are not captured, a whole layer of an 8B Llama by transformers takes it the second. It does
-# so beside the card and the link. On the hosts of such an H100 (`benchmarks/scheduler.json`), whose Python takes half as long again
-# on one as on another.
-_ATTENDING_LAYER_S = 0.15e-3
+# Where tokens are streamed, Python launches a layer's attention between two graphs in the first of these times, and asks for each
+# piece of it beyond one, a graph of its own, in the second; where steps are not captured, a whole layer of an 8B Llama by
+# transformers takes it the third, and a piece the last. It does so beside the card and the link. On the hosts of such an H100
+# (`benchmarks/scheduler.json`), whose Python takes half as long again on one as on another.
+_ATTENDING_LAYER_S = 0.2e-3
+_REPLAYED_PIECE_S = 0.1e-3
 _LAUNCHED_LAYER_S = 0.92e-3
 _LAUNCHED_PIECE_S = 0.22e-3
 # The device path of a layer besides its bytes: scan and selection until the tail is under way.
@@ -496,8 +497,8 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
     search     layers that choose · 58 µs for a hand-off each way + bytes / (host's memory rate · 0.5): the device waits. The
                half is what is aimed at and has not been measured beside a card
 
-    Of Python, where it has a hand in a step: layers · 0.15 ms, 0.92 where it is not captured, + layers that keep every token · pieces
-    · 0.22 ms.
+    Of Python, where it has a hand in a step: layers · 0.2 ms + layers that keep every token · pieces · 0.1 ms; 0.92 and 0.22 where
+    it is not captured.
     Of the link: bytes / (PCIe rate · share reached), the larger of both ways, or their sum over 1.5.
 
     Args:
@@ -534,8 +535,12 @@ def placed(where: Placement, shape: Shape, profile: Profile) -> Busy:
     link = copying(come, where.bytes_out, profile, share=where.link_share)
     launching = 0.0
     if where.pieces is not None:
-        launching = work.layers * (_ATTENDING_LAYER_S if where.captured else _LAUNCHED_LAYER_S)
-        launching += len(shape.layers) * where.pieces * _LAUNCHED_PIECE_S
+        a_layer, a_piece = (
+            (_ATTENDING_LAYER_S, _REPLAYED_PIECE_S)
+            if where.captured
+            else (_LAUNCHED_LAYER_S, _LAUNCHED_PIECE_S)
+        )
+        launching = work.layers * a_layer + len(shape.layers) * where.pieces * a_piece
     return Busy(device, link, come, where.bytes_out, launching)
 
 

@@ -11,6 +11,7 @@ from families import left_padded, prompts
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import offload
+from offload.decode import captured_steps
 from offload.errors import BudgetError
 from offload.tiers.transfer import EvenCopies
 from offload.trace import Watch
@@ -170,6 +171,38 @@ def test_a_replayed_exact_run_ends_where_the_stock_one_does_and_goes_on() -> Non
         second = runtime.generate(longer, past_key_values=cache, **call)
         assert runtime.report().replayed_steps == 119
     assert torch.equal(second, model.generate(longer, **call))
+
+
+def test_what_repeats_between_graphs_is_captured_and_gives_the_same_logits() -> None:
+    model = wide_llama(torch.float32)
+    ids = prompts(1, 3200).cuda()
+    tiers: dict[str, Any] = {"page": 16, "window": 128, "chunk": 512, "staging": "2MiB", "recompute": "hidden", "recomputed": 0.5}  # fmt: skip
+    made: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    with torch.no_grad(), offload.attach(model, mode="exact", **tiers) as runtime:
+        for captures in made:
+            cache = runtime.new_cache(max_tokens=3300)
+            runtime.generate(ids[:, :3000], cache=cache, max_new_tokens=2, do_sample=False)
+            cache.crop(3000 - cache.get_seq_length())
+            with captured_steps(model, cache, compiles=False) as step:
+                if not captures:
+                    step.reason = "not wanted"
+                for at in range(3000, 3100):
+                    where = torch.full((1, 1), at, device="cuda")
+                    call = {"position_ids": where, "past_key_values": cache}
+                    made[captures].append(
+                        model(input_ids=ids[:, at : at + 1], **call).logits.clone()
+                    )
+                if captures:
+                    assert step.reason is None
+                    assert step._graph is not None
+                    found = step._graph.repeats
+                    assert found.reason is None
+                    # 8 layers of at least 8 chunks; most of them stay while some 6 blocks leave the window.
+                    assert 64 <= found.captured < 0.3 * 64 * step.replays
+                    assert len(found._graphs) < found.captured
+            cache.close("it was measured")
+    for one, other in zip(made[True], made[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_an_exception_between_graphs_leaves_a_cache_that_goes_on() -> None:

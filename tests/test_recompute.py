@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import offload
 from offload.errors import ConfigError, UnsupportedModelError
-from offload.graph import StepGraph
+from offload.graph import Repeats, StepGraph
 from offload.scheduler.cost import hidden_share
 from offload.tiers.hidden import HiddenForm
 from offload.tiers.rows import RowShape
@@ -157,7 +157,21 @@ def test_copies_and_products_end_together() -> None:
 def test_a_captured_step_leaves_attention_to_the_host_in_every_replay(
     recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU captures nothing: what the host does between two graphs is done at once here."""
+    """A CPU captures nothing: what the host does between two graphs is done at once here, what repeats by its first launch."""
+
+    class Launch:
+        def __init__(self, launch: Callable[[], None]) -> None:
+            self.replay = launch
+
+    class Stored(Repeats):
+        def _capture(self, key: Any, launch: Callable[[], None]) -> bool:
+            self._graphs[key] = cast("Any", Launch(launch))
+            self.captured += 1
+            return True
+
+        def run(self, key: Any, launch: Callable[[], None]) -> None:
+            keys.append(key)
+            super().run(key, launch)
 
     class Split(StepGraph):
         def _split(self, action: Callable[[], None]) -> None:
@@ -165,15 +179,18 @@ def test_a_captured_step_leaves_attention_to_the_host_in_every_replay(
             action()
 
     splits: list[Callable[[], None]] = []
+    keys: list[Any] = []
     model, ids = build("llama"), prompts(2, 400) % 190 + 2
     with torch.no_grad(), offload.attach(model, scheduler={"recompute": recompute}, **_TIERS) as runtime:  # fmt: skip
         stepped, usual = (runtime.new_cache(max_tokens=500) for _ in range(2))
         for cache in (stepped, usual):
             model(input_ids=ids[:, :300], past_key_values=cache)
         graph = Split(torch.device("cpu"))
+        graph.repeats = Stored(torch.device("cpu"))
         for at in range(300, 340):  # blocks leave the window on the way
             one, where = ids[:, at : at + 1], torch.full((2, 1), at)
             want = model(input_ids=one, position_ids=where, past_key_values=usual).logits
+            graph.repeats.begin()
             stepped.begin_pass(one, None)
             with stepped.capturing(), monkeypatch.context() as patched:
                 patched.setattr(StepGraph, "_capturing", graph)
@@ -182,8 +199,11 @@ def test_a_captured_step_leaves_attention_to_the_host_in_every_replay(
             assert torch.equal(got, want)
         assert stepped.get_seq_length() == usual.get_seq_length() == 340
     assert len(splits) == 40 * 3
-    # One query, key, value and result for all layers, and an input where pages hold these.
-    assert len(graph._kept) == (5 if recompute == "hidden" else 4)
+    # One query, key, value, result and sum with its lse for all layers, and an input where pages hold these.
+    assert len(graph._kept) == (7 if recompute == "hidden" else 6)
+    # Chunks are launched once, and anew when pages have come in; what nobody asks for any more is let go.
+    assert 3 < graph.repeats.captured < len(keys) / 4
+    assert len(graph.repeats._graphs) < graph.repeats.captured
 
 
 def test_of_rebuilt_pages_one_part_is_held_at_a_time() -> None:
@@ -199,6 +219,8 @@ def test_of_rebuilt_pages_one_part_is_held_at_a_time() -> None:
 
         def select(self, rows: torch.Tensor) -> None:
             raise AssertionError
+
+        address = 0
 
     shape = RowShape(kv_heads=2, key_dim=4, value_dim=4, dtype=torch.float32)
     form = HiddenForm(width=4, tokens=2, source=Ones())

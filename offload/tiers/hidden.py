@@ -45,6 +45,10 @@ class Source(Protocol):
     def select(self, rows: Tensor) -> None:
         """Makes sequence i the former sequence rows[i]."""
 
+    @property
+    def address(self) -> int:
+        """Where lies what rebuilding reads besides inputs and weights; 0 where there is nothing."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HiddenForm:

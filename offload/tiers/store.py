@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.errors import CacheError
-from offload.graph import by_host, kept
+from offload.graph import Repeats, by_host, kept, repeats, scratch
 from offload.kernels.attend import attend
 from offload.kernels.merge import RunningMerge
+from offload.kernels.reference import Part
 from offload.scheduler.layout import REBUILT_TOKENS
 from offload.tiers.hidden import HiddenForm
 from offload.tiers.pages import PageTable, Run
@@ -107,6 +108,19 @@ class _How:
     scale: float
     softcap: float | None
     sink_logits: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """What a step that is replayed has at one address.
+
+    Attributes:
+        total: Of the parts of attention.
+        repeats: Where launches that add to it are captured; None where they are not.
+    """
+
+    total: Part
+    repeats: Repeats | None
 
 
 class LayerStore:
@@ -379,8 +393,13 @@ class LayerStore:
 
     def _attend_by_host(self, query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
         """`attend` with one new token between two graphs: the host launches it, in every replay anew."""
-        like = query.new_empty((self.batch, 1, query.shape[1], self.shape.value_dim))
-        now = {"query": query, "key": key, "value": value, "out": like}
+        shape = (self.batch, 1, query.shape[1], self.shape.value_dim)
+        room = partial(scratch, device=query.device)
+        out = room("out", shape, query.dtype)
+        total = room("sum", shape, torch.float32).transpose(1, 2)
+        lse = room("lse", (self.batch, query.shape[1], 1), torch.float32)
+        again = _Again(Part(total, lse), repeats())
+        now = {"query": query, "key": key, "value": value}
         note: Callable[[int], None] | None = None
         if self._hidden is not None:
             now["inputs"], note = self._hidden.source.take()
@@ -390,17 +409,18 @@ class LayerStore:
             self.busy = True
             if note is not None:
                 note(self.length)
-            out = self._attend_and_take_in(
-                there["query"], there["key"], there["value"], there.get("inputs"), self.visible, how
-            )
-            there["out"].copy_(out)
+            found = self._attend_and_take_in(
+                there["query"], there["key"], there["value"], there.get("inputs"), self.visible, how,
+                again,
+            )  # fmt: skip
+            out.copy_(found)
 
         by_host(attend_now)
-        return there["out"]
+        return out
 
     def _attend_and_take_in(
         self, query: Tensor, key: Tensor, value: Tensor, inputs: Tensor | None,
-        visible: Tensor | None, how: _How,
+        visible: Tensor | None, how: _How, again: _Again | None = None,
     ) -> Tensor:  # fmt: skip
         """`attend` where every token is streamed; inputs: [B, Q, E] where pages hold these."""
         alone, held = query.shape[2] == 1, self.held(self.length)
@@ -408,7 +428,7 @@ class LayerStore:
             self._write_rows(self._tail, self._tail_length, key, value, inputs)
             held = replace(held, tail_length=held.tail_length + 1)
         new = None if alone else (key, value)
-        out = self._attend_to_all(query, new, held, visible, how)
+        out = self._attend_to_all(query, new, held, visible, how, again)
         self._take_in(key, value, inputs)
         if self.path is not None and self.path.search is not None and not alone:
             self._index_later(self.path.search, query)
@@ -474,16 +494,20 @@ class LayerStore:
         held: Held,
         visible: Tensor | None,
         how: _How,
+        again: _Again | None = None,
     ) -> Tensor:
         """Attends to every key exactly, those on the host streamed; result and arguments as of `attend`.
 
-        `new` are the keys and values of the new tokens, None where they are in the tail; `held` says what else there is.
+        `new` are the keys and values of the new tokens, None where they are in the tail; `held` says what else there is;
+        `again` is for replays of a step, where the query is at one address.
         """
         n_new, page, past = query.shape[2], self.limits.page, held.length
         if n_new > self._most_rows:
             self.drop_resident()  # a prefill: its activations need the memory
-        merge = RunningMerge()
+        merge = RunningMerge(None if again is None else again.total)
         sinks = how.sink_logits  # of the first part alone
+        # What padding hides is another tensor in every step.
+        captures = again.repeats if again is not None and visible is None else None
 
         def add(keys: Tensor, values: Tensor, mask: Tensor | None, *, causal: bool = False) -> None:
             nonlocal sinks
@@ -509,28 +533,48 @@ class LayerStore:
             sunk = self._sinks * page
             keys, values = (part[:, :, sunk:first_host] for part in self._reread(first_host))
             add(keys, values, mask(sunk, first_host))
-        if self._resident is not None:
-            rows = self._resident.flatten(1, 2).expand(self.batch, -1, -1, -1)
+
+        def add_resident(resident: Tensor) -> None:
+            rows = resident.flatten(1, 2).expand(self.batch, -1, -1, -1)
             add(*self._split(rows), mask(first_host, first_host + self.resident_columns * page))
-        # Host pages come last: their copies need time.
-        for chunk, staged in self._reader.read(self):
+
+        def add_staged(chunk: Chunk, staged: Tensor) -> None:
             if self._hidden is not None:
                 for keys, values, positions in self._rebuilt(chunk, staged):
                     seen = None if visible is None else visible[:, None, None, positions]
                     add(keys, values, seen)
                     del keys, values  # or they stay while the next ones are made
-                continue
+                return
             rows = staged.view(self.shape.dtype).view(
                 chunk.rows, -1, self.shape.kv_heads, self.shape.width
             )
             keys, values = self._split(rows.expand(self.batch, -1, -1, -1))
             add(keys, values, mask(first_host + chunk.start * page, first_host + chunk.stop * page))
+
+        if self._resident is not None:
+            if captures is None:
+                add_resident(self._resident)
+            else:
+                where = self._resident.data_ptr(), self.resident_columns
+                captures.run((self, *where), partial(add_resident, self._resident))
+        # Host pages come last: their copies need time.
+        for chunk, staged in self._reader.read(self):
+            if captures is None:
+                add_staged(chunk, staged)
+            else:
+                where = staged.data_ptr(), self._rebuilt_from
+                captures.run((chunk, first_host, *where), partial(add_staged, chunk, staged))
         all_of_it = merge.result(query.dtype)
         if new is not None and self.path is not None:
             self.path.learn(
                 query, all_of_it.lse, past + n_new, scale=how.scale, softcap=how.softcap
             )
         return all_of_it.out.transpose(1, 2).contiguous()
+
+    @property
+    def _rebuilt_from(self) -> int:
+        """Where lies what is rebuilt with, besides inputs; 0 where nothing is."""
+        return 0 if self._hidden is None else self._hidden.source.address
 
     def _rebuilt(
         self, chunk: Chunk, staged: Tensor, columns: int | None = None
