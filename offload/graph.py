@@ -84,8 +84,11 @@ class Repeats:
                 graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
                 try:
                     launch()
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with suppress(RuntimeError):  # says only that the capture is void
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         except Exception as error:  # noqa: BLE001 - whatever stops a capture, launching works
             self.reason = (
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

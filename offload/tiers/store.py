@@ -555,7 +555,7 @@ class LayerStore:
             if captures is None:
                 add_resident(self._resident)
             else:
-                where = self._resident.data_ptr(), self.resident_columns
+                where = self._resident.data_ptr(), self._resident.shape
                 captures.run((self, *where), partial(add_resident, self._resident))
         # Host pages come last: their copies need time.
         for chunk, staged in self._reader.read(self):

@@ -269,3 +269,10 @@ def test_pages_are_kept_in_memory_that_only_prefill_needs_and_are_not_streamed()
     # While few tokens are on the host, all of them are.
     first = step(layout, MHA, H100, way, tokens=layout.most_on_device + 1)
     assert (first.link, first.bytes_in) == (0, 0)
+
+
+def test_what_is_settled_between_steps_overlaps_with_nothing() -> None:
+    where = Placement(sequences=1, resident=1000, fetched=10**6)
+    rests, settles = placed(where, MHA, H100), placed(replace(where, settled=2), MHA, H100)
+    assert (settles.link, settles.computes) == (rests.link, rests.computes)
+    assert settles.seconds - rests.seconds == pytest.approx(2 * 1.5e-3)
