@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import offload
 from offload.errors import ConfigError, UnsupportedModelError
 from offload.graph import Repeats, StepGraph
+from offload.recompute import Angles
 from offload.scheduler.cost import hidden_share
 from offload.tiers.hidden import HiddenForm
 from offload.tiers.rows import RowShape
@@ -198,12 +199,30 @@ def test_a_captured_step_leaves_attention_to_the_host_in_every_replay(
             stepped.end_pass()
             assert torch.equal(got, want)
         assert stepped.get_seq_length() == usual.get_seq_length() == 340
+        angles = stepped.layer_stores[0]._rebuilt_from
     assert len(splits) == 40 * 3
     # One query, key, value, result and sum with its lse for all layers, and an input where pages hold these.
     assert len(graph._kept) == (7 if recompute == "hidden" else 6)
     # Chunks are launched once, and anew when pages have come in; what nobody asks for any more is let go.
     assert 3 < graph.repeats.captured < len(keys) / 4
     assert len(graph.repeats._graphs) < graph.repeats.captured
+    # A graph keeps the address of the angles: where that is another one, the key is.
+    assert {key[-1] for key in keys} == {angles}
+    assert (angles != 0) == (recompute == "hidden")
+
+
+def test_the_address_of_angles_is_where_they_are_read() -> None:
+    angles = Angles()
+    assert angles.address == 0
+    seen = set()
+    for first in range(0, 9000, 1000):  # the table grows on the way
+        part = torch.full((1, 1000, 4), float(first))
+        angles.put(first, (part, part))
+        table = angles.of(None)
+        assert table is not None
+        assert angles.address == table[0].data_ptr()
+        seen.add(angles.address)
+    assert len(seen) > 1
 
 
 def test_of_rebuilt_pages_one_part_is_held_at_a_time() -> None:

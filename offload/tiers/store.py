@@ -555,15 +555,15 @@ class LayerStore:
             if captures is None:
                 add_resident(self._resident)
             else:
-                where = self._resident.data_ptr(), self._resident.shape
-                captures.run((self, *where), partial(add_resident, self._resident))
+                key = self, self._resident.data_ptr(), self._resident.shape
+                captures.run(key, partial(add_resident, self._resident))
         # Host pages come last: their copies need time.
         for chunk, staged in self._reader.read(self):
             if captures is None:
                 add_staged(chunk, staged)
             else:
-                where = staged.data_ptr(), self._rebuilt_from
-                captures.run((chunk, first_host, *where), partial(add_staged, chunk, staged))
+                at = chunk, first_host, staged.data_ptr(), self._rebuilt_from
+                captures.run(at, partial(add_staged, chunk, staged))
         all_of_it = merge.result(query.dtype)
         if new is not None and self.path is not None:
             self.path.learn(
