@@ -28,7 +28,7 @@ _KEPT_REPLAYS = 4
 class Repeats:
     """Launches between the graphs of a step that come alike in many replays, captured one by one.
 
-    A launch by Python takes some 50 us, a dozen of them as one graph 5.
+    On the hosts of an H100 Python takes 30 to 60 us for a launch, and 5 for a graph of a dozen; capturing these takes 0.7 ms.
 
     Attributes:
         reason: Why nothing more is captured, or None.
@@ -44,9 +44,8 @@ class Repeats:
         self.reason: str | None = None
         self.captured = 0
         self._device = device
-        self._pool: Any = (
-            None  # nothing in it outlives its graph: not that of the step's graphs, whose values do
-        )
+        # Nothing in it outlives its graph: it is not that of the step's graphs, whose values do.
+        self._pool: Any = None
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._used: dict[Hashable, int] = {}  # the replay
         self._replay = 0
