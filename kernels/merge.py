@@ -116,7 +116,7 @@ class RunningMerge:
     """Attention over a growing set of keys: parts are added as they are computed.
 
     The sum is float32 whatever the dtype of the parts, so that many parts (a long context arrives in dozens)
-    do not add rounding. Only one buffer of [B, H_q, Q, D_v] float32 is allocated, at the second part.
+    do not add rounding. Only one buffer of [B, H_q, Q, D_v] float32 is allocated, at the second part; none where the caller has one.
     """
 
     def __init__(self, into: Part | None = None) -> None:
@@ -172,7 +172,8 @@ class RunningMerge:
             dtype: Of the returned `out`.
 
         Returns:
-            `out` as [B, H_q, Q, D_v]; [B, Q, H_q, D_v] in memory where more than one part was merged.
+            `out` as [B, H_q, Q, D_v]; [B, Q, H_q, D_v] in memory where more than one part was merged. Where the
+            caller said where the sum shall be it may be that memory itself.
 
         Raises:
             ValueError: No part was added.

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.scheduler.layout import MOST_REPEATS
+
 logger = logging.getLogger(__name__)
 
-# Small graphs of a step, which take the driver some 40 KB each; what comes beyond is launched anew.
-MOST_REPEATS = 512
 # Replays for which one is kept that is not used: two buffers may come to hold the same pages in turns.
 _KEPT_REPLAYS = 4
 
@@ -31,19 +31,17 @@ class Repeats:
     On the hosts of an H100 Python takes 30 to 60 us for a launch, and 5 for a graph of a dozen; capturing these takes 0.7 ms.
 
     Attributes:
-        reason: Why nothing more is captured, or None.
+        stream: On which is captured: that of the step.
+        reason: Why something is launched anew in every replay, or None.
         captured: How often something was captured.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """With nothing captured.
-
-        Args:
-            device: A CUDA device.
-        """
+    def __init__(self) -> None:
+        """With nothing captured."""
+        self.stream: torch.cuda.Stream | None = None
         self.reason: str | None = None
         self.captured = 0
-        self._device = device
+        self._failures = 0
         # Nothing in it outlives its graph: it is not that of the step's graphs, whose values do.
         self._pool: Any = None
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
@@ -51,7 +49,7 @@ class Repeats:
         self._replay = 0
 
     def run(self, key: Hashable, launch: Callable[[], None]) -> None:
-        """Does what `launch` does; where it was done in a step before, without calling it.
+        """Does what `launch` does; but for the first time, without calling it.
 
         Args:
             key: Says what is launched, with each address that is read or written.
@@ -72,13 +70,18 @@ class Repeats:
 
     def _capture(self, key: Hashable, launch: Callable[[], None]) -> bool:
         """Whether that worked. Nothing waits for the device: the steps go on beside it."""
-        if self.reason is not None or len(self._graphs) == MOST_REPEATS:
+        if self._failures > 1:
+            return False
+        if len(self._graphs) == MOST_REPEATS:
+            self.reason = f"it comes in more than {MOST_REPEATS} pieces"
             return False
         graph = torch.cuda.CUDAGraph()
         if not self._graphs:  # torch takes none back that nothing uses
             self._pool = torch.cuda.graph_pool_handle()
+        collects = gc.isenabled()
+        gc.disable()  # what dies while a graph is captured may call CUDA
         try:
-            with torch.cuda.stream(_capture_stream(self._device)):
+            with torch.cuda.stream(self.stream):
                 # Relaxed: a kernel that is new may have to be loaded meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
                 try:
@@ -89,15 +92,25 @@ class Repeats:
                     raise
                 graph.capture_end()
         except Exception as error:  # noqa: BLE001 - whatever stops a capture, launching works
-            self.reason = (
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
-            logger.warning("What repeats in steps is launched anew each time, which is slower: %s.", self.reason)  # fmt: skip
-            torch.cuda.synchronize()
+            self._give_up(error)
             return False
+        finally:
+            if collects:
+                gc.enable()
         self._graphs[key] = graph
         self.captured += 1
         return True
+
+    def _give_up(self, error: Exception) -> None:
+        """Captures nothing more, and gives back what graphs hold; once, memory that torch keeps may have been what was missing."""
+        self._failures += 1 if isinstance(error, torch.OutOfMemoryError) else 2
+        torch.cuda.synchronize()
+        self._graphs.clear()
+        self._used.clear()
+        torch.cuda.empty_cache()
+        if self._failures > 1:
+            self.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            logger.warning("What repeats in steps is launched anew each time, which is slower: %s.", self.reason)  # fmt: skip
 
 
 class StepGraph:
@@ -121,7 +134,7 @@ class StepGraph:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._actions: list[Callable[[], None]] = []  # the one behind each graph but the last
         self._kept: dict[tuple[object, ...], Tensor] = {}  # of `kept` and `scratch`
-        self.repeats = Repeats(device)
+        self.repeats = Repeats()
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -133,8 +146,9 @@ class StepGraph:
         gc.collect()  # what dies while a graph is captured may call CUDA
         torch.cuda.empty_cache()
         StepGraph._capturing = self
+        self.repeats.stream = _capture_stream(self._device)
         try:
-            with torch.cuda.stream(_capture_stream(self._device)):
+            with torch.cuda.stream(self.repeats.stream):
                 self._begin()
                 try:
                     yield

@@ -195,9 +195,9 @@ class Angles:
         return cos, sin
 
     @property
-    def address(self) -> int:
-        """Of the table; 0 while there is none."""
-        return 0 if self._table is None else self._table[0].data_ptr()
+    def addresses(self) -> tuple[int, ...]:
+        """Of cosines and of sines; none while there are none."""
+        return tuple(part.data_ptr() for part in self._table or ())
 
     def select(self, rows: Tensor) -> None:
         """Makes sequence i the former sequence rows[i]."""
@@ -242,9 +242,9 @@ class LayerSource:
             self._angles.select(rows)
 
     @property
-    def address(self) -> int:
+    def addresses(self) -> tuple[int, ...]:
         """As of `Source`."""
-        return self._angles.address
+        return self._angles.addresses
 
 
 @torch.no_grad()

@@ -53,6 +53,9 @@ class RungPrice:
 
 
 REREAD_TOKENS = 512  # of each sequence, that go through a layer together where they are read again
+# Pieces of a step's attention that are graphs of their own, which take the driver some 40 KB each: 20 MB, within what the plan leaves to
+# it. 16 pieces of each of 32 layers; what comes beyond is launched anew.
+MOST_REPEATS = 512
 REBUILT_TOKENS = 8192  # of all sequences, whose keys and values are rebuilt together
 
 

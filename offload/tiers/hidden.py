@@ -46,8 +46,8 @@ class Source(Protocol):
         """Makes sequence i the former sequence rows[i]."""
 
     @property
-    def address(self) -> int:
-        """Where lies what rebuilding reads besides inputs and weights; 0 where there is nothing."""
+    def addresses(self) -> tuple[int, ...]:
+        """Where lies what rebuilding reads besides inputs and weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

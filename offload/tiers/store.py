@@ -551,6 +551,8 @@ class LayerStore:
             keys, values = self._split(rows.expand(self.batch, -1, -1, -1))
             add(keys, values, mask(first_host + chunk.start * page, first_host + chunk.stop * page))
 
+        # The tail comes before: what is captured adds to a sum that is there, and has no sink logits.
+        assert captures is None or sinks is None
         if self._resident is not None:
             if captures is None:
                 add_resident(self._resident)
@@ -562,7 +564,8 @@ class LayerStore:
             if captures is None:
                 add_staged(chunk, staged)
             else:
-                at = chunk, first_host, staged.data_ptr(), self._rebuilt_from
+                read = 0 if self._hidden is None else self._hidden.source.addresses
+                at = chunk, first_host, staged.data_ptr(), read
                 captures.run(at, partial(add_staged, chunk, staged))
         all_of_it = merge.result(query.dtype)
         if new is not None and self.path is not None:
@@ -570,11 +573,6 @@ class LayerStore:
                 query, all_of_it.lse, past + n_new, scale=how.scale, softcap=how.softcap
             )
         return all_of_it.out.transpose(1, 2).contiguous()
-
-    @property
-    def _rebuilt_from(self) -> int:
-        """Where lies what is rebuilt with, besides inputs; 0 where nothing is."""
-        return 0 if self._hidden is None else self._hidden.source.address
 
     def _rebuilt(
         self, chunk: Chunk, staged: Tensor, columns: int | None = None
