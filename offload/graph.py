@@ -1,8 +1,8 @@
 """How is a step replayed that the host has a hand in? As several CUDA graphs, and what the host does between them.
 
 A step on the device path is one graph. Where kernels cannot read host pages, a layer has to ask the host for rows, and where
-every token is streamed, the host launches a layer's attention, whose chunks are others in every step: `by_host` ends the graph
-that is being captured there, and begins another one. Most of what the host launches there is what it launched in the step before:
+every token is streamed, the host launches a layer's attention, whose chunks change whenever pages come in: `by_host` ends the
+graph that is being captured there, and begins another one. Most of what the host launches is what it launched in the step before:
 `Repeats` makes small graphs of it.
 """
 

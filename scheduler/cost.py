@@ -31,7 +31,8 @@ _LAUNCHED_PIECE_S = 0.22e-3
 _PATH_S = 39e-6
 _PATH_TOKEN_S = 3e-11  # for each token of the replica
 # Of a layer that chooses its tokens anew, when blocks leave the window: launches of Python, which the card waits for. Of OPT-6.7B's shape
-# with 64 sequences and pages of 16 tokens some 3 ms a token.
+# with 64 sequences and pages of 16 tokens some 3 ms a token; without it 18.9 ms were predicted of 22.5 (the row `alisa: a fifth of the
+# tokens` of `benchmarks/scheduler.json`). Of one shape and one host.
 _SETTLED_LAYER_S = 1.5e-3
 _ROW_S = 0.28e-6  # for each exact token beyond 64 per KV head
 # Streaming every token reaches this share of the link.
